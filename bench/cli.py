@@ -1,0 +1,9 @@
+"""The verbs of bench. Heavy imports live inside the functions."""
+
+from __future__ import annotations
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add this package's verbs to ``app``."""

@@ -1,0 +1,3 @@
+"""Everything that reads or writes weights."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,46 @@
+"""`qvl`: one thin function a verb. Heavy imports live inside the functions, so that `qvl --help` starts in a blink."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+from typer.core import TyperGroup
+
+from bench.cli import register as register_bench
+from serve.cli import register as register_serve
+from toolkit.verbs import register as register_toolkit
+
+app = typer.Typer(
+    name="qvl",
+    help="Qwen2-VL from fp16 weights to a 4-bit AWQ server, with the report that says what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    cls=TyperGroup,
+)
+register_toolkit(app)
+register_serve(app)
+register_bench(app)
+
+
+def main() -> None:
+    """Run `qvl`: a user's mistake prints one message and exits with 2, never a traceback (``QVL_DEBUG=1`` shows it)."""
+    from toolkit.console import fail
+    from toolkit.errors import QvlError
+
+    try:
+        app()
+    except QvlError as error:
+        if os.environ.get("QVL_DEBUG"):
+            raise
+        fail(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        fail("interrupted")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
