@@ -1,9 +1,118 @@
-"""The verbs that read or write weights: quantize, convert, inspect, demo-data, demo-model."""
+"""The verbs that read or write weights. Heavy imports live inside the functions."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
+
+_MODEL = "Directory, hub id (org/name), or 'demo' for the embedded model."
+_PANEL = "Weights"
+
+ModelOption = Annotated[str, typer.Option("--model", help=_MODEL)]
+OutOption = Annotated[Path, typer.Option("--out", help="Directory to write; appears when it is complete.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add this package's verbs to ``app``."""
+    app.command(rich_help_panel=_PANEL)(quantize)
+    app.command(rich_help_panel=_PANEL)(merge)
+    app.command("demo-data", rich_help_panel="Embedded model")(demo_data)
+    app.command("demo-model", rich_help_panel="Embedded model")(demo_model)
+
+
+def quantize(
+    model: ModelOption,
+    out: OutOption,
+    format: Annotated[str, typer.Option(help="gemm (what vLLM runs) or gemv.")] = "gemm",
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale: 32, 64, 128, or -1 for all.")] = 128,
+    bits: Annotated[int, typer.Option(help="Width of a weight; AutoAWQ's formats hold 4.")] = 4,
+    calib: Annotated[str, typer.Option(help="JSONL manifest of chats with images, or 'demo'.")] = "demo",
+    samples: Annotated[int, typer.Option(help="Calibration samples to use.")] = 128,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter directory, merged first (peft).")] = None,
+    revision: RevisionOption = None,
+    scaling: Annotated[
+        str, typer.Option(help="AutoAWQ's grid: plain (activations) or duo (activations over weights).")
+    ] = "plain",
+    clip: Annotated[bool, typer.Option(help="Search for clipped ranges too.")] = True,
+    max_tokens: Annotated[int, typer.Option(help="Longer calibration samples are left out.")] = 4096,
+    max_pixels: Annotated[
+        int, typer.Option(help="Bound on the pixels of a calibration image; 0 is the processor's own.")
+    ] = 1280 * 28 * 28,
+    seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    force: ForceOption = False,
+) -> None:
+    """Make an AWQ checkpoint of a Qwen2-VL, calibrated on images and text."""
+    from toolkit.console import out as stdout
+    from toolkit.quantize import quantize as run
+
+    written = run(
+        model,
+        out,
+        format=format,
+        bits=bits,
+        group_size=group_size,
+        calib=calib,
+        samples=samples,
+        scaling=scaling,
+        clip=clip,
+        max_tokens=max_tokens,
+        max_pixels=max_pixels or None,
+        seed=seed,
+        adapter=adapter,
+        revision=revision,
+        device=device,
+        force=force,
+    )
+    stdout.print(str(written), highlight=False)
+
+
+def merge(
+    model: ModelOption,
+    adapter: Annotated[Path, typer.Option(help="LoRA adapter directory (peft).")],
+    out: OutOption,
+    revision: RevisionOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Merge a LoRA adapter into its base model: the fp16 baseline of a fine-tuned model's benchmark."""
+    from toolkit.adapter import merge as run
+    from toolkit.checkpoint import Checkpoint, resolve
+    from toolkit.console import out as stdout
+
+    stdout.print(str(run(Checkpoint.open(resolve(model, revision)), adapter, out, force)), highlight=False)
+
+
+def demo_data(
+    out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
+    kind: Annotated[str, typer.Option(help="tasks (held-out questions) or calibration (training chats).")] = "tasks",
+    number: Annotated[int, typer.Option(help="Questions per task, or calibration samples.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the generator.")] = 0,
+) -> None:
+    """Write the embedded model's picture questions, or its calibration chats, as JSONL and PNG files."""
+    from toolkit.console import out as stdout
+    from toolkit.demo import write_calibration, write_tasks
+    from toolkit.errors import ManifestError
+
+    if kind == "tasks":
+        path = write_tasks(out, per_task=number, seed=seed)
+    elif kind == "calibration":
+        path = write_calibration(out, samples=number, seed=seed)
+    else:
+        raise ManifestError(f"unknown kind {kind!r}: choose tasks or calibration")
+    stdout.print(str(path), highlight=False)
+
+
+def demo_model(
+    out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
+    minutes: Annotated[float, typer.Option(help="Training time.")] = 8.0,
+    seed: Annotated[int, typer.Option(help="Of weights and questions.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Train the embedded model anew (minutes on a GPU; a CPU is told how long it will take)."""
+    from toolkit.demo.train import main
+
+    main(out, minutes, seed, device)

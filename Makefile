@@ -1,0 +1,90 @@
+# Each target is one call of `qvl`; `make help` lists them. Variables are set on the command line: make quantize MODEL=DIR
+
+BACKEND    ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)#  cpu or gpu; found with nvidia-smi
+MODEL      ?= demo#                        directory, hub id or demo
+OUT        ?= out/$(notdir $(MODEL))-awq-$(FORMAT)#  what quantize writes
+FORMAT     ?= gemm#                        gemm or gemv
+GROUP_SIZE ?= 128#                         32, 64, 128 or -1
+CALIB      ?= demo#                        JSONL manifest of chats, or demo
+SAMPLES    ?= 128#                         calibration samples
+SRC        ?= $(OUT)#                      what convert and inspect read, what serve runs, bench's candidate
+TO         ?= gemv#                        format that convert makes
+PORT       ?= 8000#                        of serve, ask, status and stop
+IMAGE      ?= docs/pictures/shapes.png#    what ask shows
+QUESTION   ?= How many shapes are in the picture?#  and asks
+BASELINE   ?= $(MODEL)#                    what bench compares with: directory, URL or demo
+REPORT     ?= out/report#                  directory of bench's report
+A          ?= docs/results/demo-cpu#       compare: the older report
+B          ?= $(REPORT)#                   compare: the newer report
+FAIL_IF    ?= accuracy<-1%#                compare: what counts as a regression
+ARGS       ?=#                             further options for any target's qvl call
+
+VENV := .venv
+QVL  := $(VENV)/bin/qvl
+PY   := $(VENV)/bin/python
+DONE := $(VENV)/.installed-$(BACKEND)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo quantize convert inspect serve stop status ask bench compare test lint format microbench \
+        gpu-bench demo-model clean
+
+help: ## show this
+	@printf 'Targets:\n'; sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 16
+	@printf '\nVariables (make TARGET NAME=VALUE):\n'
+	@sed -nE 's/^([A-Z_]+) +\?= ?([^#]*)# *(.*)/  \1\t\2\t\3/p' Makefile | expand -t 16,56
+
+setup: $(DONE) ## make .venv and install everything (again only when requirements change)
+
+$(DONE): requirements/$(BACKEND).txt requirements/install.sh pyproject.toml
+	@sh requirements/install.sh $(VENV) $(BACKEND) && touch $@
+
+demo: setup ## the whole way on the embedded model: quantize, convert, serve, ask, bench
+	@$(PY) -m bench.demo --out out/demo $(ARGS)
+
+quantize: setup ## MODEL -> OUT, in AWQ FORMAT
+	$(QVL) quantize --model $(MODEL) --out $(OUT) --format $(FORMAT) --group-size $(GROUP_SIZE) --calib $(CALIB) --samples $(SAMPLES) $(ARGS)
+
+convert: setup ## SRC -> SRC-TO: repack between gemm and gemv, lossless
+	$(QVL) convert $(SRC) --out $(SRC)-$(TO) --to $(TO) $(ARGS)
+
+inspect: setup ## what SRC is, where it runs, what is wrong with it
+	$(QVL) inspect $(SRC) $(ARGS)
+
+serve: setup ## run SRC under vLLM on PORT (ARGS=--detach to get the prompt back)
+	$(QVL) serve $(SRC) --port $(PORT) $(ARGS)
+
+stop: setup ## stop the detached server on PORT
+	$(QVL) stop --port $(PORT) $(ARGS)
+
+status: setup ## what the server on PORT is doing
+	$(QVL) status --port $(PORT) $(ARGS)
+
+ask: setup ## ask the server on PORT the QUESTION about IMAGE
+	$(QVL) ask --url http://127.0.0.1:$(PORT) --image "$(IMAGE)" "$(QUESTION)" $(ARGS)
+
+bench: setup ## BASELINE against SRC: latency, throughput, accuracy, into REPORT
+	$(QVL) bench --baseline $(BASELINE) --candidate $(SRC) --out $(REPORT) $(ARGS)
+
+compare: setup ## report B against report A; exit code 1 when FAIL_IF holds
+	$(QVL) compare $(A) $(B) --fail-if '$(FAIL_IF)' $(ARGS)
+
+test: setup ## all tests (FAST=1: without those that boot vLLM, under a minute)
+	$(PY) -m pytest $(if $(FAST),-m "not e2e") $(ARGS)
+
+lint: setup ## ruff and mypy --strict
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+format: setup ## ruff's formatting and fixes
+	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
+
+microbench: setup ## pytest-benchmark suites: search, packing, client overhead
+	$(PY) -m pytest bench/micro --benchmark-only -p no:cacheprovider $(ARGS)
+
+gpu-bench: setup ## on a GPU: a Qwen2-VL-2B of random weights, quantized, served, measured against fp16
+	$(PY) -m bench.gpu --out out/gpu $(ARGS)
+
+demo-model: setup ## train the embedded model anew into OUT
+	$(QVL) demo-model --out out/demo-model $(ARGS)
+
+clean: ## remove out/ and caches of tools (.venv stays)
+	rm -rf out build .mypy_cache .ruff_cache .pytest_cache .benchmarks *.egg-info

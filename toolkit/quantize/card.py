@@ -1,0 +1,60 @@
+"""The model card and the versions that go beside a quantized checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+from importlib import metadata
+from typing import Any
+
+from toolkit import __version__
+
+__all__ = ["model_card", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of all that a quantization's result can depend on."""
+    found = {"qvl": __version__, "python": platform.python_version()}
+    for package in ("autoawq", "torch", "transformers", "safetensors", "qwen-vl-utils"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def model_card(manifest: dict[str, Any]) -> str:
+    """Write a model card from qvl.json: what was done, with what, and what it cost."""
+    recipe, calibration, source = manifest["recipe"], manifest["calibration"], manifest["source"]
+    errors = [layer["relative_error"] for layer in manifest["layers"]]
+    worst = max(manifest["layers"], key=lambda layer: layer["relative_error"])
+    name = source["model"] + (f" + {source['adapter']}" if source["adapter"] else "")
+    rows = {
+        "source": f"{name}, content hash `{source['hash']}`",
+        "calibration": f"{calibration['samples']} samples, {calibration['tokens']} tokens "
+        f"({calibration['vision_tokens']} of images and videos)",
+        "search": f"AutoAWQ, {recipe['scaling']} scaling, clip {'on' if recipe['clip'] else 'off'}",
+        "relative output error of a layer": f"mean {sum(errors) / len(errors):.4f}, "
+        f"worst {worst['relative_error']:.4f} (layer {worst['layer']})",
+        "made on": f"{manifest['device']}, {manifest['seconds']['total']:.0f} s",
+        "versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""---
+base_model: {json.dumps(source["model"])}
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [awq, 4-bit, qwen2_vl]
+---
+
+# {name}, AWQ 4 bits
+
+Quantized by qvl {__version__}. The language layers are 4-bit AWQ ({recipe["format"].upper()}, group size
+{recipe["group_size"]}, zero points); the vision tower, embeddings and output head are the source's.
+
+| | |
+|---|---|
+{table}
+
+`qvl.json` has all of it, layer by layer. Serve it with `qvl serve DIR`, measure it against its source with
+`qvl bench --baseline SOURCE --candidate DIR --out REPORT`.
+"""

@@ -1,0 +1,52 @@
+"""The arithmetic of a 4-bit grid: pure functions of tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from toolkit.formats.packing import QuantizedLinear
+
+__all__ = ["dequantize", "round_to_grid"]
+
+#: Smallest range of a group, so that an all-zero group has a scale; AutoAWQ's value.
+_MIN_RANGE = 1e-5
+
+
+def round_to_grid(weight: torch.Tensor, group_size: int, bits: int = 4) -> QuantizedLinear:
+    """Round a weight to its groups' asymmetric grids, as the file will hold them.
+
+    The scale is rounded to fp16 first and the weights are rounded against that, so that what is searched is what is
+    served. A group's range always contains 0: AutoAWQ clamps the zero point into 0..15, which cuts off a group whose
+    weights all have one sign.
+
+    Args:
+        weight: [N, K], any float dtype; the work is done in float32.
+        group_size: inputs that share a scale, -1 for all of a row; divides K.
+        bits: width of a value.
+
+    Returns:
+        values [N, K] uint8 in 0..2^bits-1, zeros [N, K/g] uint8, scales [N, K/g] float16;
+        the weight they stand for is (value - zero) x scale.
+    """
+    rows, columns = weight.shape
+    group = columns if group_size == -1 else group_size
+    w = weight.float().reshape(rows, -1, group)
+    top = 2**bits - 1
+    high = w.amax(-1, keepdim=True).clamp(min=0)
+    low = w.amin(-1, keepdim=True).clamp(max=0)
+    scales = ((high - low).clamp(min=_MIN_RANGE) / top).clamp(max=torch.finfo(torch.float16).max).half()
+    step = scales.float()
+    zeros = (-torch.round(low / step)).clamp_(0, top)
+    values = (torch.round(w / step) + zeros).clamp_(0, top)
+    return QuantizedLinear(
+        values=values.to(torch.uint8).view(rows, columns),
+        zeros=zeros.to(torch.uint8).view(rows, -1),
+        scales=scales.view(rows, -1),
+    )
+
+
+def dequantize(layer: QuantizedLinear) -> torch.Tensor:
+    """Return the float32 weight [N, K] that a quantized linear stands for."""
+    rows, columns = layer.values.shape
+    v = layer.values.view(rows, layer.scales.shape[1], -1).float()
+    return ((v - layer.zeros.float().unsqueeze(-1)) * layer.scales.float().unsqueeze(-1)).view(rows, columns)
