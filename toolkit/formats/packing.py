@@ -1,0 +1,214 @@
+"""AWQ's two layouts of 4-bit weights: eight values to an int32 word, as AutoAWQ 0.2.9 packs them. Pure functions.
+
+For a linear layer with K inputs, N outputs and groups of g inputs:
+
+    ========  =============================================  ==================================================
+    tensor    GEMM                                           GEMV
+    ========  =============================================  ==================================================
+    qweight   [K, N/8], nibble i of a word holds output      [N, K/8], nibbles in order along K
+              column (0, 2, 4, 6, 1, 3, 5, 7)[i] of its 8
+    qzeros    [K/g, N/8], the same nibble order              [N, W] with W of `zeros_width`, in order, then zeros
+    scales    [K/g, N]                                       [N, 8 W], then zeros
+    ========  =============================================  ==================================================
+
+Nibble 0 is the lowest four bits of the word. A weight is (value - zero) * scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import FormatError
+
+__all__ = [
+    "GEMM_ORDER",
+    "PACK",
+    "PackedLinear",
+    "QuantizedLinear",
+    "dequantize",
+    "gemm_to_gemv",
+    "gemv_to_gemm",
+    "layer_shape",
+    "pack",
+    "pack_gemm",
+    "pack_gemv",
+    "unpack",
+    "unpack_gemm",
+    "unpack_gemv",
+    "zeros_width",
+]
+
+#: 4-bit values to an int32 word.
+PACK = 8
+#: Which of a word's eight columns nibble i holds in the GEMM layout.
+GEMM_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A quantized linear layer, unpacked; G = K / group_size groups."""
+
+    #: uint8 [N, K], 0 to 15.
+    values: Tensor
+    #: uint8 [N, G], 0 to 15.
+    zeros: Tensor
+    #: Floating point [N, G].
+    scales: Tensor
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """The three tensors of a quantized linear layer as a checkpoint holds them."""
+
+    #: int32.
+    qweight: Tensor
+    #: int32.
+    qzeros: Tensor
+    #: float16 as a rule; the dtype is kept.
+    scales: Tensor
+
+
+def pack(values: Tensor, interleaved: bool = False) -> Tensor:
+    """Pack integers 0 to 15, [R, C], into int32 words [R, C/8].
+
+    Nibble i of a word is its column i, or ``GEMM_ORDER[i]`` when ``interleaved``. Works on eight values at once, as
+    the bytes of an int64 (little-endian, like safetensors). Raises FormatError when C is not a multiple of 8.
+    """
+    rows, columns = values.shape
+    if columns % PACK:
+        raise FormatError(f"{columns} values a row can't be packed: 8 go into a word.")
+    flat = values.to(torch.uint8).reshape(-1)
+    if flat.storage_offset() % PACK:
+        flat = flat.clone()  # a view as int64 has to begin on a whole one
+    word = flat.view(torch.int64)
+    for distance, mask in _GATHER:
+        word = (word | word >> distance) & mask
+    if interleaved:
+        word = _swap(_swap(word, *_SWAP_NIBBLES), *_SWAP_BYTES)
+    return word.to(torch.int32).reshape(rows, columns // PACK)
+
+
+def unpack(words: Tensor, interleaved: bool = False) -> Tensor:
+    """Unpack int32 words [R, C] into uint8 values [R, 8 C]; the inverse of `pack`."""
+    rows, columns = words.shape
+    word = words.reshape(-1).to(torch.int64) & 0xFFFFFFFF
+    if interleaved:
+        word = _swap(_swap(word, *_SWAP_BYTES), *_SWAP_NIBBLES)
+    for distance, mask in _SPREAD:
+        word = (word | word << distance) & mask
+    return word.view(torch.uint8).reshape(rows, columns * PACK)
+
+
+#: Eight nibbles, each in a byte of 64 bits, move together by pairs, fours and eights into 32 bits; and back.
+_GATHER = ((4, 0x00FF00FF00FF00FF), (8, 0x0000FFFF0000FFFF), (16, 0xFFFFFFFF))
+_SPREAD = ((16, 0x0000FFFF0000FFFF), (8, 0x00FF00FF00FF00FF), (4, 0x0F0F0F0F0F0F0F0F))
+#: 0 1 2 3 4 5 6 7 becomes GEMM_ORDER by exchanging nibbles 1-2 and 5-6, then bytes 1-2.
+_SWAP_NIBBLES = (4, 0x00F000F0)
+_SWAP_BYTES = (8, 0x0000FF00)
+
+
+def _swap(word: Tensor, distance: int, mask: int) -> Tensor:
+    """Exchange the bits under ``mask`` with those ``distance`` above them."""
+    difference = (word ^ word >> distance) & mask
+    return word ^ difference ^ difference << distance
+
+
+def zeros_width(in_features: int, group_size: int) -> int:
+    """Return the words a row of GEMV's ``qzeros`` takes for K inputs: AutoAWQ's ``calculate_zeros_width``.
+
+    ceil(K/g / 8) words, rounded up to a multiple of 1, 2 or 4 words for groups of at least 128, of 64 or of 32.
+    Raises FormatError for the group sizes the GEMV kernel does not know.
+    """
+    multiple = 1 if group_size >= 128 else {64: 2, 32: 4}.get(group_size)
+    if multiple is None:
+        raise FormatError(f"the GEMV layout has no group size {group_size}: use 32, 64 or at least 128, or GEMM.")
+    words = -(-(in_features // group_size) // PACK)
+    return -(-words // multiple) * multiple
+
+
+def pack_gemm(layer: QuantizedLinear) -> PackedLinear:
+    """Pack a layer in the GEMM layout. Raises FormatError when N is not a multiple of 8."""
+    return PackedLinear(
+        pack(layer.values.t(), interleaved=True), pack(layer.zeros.t(), interleaved=True), layer.scales.t().contiguous()
+    )
+
+
+def unpack_gemm(packed: PackedLinear) -> QuantizedLinear:
+    """Unpack a layer in the GEMM layout."""
+    return QuantizedLinear(
+        unpack(packed.qweight, interleaved=True).t().contiguous(),
+        unpack(packed.qzeros, interleaved=True).t().contiguous(),
+        packed.scales.t().contiguous(),
+    )
+
+
+def pack_gemv(layer: QuantizedLinear) -> PackedLinear:
+    """Pack a layer in the GEMV layout. Raises FormatError when K is not a multiple of 8 or of the group size."""
+    inputs, groups = layer.values.shape[1], layer.scales.shape[1]
+    if groups == 0 or inputs % groups:
+        raise FormatError(f"{inputs} inputs can't be divided into {groups} groups.")
+    padding = zeros_width(inputs, inputs // groups) * PACK - groups
+    zeros = torch.nn.functional.pad(layer.zeros, (0, padding))
+    scales = torch.nn.functional.pad(layer.scales, (0, padding))
+    return PackedLinear(pack(layer.values), pack(zeros), scales)
+
+
+def unpack_gemv(packed: PackedLinear, group_size: int) -> QuantizedLinear:
+    """Unpack a layer in the GEMV layout; the padding is dropped. ``group_size`` -1 is one group a row."""
+    inputs = packed.qweight.shape[1] * PACK
+    groups = inputs // (inputs if group_size == -1 else group_size)
+    return QuantizedLinear(
+        unpack(packed.qweight), unpack(packed.qzeros)[:, :groups].contiguous(), packed.scales[:, :groups].contiguous()
+    )
+
+
+def gemm_to_gemv(packed: PackedLinear) -> PackedLinear:
+    """Repack a GEMM layer as GEMV: the same values, zeros and scales, bit for bit."""
+    return pack_gemv(unpack_gemm(packed))
+
+
+def gemv_to_gemm(packed: PackedLinear, group_size: int) -> PackedLinear:
+    """Repack a GEMV layer as GEMM: the same values, zeros and scales, bit for bit."""
+    return pack_gemm(unpack_gemv(packed, group_size))
+
+
+def dequantize(layer: QuantizedLinear) -> Tensor:
+    """Return the weight matrix [N, K] = (value - zero) * scale, in the scales' dtype."""
+    size = layer.values.shape[1] // layer.scales.shape[1]
+    zeros = layer.zeros.repeat_interleave(size, dim=1).to(torch.int16)
+    return (layer.values.to(torch.int16) - zeros).to(layer.scales.dtype) * layer.scales.repeat_interleave(size, dim=1)
+
+
+def layer_shape(
+    version: str, group_size: int, qweight: tuple[int, ...], qzeros: tuple[int, ...], scales: tuple[int, ...]
+) -> tuple[int, int]:
+    """Return (K, N) of a packed layer from its tensors' shapes.
+
+    Raises FormatError when the three don't fit each other, the layout ``version`` ("gemm" or "gemv") and the group
+    size, saying which shape was expected.
+    """
+    if len(qweight) != 2:
+        raise FormatError(f"qweight has shape {list(qweight)}, not two dimensions.")
+    if version == "gemm":
+        inputs, outputs = qweight[0], qweight[1] * PACK
+    else:
+        inputs, outputs = qweight[1] * PACK, qweight[0]
+    size = inputs if group_size == -1 else group_size
+    if inputs == 0 or inputs % size:
+        raise FormatError(f"its {inputs} inputs don't divide into groups of {size} (is its layout really {version}?).")
+    groups = inputs // size
+    if version == "gemm":
+        expected = ((groups, outputs // PACK), (groups, outputs))
+    else:
+        width = zeros_width(inputs, size)
+        expected = ((outputs, width), (outputs, width * PACK))
+    for name, found, right in (("qzeros", qzeros, expected[0]), ("scales", scales, expected[1])):
+        if tuple(found) != right:
+            raise FormatError(
+                f"{name} has shape {list(found)}, and the {version} layout of {outputs} x {inputs} weights "
+                f"in groups of {size} needs {list(right)}."
+            )
+    return inputs, outputs
