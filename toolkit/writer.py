@@ -190,7 +190,7 @@ class CheckpointWriter:
                 # The Rust side reports errno in words only.
                 code = errno.ENOSPC if f"os error {errno.ENOSPC}" in str(error) else errno.EIO
                 raise OSError(code, str(error)) from error
-            path.chmod(0o666 & ~_umask())
+            path.chmod(self.tmp.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
             _fsync(path)
         self._shards.append(list(self._pending))
         self._written += path.stat().st_size
@@ -320,12 +320,6 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _glob_escape(name: str) -> str:
