@@ -1,0 +1,104 @@
+"""Held-out questions for the fast model: drawn once, asked during and after training."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from toolkit.demo.model import TinyQwen2VL, normalize
+from toolkit.demo.pictures import PRACTICE, SIDES, TASKS, Picture, fits, question
+from toolkit.demo.prompt import END, PAD, answer_text, pack, prefix
+
+__all__ = ["Quiz", "Score", "decode", "is_right", "make_quiz", "score"]
+
+#: The longest answer, a list, in ids.
+_LONGEST_ANSWER = 40
+Quiz = dict[tuple[int, int], list[Picture]]
+
+
+@dataclass(slots=True)
+class Score:
+    """Right answers and questions asked, by task and by (task, size); some wrong answers to look at."""
+
+    right: dict[str, tuple[int, int]] = field(default_factory=dict)
+    by_size: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    wrong: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+    def add(self, picture: Picture, answer: str) -> None:
+        """Count one answer."""
+        good = is_right(picture, answer)
+        size = f"{picture.image.width}x{picture.image.height}"
+        sizes = self.by_size.setdefault(picture.task, {})
+        for table, key in ((self.right, picture.task), (sizes, size)):
+            right, asked = table.get(key, (0, 0))
+            table[key] = (right + good, asked + 1)
+        wrong = self.wrong.setdefault(picture.task, [])
+        if not good and len(wrong) < 12:
+            wrong.append({"size": size, "question": picture.question, "answer": answer, "right": picture.answer})
+
+
+def is_right(picture: Picture, answer: str) -> bool:
+    """Say whether an answer is right: equal text, or for ``relaxed`` a number within 5%."""
+    if picture.metric == "relaxed":
+        try:
+            return abs(float(answer) - float(picture.answer)) <= 0.05 * abs(float(picture.answer)) + 1e-9
+        except ValueError:
+            return False
+    return answer.strip() == picture.answer
+
+
+def make_quiz(per_task: int, seed: int, tasks: Sequence[str] = (*TASKS, *PRACTICE), sizes: int = 8) -> Quiz:
+    """Draw ``per_task`` held-out questions a task in ``sizes`` picture sizes, grouped by size."""
+    every = [(width, height) for width in SIDES for height in SIDES]
+    chosen = [(224, 224), *random.Random("sizes").sample(every, sizes - 1)]
+    quiz: Quiz = {}
+    for task in tasks:
+        fitting = [size for size in chosen if fits(task, *size)]
+        for index in range(per_task):
+            size = fitting[index % len(fitting)]
+            quiz.setdefault(size, []).append(question(task, "held-out", seed, index, size))
+    return quiz
+
+
+@torch.no_grad()
+def decode(model: TinyQwen2VL, pictures: Sequence[Picture]) -> list[str]:
+    """Answer questions greedily; all pictures have one size."""
+    device = next(model.parameters()).device
+    pixels = torch.from_numpy(np.stack([np.asarray(p.image) for p in pictures])).to(device)
+    packed = pack([p.question for p in pictures], None)
+    batch, length = packed.ids.shape
+    ids = torch.full((batch, length + _LONGEST_ANSWER), PAD, device=device)
+    ids[:, :length] = torch.from_numpy(packed.ids)
+    at = torch.from_numpy(packed.starts).to(device)
+    rows = torch.arange(batch, device=device)
+    done = torch.zeros(batch, dtype=torch.bool, device=device)
+    before = torch.tensor(prefix(True), device=device)
+    grid = (pixels.shape[1] // 28, pixels.shape[2] // 28)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        picture: Tensor = model.encode(normalize(pixels))
+        for _ in range(_LONGEST_ANSWER):
+            logits = model(before, picture, grid, ids)
+            chosen = torch.where(done, PAD, logits[rows, at - 1].argmax(-1))
+            ids[rows, at] = chosen
+            at = at + 1
+            done |= chosen == END
+            if bool(done.all()):
+                break
+    answers = ids.tolist()
+    return [answer_text(row[int(start) :]) for row, start in zip(answers, packed.starts, strict=True)]
+
+
+def score(model: TinyQwen2VL, quiz: Quiz, chunk: int = 512) -> Score:
+    """Ask the whole quiz."""
+    result = Score()
+    for pictures in quiz.values():
+        for start in range(0, len(pictures), chunk):
+            part = pictures[start : start + chunk]
+            for picture, answer in zip(part, decode(model, part), strict=True):
+                result.add(picture, answer)
+    return result
