@@ -37,9 +37,10 @@ def main() -> None:
             raise
         fail(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
-        fail("interrupted")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Ctrl-C, in silence
+            fail("interrupted")
+        raise
 
 
 if __name__ == "__main__":

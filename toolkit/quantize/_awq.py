@@ -7,8 +7,8 @@ import warnings
 from toolkit.compat import patch_torchvision
 
 patch_torchvision()
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
+# recorded, not filtered: something in the import chain puts the default filters back
+with warnings.catch_warnings(record=True):
     from awq.models.qwen2vl import Qwen2VLAWQForCausalLM
     from awq.quantize.quantizer import AwqQuantizer
 
