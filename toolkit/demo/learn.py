@@ -185,7 +185,7 @@ class Step:
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
-    norm: Tensor = torch.stack(torch._foreach_norm(gradients)).norm()  # type: ignore[no-untyped-call]
+    norm: Tensor = torch.stack(torch._foreach_norm(gradients)).norm()
     return norm
 
 
