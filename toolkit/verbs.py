@@ -20,6 +20,8 @@ def register(app: typer.Typer) -> None:
     """Add this package's verbs to ``app``."""
     app.command(rich_help_panel=_PANEL)(quantize)
     app.command(rich_help_panel=_PANEL)(merge)
+    app.command(rich_help_panel=_PANEL)(convert)
+    app.command(rich_help_panel=_PANEL)(inspect)
     app.command("demo-data", rich_help_panel="Embedded model")(demo_data)
     app.command("demo-model", rich_help_panel="Embedded model")(demo_model)
 
@@ -84,6 +86,43 @@ def merge(
     from toolkit.console import out as stdout
 
     stdout.print(str(run(Checkpoint.open(resolve(model, revision)), adapter, out, force)), highlight=False)
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="Directory or hub id (org/name) of an AWQ checkpoint.")],
+    out: OutOption,
+    to: Annotated[str, typer.Option(help="gemm (what vLLM runs) or gemv.")],
+    revision: RevisionOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Repack an AWQ checkpoint in the other layout, GEMM or GEMV: the same values, bit for bit."""
+    from toolkit.checkpoint import resolve
+    from toolkit.console import out as stdout
+    from toolkit.formats.convert import convert as run
+
+    stdout.print(str(run(resolve(model, revision), out, to, force)), highlight=False, markup=False)
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help=_MODEL)],
+    revision: RevisionOption = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Read the values too: NaN, infinity, zero scales.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON (sizes in bytes).")] = False,
+) -> None:
+    """Show what a checkpoint is, what it weighs, where it runs and what is wrong with it (then exit code 1)."""
+    from toolkit.checkpoint import resolve
+    from toolkit.console import out as stdout
+    from toolkit.inspect import inspect_checkpoint
+
+    found = inspect_checkpoint(resolve(model, revision), deep)
+    if json:
+        stdout.print_json(data=found.to_dict())
+    else:
+        from toolkit.inspect_view import render
+
+        stdout.print(render(found))
+    if found.broken:
+        raise typer.Exit(1)
 
 
 def demo_data(

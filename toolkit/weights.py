@@ -15,7 +15,7 @@ from typing import Any
 
 from toolkit.errors import CheckpointError
 
-__all__ = ["DTYPE_BYTES", "INDEX_NAME", "SINGLE_NAME", "TensorInfo", "read_json", "read_weights"]
+__all__ = ["DTYPE_BYTES", "INDEX_NAME", "LFS_MAGIC", "SINGLE_NAME", "TensorInfo", "read_json", "read_weights"]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -42,7 +42,8 @@ DTYPE_BYTES = {
 #: What download tools leave beside, or in place of, a file that is not whole yet.
 _PARTIAL = ("*.incomplete", "*.part", "*.aria2", "*.crdownload")
 _NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
-_LFS_MAGIC = b"version https://git-lfs"
+#: How a Git-LFS pointer begins.
+LFS_MAGIC = b"version https://git-lfs"
 #: A header beyond this is no header; safetensors itself refuses more.
 _MAX_HEADER = 100_000_000
 
@@ -138,7 +139,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         size = file.stat().st_size
         with file.open("rb") as stream:
             start = stream.read(64)
-            if start.startswith(_LFS_MAGIC):
+            if start.startswith(LFS_MAGIC):
                 raise CheckpointError(
                     f"{file} is a Git-LFS pointer of {size} bytes, not the weights: "
                     "run `git lfs pull` in the repository it was cloned from."

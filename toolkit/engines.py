@@ -1,0 +1,149 @@
+"""Which engine runs a checkpoint, on how many GPUs, and what stands in the way.
+
+The rules are those of vLLM 0.32, AutoAWQ 0.2.9 and AutoAWQ's CUDA kernels, read from their sources.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from toolkit.checkpoint import Checkpoint, QuantizationInfo
+
+__all__ = ["Engine", "engines", "tensor_parallel", "vision_is_whole"]
+
+_TP_SIZES = (1, 2, 4, 8)
+#: vLLM's marlin_utils.MARLIN_SUPPORTED_GROUP_SIZES, and machete_utils.query_machete_supported_group_sizes for 16 bits.
+_MARLIN_GROUPS, _MACHETE_GROUPS = (-1, 32, 64, 128), (-1, 64, 128)
+#: Machete's prepacked block, K x N.
+_MACHETE_BLOCK = (64, 128)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Whether and how one engine runs a checkpoint."""
+
+    name: str
+    #: "yes", "repack" (after `qvl convert`, which `qvl serve` does by itself) or "no".
+    runs: str
+    detail: str
+    #: Numbers of GPUs that can share the weights (tensor parallel).
+    tensor_parallel: list[int] = field(default_factory=list)
+    #: Why not on more GPUs.
+    limit: str | None = None
+
+
+def engines(checkpoint: Checkpoint) -> list[Engine]:
+    """Say for each engine whether it runs this checkpoint, from config and headers alone."""
+    return [_vllm_gpu(checkpoint), _vllm_cpu(checkpoint), _autoawq(checkpoint)]
+
+
+def tensor_parallel(checkpoint: Checkpoint) -> dict[int, str | None]:
+    """Return for 1, 2, 4 and 8 GPUs what prevents vLLM from splitting the weights over them; None when it can.
+
+    Heads are split, so they must divide (key-value heads may be repeated instead); row-parallel layers (o_proj,
+    down_proj) are split along their K inputs, and no group may straddle GPUs: K must divide by group_size x GPUs.
+    Columns are split in words of eight. Where `vision_is_whole`, the vision tower needs an option too.
+    """
+    return {size: _obstacle(checkpoint, size) for size in _TP_SIZES}
+
+
+def vision_is_whole(checkpoint: Checkpoint, size: int) -> bool:
+    """Whether ``size`` GPUs can't share the vision tower's heads, so that each must hold all of it.
+
+    vLLM does that with ``--mm-encoder-tp-mode data``.
+    """
+    return int(checkpoint.vision_config.get("num_heads", 16)) % size != 0
+
+
+def _obstacle(checkpoint: Checkpoint, size: int) -> str | None:
+    if size == 1:
+        return None
+    text, info = checkpoint.text_config, checkpoint.quantization
+    heads, kv_heads = int(text["num_attention_heads"]), int(text["num_key_value_heads"])
+    if heads % size:
+        return f"{heads} attention heads don't divide by {size}"
+    if kv_heads % size and size % kv_heads:
+        return f"{kv_heads} key-value heads neither divide by {size} nor divide it"
+    shapes = checkpoint.linear_shapes()
+    if info is not None and info.group_size == -1:
+        return "one scale for all inputs of a row can't be split"
+    group = 1 if info is None else info.group_size
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        inputs = shapes[name][0]
+        if inputs % (group * size):
+            unit = f"{group} x {size}" if info else f"{size}"
+            return f"{name.split('.')[1]}'s {inputs} inputs don't divide by {unit}"
+    words = 8 if info else 1
+    for name in ("self_attn.q_proj", "mlp.gate_proj"):
+        outputs = shapes[name][1]
+        if outputs % (words * size):
+            return f"{name.split('.')[1]}'s {outputs} outputs don't divide by {words * size}"
+    return None
+
+
+def _vllm_gpu(checkpoint: Checkpoint) -> Engine:
+    info, name = checkpoint.quantization, "vLLM on GPUs"
+    if info is not None and not info.zero_point:
+        return Engine(name, "no", "its AWQ reader expects zero points, and the config says zero_point: false")
+    obstacles = tensor_parallel(checkpoint)
+    sizes = [size for size, obstacle in obstacles.items() if obstacle is None]
+    limit = next((f"{size} GPUs: {obstacle}" for size, obstacle in obstacles.items() if obstacle), None)
+    split = [size for size in sizes if vision_is_whole(checkpoint, size)]
+    option = f"{split[0]} GPUs or more need --mm-encoder-tp-mode data" if split else ""
+    runs, how = ("yes", "") if info is None else _awq_kernels(checkpoint, info)
+    return Engine(name, runs, "; ".join(filter(None, (how, option))), sizes, limit)
+
+
+def _awq_kernels(checkpoint: Checkpoint, info: QuantizationInfo) -> tuple[str, str]:
+    """Return how vLLM runs an AWQ checkpoint on NVIDIA GPUs: the verdict and the kernels."""
+    if info.version == "gemv":
+        return "repack", "reads GEMM only; qvl serve repacks by itself"
+    if info.group_size not in _MARLIN_GROUPS:
+        return "yes", f"slow AWQ kernels (Marlin has no groups of {info.group_size})"
+    blocks = all(k % _MACHETE_BLOCK[0] == 0 and n % _MACHETE_BLOCK[1] == 0 for k, n in _fused_shapes(checkpoint))
+    if blocks and info.group_size in _MACHETE_GROUPS:
+        return "yes", "Machete on Hopper, Marlin elsewhere"
+    return "yes", "Marlin"
+
+
+def _vllm_cpu(checkpoint: Checkpoint) -> Engine:
+    info, name = checkpoint.quantization, "vLLM on CPUs"
+    if info is None:
+        return Engine(name, "yes", "", [1])
+    if not info.zero_point:
+        return Engine(name, "no", "its AWQ reader expects zero points, and the config says zero_point: false")
+    odd = next((shape for shape in _fused_shapes(checkpoint) if shape[0] % 32 or shape[1] % 32), None)
+    if odd is not None:
+        return Engine(
+            name, "no", f"its kernel takes multiples of 32, and a layer has {odd[0]} inputs, {odd[1]} outputs"
+        )
+    if info.version == "gemv":
+        return Engine(name, "repack", "reads GEMM only; qvl serve repacks by itself", [1])
+    return Engine(name, "yes", "CPUWNA16 kernel", [1])
+
+
+def _autoawq(checkpoint: Checkpoint) -> Engine:
+    info, name = checkpoint.quantization, "AutoAWQ 0.2.9"
+    if info is None:
+        return Engine(name, "no", "it runs quantized weights only")
+    if not info.zero_point:
+        return Engine(name, "no", "its kernels expect zero points, and the config says zero_point: false")
+    size = info.group_size
+    if info.version == "gemv":
+        if size not in (64, 128):
+            return Engine(name, "no", f"its GEMV kernel takes groups of 64 or 128, not {size}")
+        return Engine(name, "yes", "GEMV kernel, for one request at a time")
+    odd = next((n for _, n in checkpoint.linear_shapes().values() if n % 64), None)
+    if odd is not None or (size != -1 and size % 32):
+        reason = f"not {odd} outputs" if odd else f"not groups of {size}"
+        return Engine(name, "no", f"its GEMM kernel takes outputs in 64s and groups in 32s, {reason}")
+    return Engine(name, "yes", "GEMM kernel")
+
+
+def _fused_shapes(checkpoint: Checkpoint) -> list[tuple[int, int]]:
+    """Return (K, N) of the layers as vLLM runs them: q, k, v in one, gate and up in one."""
+    shapes = checkpoint.linear_shapes()
+    qkv = [shapes[f"self_attn.{name}_proj"] for name in "qkv"]
+    gate = shapes["mlp.gate_proj"]
+    fused = [(qkv[0][0], sum(n for _, n in qkv)), (gate[0], 2 * gate[1])]
+    return [*fused, shapes["self_attn.o_proj"], shapes["mlp.down_proj"]]
