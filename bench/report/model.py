@@ -1,0 +1,253 @@
+"""The schema of a report. Everything shown in markdown, HTML and the terminal is read from here.
+
+Units are in the names: ``_ms`` milliseconds, ``_s`` seconds, ``_bytes`` bytes. Accuracies and their differences are
+fractions of 1. ``schema_version`` grows when a reader of the old shape would misread the new one.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Accuracy",
+    "Answer",
+    "Difference",
+    "Distribution",
+    "Environment",
+    "Failed",
+    "Item",
+    "Memory",
+    "Report",
+    "Role",
+    "Share",
+    "SpeedPoint",
+    "SpeedRatio",
+    "SystemInfo",
+    "TaskAccuracy",
+    "Verdict",
+    "Workload",
+]
+
+
+SCHEMA_VERSION: Literal[1] = 1
+
+Role = Literal["baseline", "candidate"]
+
+
+class Model(BaseModel):
+    """Base of all parts: unknown keys are refused, so that a typo can't pass as a missing value."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Distribution(Model):
+    """Percentiles, mean and number of samples, in the unit of the field that holds it."""
+
+    p50: float
+    p90: float
+    p99: float
+    mean: float
+    n: int
+
+
+class SpeedPoint(Model):
+    """One system at one concurrency, all rounds pooled. None: the server did not report what the metric needs."""
+
+    role: Role
+    concurrency: int
+    requests: int
+    wall_s: float
+    ttft_ms: Distribution
+    tpot_ms: Distribution | None
+    itl_ms: Distribution | None
+    e2e_ms: Distribution
+    client_lag_ms: Distribution
+    requests_per_s: float
+    output_tokens_per_s: float | None
+    output_tokens: int | None
+    prompt_tokens: int | None
+
+
+class SpeedRatio(Model):
+    """Candidate / baseline of a median latency at one concurrency, with its 95% interval."""
+
+    metric: Literal["ttft", "tpot", "e2e"]
+    concurrency: int
+    ratio: float
+    low: float
+    high: float
+
+
+class Share(Model):
+    """A mean score as a fraction of 1 with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Difference(Model):
+    """Candidate - baseline of a mean score, paired by item.
+
+    Attributes:
+        method: ``tango`` for right/wrong scores, ``bootstrap`` for graded ones.
+        p_value: exact McNemar over right and wrong.
+        lost: items right before and wrong now.
+        won: items wrong before and right now.
+        smallest_detectable: what this number of items could have shown (80% power), as a fraction of 1.
+    """
+
+    value: float
+    low: float
+    high: float
+    method: Literal["tango", "bootstrap"]
+    p_value: float
+    lost: int
+    won: int
+    smallest_detectable: float
+
+
+class TaskAccuracy(Model):
+    """One task, or all of them together under the name ``all``."""
+
+    task: str
+    metric: str
+    n: int
+    baseline: Share
+    candidate: Share
+    difference: Difference
+
+
+class Answer(Model):
+    """What a system answered to one question."""
+
+    text: str
+    score: float
+    finish_reason: str | None
+
+
+class Item(Model):
+    """One question with both answers."""
+
+    id: str
+    task: str
+    question: str
+    answers: list[str]
+    metric: str
+    baseline: Answer
+    candidate: Answer
+
+
+class Accuracy(Model):
+    """Answers to the same questions by both systems."""
+
+    overall: TaskAccuracy
+    tasks: list[TaskAccuracy]
+    items: list[Item]
+    cut_answers: dict[Role, int] = Field(description="answers that hit max_tokens before they ended")
+
+
+class Memory(Model):
+    """Memory of a server that this run started; None where it can't be known."""
+
+    host_bytes: int | None = None
+    host_kind: Literal["pss", "uss"] | None = None
+    gpu_bytes: int | None = None
+    weights_bytes: int | None = None
+
+
+class SystemInfo(Model):
+    """Who was measured."""
+
+    role: Role
+    label: str
+    source: str = Field(description="as given on the command line")
+    booted: bool = Field(description="whether this run started the server")
+    model: str
+    url: str
+    server_version: str | None = None
+    quantization: str | None = None
+    disk_bytes: int | None = None
+    disk_weights_bytes: int | None = None
+    memory: Memory = Memory()
+    serve_arguments: list[str] = []
+
+
+class Workload(Model):
+    """What was asked. Two reports can be compared when these are equal."""
+
+    tasks_source: str | None
+    questions: int
+    questions_sha256: str | None
+    answer_tokens: int
+    question_concurrency: int
+    concurrencies: list[int]
+    requests_per_point: int
+    rounds: int
+    output_tokens: int
+    image_sizes: list[str]
+    interleaved: bool
+    timeout_s: float
+    seed: int
+
+
+class Environment(Model):
+    """On what it ran."""
+
+    platform: str
+    cpu: str
+    gpus: list[str]
+    versions: dict[str, str]
+    command: str
+
+
+class Failed(Model):
+    """Requests that failed in the same way."""
+
+    role: Role
+    phase: str
+    kind: str
+    message: str
+    count: int
+
+
+class Verdict(Model):
+    """The answer in a sentence.
+
+    Attributes:
+        accuracy: ``no worse``: the interval of the difference lies above -margin; ``worse``: it lies below 0; ``can't
+            tell``: neither; None when accuracy was not measured.
+        margin: the loss that would not matter, as a fraction of 1.
+        sentence: what a reader should take away.
+    """
+
+    accuracy: Literal["no worse", "worse", "can't tell"] | None
+    margin: float
+    sentence: str
+
+
+class Report(Model):
+    """Everything one `qvl bench` found out. A failed run has no figures: neither accuracy nor speed, only failures."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    status: Literal["ok", "failed"]
+    created: datetime
+    duration_s: float
+    verdict: Verdict
+    systems: dict[Role, SystemInfo]
+    workload: Workload
+    accuracy: Accuracy | None
+    speed: list[SpeedPoint]
+    speed_ratios: list[SpeedRatio]
+    failures: list[Failed]
+    warnings: list[str]
+    environment: Environment
+    definitions: dict[str, str]
+
+    def point(self, role: Role, concurrency: int) -> SpeedPoint | None:
+        """Return the speed of ``role`` at ``concurrency``, None when it was not measured."""
+        return next((p for p in self.speed if (p.role, p.concurrency) == (role, concurrency)), None)

@@ -1,0 +1,224 @@
+"""One `qvl bench` from its settings to its report: questions, servers, measurement, judgement."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, get_args
+from urllib.parse import urlsplit
+
+from bench import resources, tasks
+from bench.boot import Abort, Server, Start, booted
+from bench.endpoint import discover, normalise_url, public_url
+from bench.report.build import build, workload
+from bench.report.model import Memory, Report, Role, SystemInfo
+from bench.run import Measurements, Plan, Progress, System, measure, merge
+from bench.tasks import Question
+from toolkit.errors import BenchError
+
+__all__ = ["Settings", "is_url", "run"]
+
+ROLES: tuple[Role, ...] = get_args(Role)
+DEMO = "demo"
+NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What `qvl bench` was told.
+
+    Attributes:
+        sources: of each system a directory, a hub id, ``demo``, or the URL of a server.
+        tasks: ``demo``, ``none`` or a file of questions.
+        per_task: at most so many questions of each task; None takes all.
+        margin: a loss of accuracy that would not matter, as a fraction of 1.
+        seed: of sampling questions and of resampling.
+        side_by_side: whether servers that this run starts live at the same time.
+        serve_arguments: passed on to the servers.
+    """
+
+    sources: dict[Role, str]
+    plan: Plan
+    tasks: str
+    per_task: int | None
+    margin: float
+    seed: int
+    side_by_side: bool
+    api_key: str | None
+    serve_arguments: tuple[str, ...]
+    command: str
+
+
+def is_url(source: str) -> bool:
+    """Whether a system is given by the URL of its server."""
+    return source.startswith(("http://", "https://"))
+
+
+class Booter(Protocol):
+    """Knows how servers are started."""
+
+    @property
+    def at_once(self) -> bool:
+        """Whether servers may boot at the same time."""
+
+    def boot(self, source: str) -> tuple[Start, Abort]:
+        """Return how to start a server for a directory, hub id or ``demo``, and how to end it while it boots."""
+
+
+#: (directory, questions a task or None for the default) -> the file of questions written there.
+WriteDemo = Callable[[Path, int | None], Path]
+
+
+def run(
+    settings: Settings,
+    *,
+    boot: Booter,
+    write_demo: WriteDemo,
+    progress: Progress,
+    logs: list[Path] | None = None,
+) -> Report:
+    """Measure and return the report, which may be a failed one.
+
+    Args:
+        boot: starts servers for what is no URL.
+        write_demo: writes the demo's questions.
+        logs: filled with the logs of servers that were started.
+
+    Raises:
+        QvlError: what is asked for can't be measured: nothing was, and there is no report.
+    """
+    begun = time.monotonic()
+    with ExitStack() as stack:
+        questions, source = _questions(settings, stack, write_demo)
+        if not questions and not settings.plan.concurrencies:
+            raise BenchError("nothing to measure: --tasks none and --concurrency none")
+        # Servers that are there already are asked before any is started.
+        for role in ROLES:
+            if is_url(settings.sources[role]):
+                asyncio.run(discover(settings.sources[role], settings.api_key))
+        local: list[Role] = [role for role in ROLES if not is_url(settings.sources[role])]
+        together = settings.side_by_side or len(local) < 2
+        groups: list[list[Role]] = [list(ROLES)] if together else [[role] for role in ROLES]
+        parts: list[Measurements] = []
+        infos: dict[Role, SystemInfo] = {}
+        for group in groups:
+            starts = {role: boot.boot(settings.sources[role]) for role in group if role in local}
+            with booted(starts, at_once=boot.at_once) as servers:
+                if logs is not None:
+                    logs += [server.log for server in servers.values()]
+                systems = [_system(role, settings, servers.get(role)) for role in group]
+                parts.append(asyncio.run(measure(systems, questions, settings.plan, progress=progress)))
+                infos |= {system.role: _info(system, settings, servers.get(system.role)) for system in systems}
+            if parts[-1].failures:
+                break
+        for role in ROLES:  # a run that failed at the first system never met the second
+            infos.setdefault(role, _unmet(role, settings))
+    infos = _distinct(infos)
+    return build(
+        merge(parts),
+        questions,
+        {role: infos[role] for role in ROLES},
+        workload(settings.plan, questions, source=source, interleaved=together, seed=settings.seed),
+        margin=settings.margin,
+        duration_s=time.monotonic() - begun,
+        command=settings.command,
+        warnings=_warnings(settings, infos),
+    )
+
+
+def _questions(settings: Settings, stack: ExitStack, write_demo: WriteDemo) -> tuple[Sequence[Question], str | None]:
+    if settings.tasks == NONE:
+        return [], None
+    if settings.tasks == DEMO:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qvl-questions-")))
+        return tasks.load_questions(write_demo(directory, settings.per_task)), DEMO
+    file = Path(settings.tasks)
+    questions = tasks.load_questions(file)
+    if settings.per_task is not None:
+        questions = tasks.pick(questions, settings.per_task, settings.seed)
+    return questions, file.name
+
+
+def _system(role: Role, settings: Settings, server: Server | None) -> System:
+    if server:
+        return System(role, asyncio.run(discover(server.url, server.api_key)))
+    return System(role, asyncio.run(discover(settings.sources[role], settings.api_key)))
+
+
+def _name(source: str) -> str:
+    """A short name for a directory, a hub id or ``demo``."""
+    return Path(source).name or Path(source).resolve().name or source
+
+
+def _info(system: System, settings: Settings, server: Server | None) -> SystemInfo:
+    """Describe a system while it still runs: its memory is read after the load."""
+    source, end = settings.sources[system.role], system.endpoint
+    if server is None:
+        shown = public_url(end.url)
+        return SystemInfo(
+            role=system.role,
+            label=end.model,
+            source=public_url(source),
+            booted=False,
+            model=end.model,
+            url=shown,
+            server_version=end.version,
+        )
+    disk = resources.disk(server.checkpoint)
+    host = resources.host_memory(server.pid)
+    try:
+        log = server.log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        log = ""
+    return SystemInfo(
+        role=system.role,
+        label=_name(source),
+        source=source,
+        booted=True,
+        model=end.model,
+        url=end.url,
+        server_version=end.version,
+        quantization=resources.quantization(server.checkpoint),
+        disk_bytes=disk.total,
+        disk_weights_bytes=disk.weights,
+        memory=Memory.model_validate(
+            {
+                "host_bytes": host.total if host else None,
+                "host_kind": host.kind if host else None,
+                "gpu_bytes": resources.gpu_memory(server.pid),
+                "weights_bytes": resources.weights_in_memory(log),
+            }
+        ),
+        serve_arguments=list(settings.serve_arguments),
+    )
+
+
+def _unmet(role: Role, settings: Settings) -> SystemInfo:
+    source = settings.sources[role]
+    shown = public_url(source) if is_url(source) else source
+    label = urlsplit(shown).netloc if is_url(source) else _name(source)
+    return SystemInfo(role=role, label=label, source=shown, booted=False, model="", url="")
+
+
+def _distinct(infos: dict[Role, SystemInfo]) -> dict[Role, SystemInfo]:
+    """Tell the two apart by role where their names are equal."""
+    if infos["baseline"].label != infos["candidate"].label:
+        return infos
+    return {role: info.model_copy(update={"label": f"{info.label} ({role})"}) for role, info in infos.items()}
+
+
+def _warnings(settings: Settings, infos: dict[Role, SystemInfo]) -> list[str]:
+    a, b = settings.sources["baseline"], settings.sources["candidate"]
+    if is_url(a) and is_url(b) and normalise_url(a) == normalise_url(b):
+        return ["baseline and candidate are one server: differences are noise"]
+    local = not is_url(a) and not is_url(b)
+    if a == b or (local and Path(a).exists() and Path(b).exists() and Path(a).samefile(b)):
+        return ["baseline and candidate are the same model: differences are noise"]
+    if local and infos["baseline"].booted != infos["candidate"].booted:
+        return ["only one of the two systems was reached"]
+    return []

@@ -1,0 +1,74 @@
+"""Reports for tests, built from traces by the code that builds real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.client import Failure, Trace
+from bench.load import Block
+from bench.report.build import build, workload
+from bench.report.model import Memory, Report, Role, SystemInfo
+from bench.run import Measurements, Plan
+from bench.tasks import Question
+
+PLAN = Plan(concurrencies=(1, 4), requests=8, rounds=2, output_tokens=5, image_sizes=((56, 56),), nonce="n")
+
+
+def trace(text: str = "x", ttft: float = 0.1, gap: float = 0.02, n: int = 5, counted: bool = True) -> Trace:
+    chunks = tuple(ttft + gap * i for i in range(n))
+    return Trace(0.0, 0.0, chunks[-1], chunks, text, 7, n if counted else None, "stop")
+
+
+def questions(per_task: int, tasks: Sequence[str] = ("red", "blue"), metric: str = "exact") -> list[Question]:
+    return [Question(f"{task}-{i}", task, "Which?", ("yes",), metric) for task in tasks for i in range(per_task)]
+
+
+def system(role: Role, **changes: Any) -> SystemInfo:
+    fields: dict[str, Any] = {
+        "role": role,
+        "label": {"baseline": "fp16", "candidate": "awq"}[role],
+        "source": role,
+        "booted": True,
+        "model": role,
+        "url": "http://127.0.0.1:1",
+        "disk_bytes": {"baseline": 1000, "candidate": 400}[role],
+        "memory": Memory(host_bytes=5000, host_kind="pss"),
+    }
+    return SystemInfo(**(fields | changes))
+
+
+def report(
+    wrong: dict[Role, set[str]] | None = None,
+    *,
+    per_task: int = 20,
+    speed: dict[Role, float] | None = None,
+    counted: bool = True,
+    failure: Failure | None = None,
+    margin: float = 0.01,
+    asked: list[Question] | None = None,
+    plan: Plan = PLAN,
+    **systems: Any,
+) -> Report:
+    """Both systems answer all questions, except those in ``wrong``; ``speed`` scales all times of a role."""
+    asked = questions(per_task) if asked is None else asked
+    wrong, speed = wrong or {}, speed or {}
+    measured = Measurements()
+    roles: tuple[Role, ...] = ("baseline", "candidate")
+    for role in roles:
+        scale = speed.get(role, 1.0)
+        measured.answers[role] = {q.id: trace("no" if q.id in wrong.get(role, ()) else "yes") for q in asked}
+        for concurrency in plan.concurrencies:
+            traces = tuple(trace(ttft=scale * (0.1 + i / 1000), gap=0.02 * scale, counted=counted) for i in range(4))
+            measured.blocks[role, concurrency] = [Block(traces, scale), Block(traces, scale)]
+    if failure:
+        measured.failures["candidate", "questions", failure] += 2
+    return build(
+        measured,
+        asked,
+        {role: systems.get(role) or system(role) for role in roles},
+        workload(plan, asked, source="t.jsonl", interleaved=True, seed=0),
+        margin=margin,
+        duration_s=1.0,
+        command="qvl bench",
+    )

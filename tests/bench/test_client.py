@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.client import ChatRequest, EventDecoder, Trace, ask
+from bench.endpoint import http_client
+from tests.bench.fake_server import Behaviour, serving
+
+
+def one(url: str, request: ChatRequest | None = None, timeout_s: float = 10.0) -> Trace:
+    async def main() -> Trace:
+        async with http_client(url, timeout_s=timeout_s) as http:
+            return await ask(http, (request or ChatRequest("hi")).body("fake"), timeout_s=timeout_s)
+
+    return asyncio.run(main())
+
+
+def mocked(chunks: list[bytes], **ask_arguments: Any) -> Trace:
+    """Ask a server that sends exactly these bytes, a tick of the clock each."""
+
+    class Stream(httpx.AsyncByteStream):
+        async def __aiter__(self) -> Any:
+            for chunk in chunks:
+                yield chunk
+
+    ticks = itertools.count()
+
+    async def main() -> Trace:
+        transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Stream()))
+        async with http_client("http://127.0.0.1:1", transport=transport) as http:
+            return await ask(http, b"{}", timeout_s=5, clock=lambda: float(next(ticks)), **ask_arguments)
+
+    return asyncio.run(main())
+
+
+def event(content: str | None = None, **more: Any) -> bytes:
+    delta = {} if content is None else {"content": content}
+    payload = {"choices": [{"delta": delta, "finish_reason": more.pop("finish", None)}], **more}
+    return b"data: " + json.dumps(payload, ensure_ascii=False).encode() + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+USAGE = b'data: {"choices": [], "usage": {"prompt_tokens": 11, "completion_tokens": 5}}\n\n'
+
+
+def test_the_body_streams_with_usage_at_temperature_0() -> None:
+    body = json.loads(ChatRequest("what?", ("data:image/png;base64,xx",), 9).body("m"))
+    assert body["model"] == "m"
+    assert body["temperature"] == 0
+    assert body["stream"] is True
+    assert body["stream_options"] == {"include_usage": True}
+    assert body["max_tokens"] == 9
+    assert [part["type"] for part in body["messages"][0]["content"]] == ["image_url", "text"]
+    assert "ignore_eos" not in body
+
+
+def test_only_speed_requests_ignore_the_end_of_text() -> None:
+    assert json.loads(ChatRequest("x", fixed_length=True).body("m"))["ignore_eos"] is True
+
+
+def test_times_follow_the_clock() -> None:
+    # started = 0; then one tick for each piece received.
+    trace = mocked([event(""), event("a"), event("b") + event("c"), event(finish="stop"), USAGE, DONE], scheduled=-1.0)
+    assert trace.failure is None
+    assert (trace.scheduled, trace.started) == (-1.0, 0.0)
+    assert trace.chunks == (2.0, 3.0, 3.0)  # the empty first delta is no token; two events in one read share its time
+    assert trace.ended == 6.0
+    assert trace.text == "abc"
+    assert (trace.prompt_tokens, trace.completion_tokens) == (11, 5)  # from the server, not the number of chunks
+    assert trace.finish_reason == "stop"
+
+
+def test_unscheduled_requests_are_due_when_they_start() -> None:
+    assert mocked([event("a"), DONE]).scheduled == 0.0
+
+
+@given(st.text(), st.integers(1, 7))
+def test_any_text_survives_any_split_of_the_bytes(text: str, size: int) -> None:
+    data = event("\u2028\x85" + text) + DONE
+    trace = mocked([data[i : i + size] for i in range(0, len(data), size)])
+    assert trace.failure is None
+    assert trace.text == "\u2028\x85" + text
+
+
+def test_the_decoder_takes_crlf_comments_and_data_in_lines() -> None:
+    decoder = EventDecoder()
+    assert decoder.feed(b": ping\r\n\r\nevent: x\r\ndata: one\r\ndata:two\r\n\r\nda") == [b"one\ntwo"]
+    assert decoder.feed(b"ta: 3\n") == []
+    assert decoder.feed(b"\n") == [b"3"]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "kind", "words"),
+    [
+        ([b"data: {oops\n\n"], "malformed", "not a chat chunk"),
+        ([b'data: {"choices": [{}]}\n\n'], "malformed", "not a chat chunk"),
+        ([b"data: 3\n\n"], "malformed", "not a chat chunk"),
+        ([b'{"choices": []}'], "malformed", "without a single event"),
+        ([], "malformed", "without a single event"),
+        ([event("a"), event("b")], "truncated", "before the answer was finished"),
+        ([event("a"), b'data: {"error": {"message": "engine died"}}\n\n'], "server", "engine died"),
+    ],
+)
+def test_a_broken_stream_is_a_failure(chunks: list[bytes], kind: str, words: str) -> None:
+    trace = mocked(chunks)
+    assert trace.failure is not None
+    assert trace.failure.kind == kind
+    assert words in trace.failure.message
+
+
+def test_delays_are_seen_as_they_are() -> None:
+    with serving(Behaviour(first_s=0.10, gap_s=0.03, tokens=6)) as server:
+        one(server.url)  # opens modules and sockets
+        trace = one(server.url)
+    gaps = [b - a for a, b in zip(trace.chunks, trace.chunks[1:], strict=False)]
+    assert trace.chunks[0] - trace.started == pytest.approx(0.10, abs=0.04)
+    assert gaps == pytest.approx([0.03] * 5, abs=0.02)
+    assert trace.completion_tokens == 6
+    assert trace.ended >= trace.chunks[-1]
+
+
+def test_a_chunk_is_not_a_token() -> None:
+    with serving(Behaviour(tokens=8, per_chunk=4)) as server:
+        trace = one(server.url)
+    assert len(trace.chunks) == 2
+    assert trace.completion_tokens == 8
+
+
+def test_a_server_without_usage_leaves_the_count_unknown() -> None:
+    with serving(Behaviour(usage=False)) as server:
+        trace = one(server.url)
+    assert trace.failure is None
+    assert trace.completion_tokens is None
+
+
+def test_an_error_status_keeps_what_the_server_said() -> None:
+    with serving(Behaviour(status=429)) as server:
+        failure = one(server.url).failure
+    assert failure is not None
+    assert (failure.kind, failure.message) == ("http", "HTTP 429: out of luck")
+
+
+def test_a_stalled_stream_times_out() -> None:
+    with serving(Behaviour(gap_s=30.0)) as server:
+        failure = one(server.url, timeout_s=0.3).failure
+    assert failure is not None
+    assert failure.kind == "timeout"
+    assert "after 1 chunks" in failure.message
+
+
+def test_a_server_that_says_nothing_times_out() -> None:
+    with serving(Behaviour(first_s=30.0)) as server:
+        failure = one(server.url, timeout_s=0.3).failure
+    assert failure is not None
+    assert "before the first token" in failure.message
+
+
+def test_a_dropped_connection_is_no_answer() -> None:
+    with serving(Behaviour(gap_s=0.05, close_after=2)) as server:
+        failure = one(server.url).failure
+    assert failure is not None
+    assert failure.kind == "truncated"
+
+
+def test_nobody_listening() -> None:
+    with serving() as server:
+        url = server.url
+    failure = one(url).failure
+    assert failure is not None
+    assert failure.kind == "connect"
+
+
+def test_an_empty_answer_is_an_answer() -> None:
+    with serving(Behaviour(text=lambda body: "")) as server:
+        trace = one(server.url)
+    assert trace.failure is None
+    assert trace.text == ""
+    assert trace.chunks == ()
