@@ -17,6 +17,7 @@ from pathlib import Path
 
 from toolkit.console import note
 from toolkit.errors import HubError, ResourceError
+from toolkit.units import human_bytes
 
 __all__ = ["fetch"]
 
@@ -60,7 +61,7 @@ def _announce(hub_id: str, revision: str | None, endpoint: str, cache: Path) -> 
 
     try:
         info = HfApi(endpoint=endpoint).model_info(hub_id, revision=revision, files_metadata=True)
-    except (httpx2.ConnectError, httpx2.TimeoutException, OfflineModeIsEnabled):
+    except (httpx2.HTTPError, OfflineModeIsEnabled):
         return  # snapshot_download falls back on the cache, or says why it can't
     missing = [
         sibling.size or 0
@@ -73,10 +74,10 @@ def _announce(hub_id: str, revision: str | None, endpoint: str, cache: Path) -> 
     needed, free = sum(missing), _free_bytes(cache)
     if needed > free:
         raise ResourceError(
-            f"{hub_id} needs {needed / 1e9:.1f} GB more in {cache}, which has {free / 1e9:.1f} GB free. "
+            f"{hub_id} needs {human_bytes(needed)} more in {cache}, which has {human_bytes(free)} free. "
             "Free some space, or set HF_HOME to a directory on a larger disk."
         )
-    note(f"fetching {hub_id}: {len(missing)} files, {needed / 1e9:.2f} GB, to {cache}")
+    note(f"fetching {hub_id}: {len(missing)} files, {human_bytes(needed)}, to {cache}")
 
 
 def _wanted(name: str) -> bool:
@@ -99,7 +100,8 @@ def _explained(hub_id: str, revision: str | None, endpoint: str) -> Iterator[Non
         yield
     except errors.GatedRepoError as error:
         raise HubError(
-            f"{hub_id} is gated: ask for access at {endpoint}/{hub_id}, then log in with `hf auth login` or set HF_TOKEN."
+            f"{hub_id} is gated: ask for access at {endpoint}/{hub_id}, "
+            "then log in with `hf auth login` or set HF_TOKEN."
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise HubError(
@@ -113,15 +115,16 @@ def _explained(hub_id: str, revision: str | None, endpoint: str) -> Iterator[Non
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise HubError(
-            f"{hub_id} is no directory here, is not (completely) in the cache, and {endpoint} can't be reached "
-            "(or HF_HUB_OFFLINE is set). Check the network and run again: what is fetched already is kept."
+            f"{hub_id} is no directory here, is not (completely) in the cache, and {endpoint} "
+            f"{_why(error.__cause__)}. Run again when that has changed: what is fetched already is kept."
         ) from error
     except (errors.HFValidationError, errors.DisabledRepoError) as error:
-        raise HubError(f"{hub_id} can't be fetched: {_first_line(error)}") from error
+        raise HubError(f"{hub_id} can't be fetched: {_first_line(error)}.") from error
     except (httpx2.HTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
-                f"disk full while {hub_id} was fetched. Free some space, or set HF_HOME to a directory on a larger disk."
+                f"disk full while {hub_id} was fetched: free some space, "
+                "or set HF_HOME to a directory on a larger disk."
             ) from error
         raise HubError(
             f"{hub_id} could not be fetched from {endpoint}: {_first_line(error)}. "
@@ -129,5 +132,16 @@ def _explained(hub_id: str, revision: str | None, endpoint: str) -> Iterator[Non
         ) from error
 
 
+def _why(error: BaseException | None) -> str:
+    """Say why the hub gave no answer that could be used."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, HfHubHTTPError):
+        return f"answers with status {error.response.status_code}"
+    if error is None or isinstance(error, OfflineModeIsEnabled):
+        return "is not asked, as HF_HUB_OFFLINE is set"
+    return "can't be reached"
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")

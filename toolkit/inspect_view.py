@@ -8,28 +8,12 @@ from rich.text import Text
 
 from toolkit.engines import Engine
 from toolkit.inspect import Inspection, Part, Problem
+from toolkit.units import human_bytes, human_count
 
-__all__ = ["human_bytes", "human_count", "render"]
+__all__ = ["render"]
 
 _VERDICTS = {"yes": ("yes", "green"), "repack": ("after repacking", "yellow"), "no": ("no", "red")}
 _SHOWN = 20
-
-
-def human_bytes(size: float) -> str:
-    """Return a size with three digits and a binary unit: 11051712 is "10.5 MiB"."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.4g} GiB"
-
-
-def human_count(number: float) -> str:
-    """Return a count with three digits: 8291375616 is "8.29 B"."""
-    for unit, size in ((" B", 1e9), (" M", 1e6), (" K", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"
 
 
 def render(inspection: Inspection) -> RenderableType:

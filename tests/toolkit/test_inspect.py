@@ -16,7 +16,7 @@ from toolkit.checkpoint import resolve
 from toolkit.cli import app
 from toolkit.errors import CheckpointError
 from toolkit.inspect import Inspection, inspect_checkpoint
-from toolkit.inspect_view import human_bytes, human_count, render
+from toolkit.inspect_view import render
 
 Tensors = dict[str, torch.Tensor]
 
@@ -328,15 +328,3 @@ def test_the_convert_verb(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert result.stdout.strip() == str(tmp_path / "out")
     assert inspect_checkpoint(tmp_path / "out").format == "AWQ GEMV"
-
-
-@pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (7_140_000_000, "6.65 GiB")]
-)
-def test_human_bytes(size: int, text: str) -> None:
-    assert human_bytes(size) == text
-
-
-@pytest.mark.parametrize(("number", "text"), [(512, "512"), (5_530_000, "5.53 M"), (8_291_375_616, "8.29 B")])
-def test_human_count(number: int, text: str) -> None:
-    assert human_count(number) == text
