@@ -1,0 +1,168 @@
+"""What vLLM's log says: how far a boot has come, and why one failed, in a few lines instead of 200."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from toolkit.errors import QvlError, ResourceError, ServerError
+
+__all__ = ["Phases", "decisive_lines", "explain", "follow"]
+
+#: "(EngineCore pid=12) ERROR 11-23 04:45:07 [core.py:1120] message" -> "message".
+_LEVEL = r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[[^\]]*\] ?"
+_PREFIX = re.compile(rf"^(?:\([^()]*pid=\d+\)\s?)*(?:{_LEVEL})?")
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+#: What a line of the log announces. The last that matched is the phase; order is the order of a boot.
+_PHASES = (
+    ("Resolved architecture", "reading the model"),
+    ("Multi-modal warmup completed", "starting the engine"),
+    ("Initializing a V1 LLM engine", "starting the engine"),
+    ("Starting to load model", "loading weights"),
+    ("Loading weights took", "preparing the KV cache"),
+    ("Dynamo bytecode transform", "compiling"),
+    ("Capturing CUDA graph", "capturing CUDA graphs"),
+    ("KV cache size", "warming up"),
+    ("Supported tasks", "opening the endpoint"),
+    ("Application startup complete", "asking the first image question"),
+)
+
+
+@dataclass
+class Phases:
+    """Follows a growing log file and says which phase of the boot it has reached."""
+
+    log: Path
+    current: str = "importing vLLM"
+    _offset: int = field(default=0, repr=False)
+    _partial: str = field(default="", repr=False)
+
+    def update(self) -> str:
+        """Read what was appended since the last call and return the phase."""
+        with self.log.open("rb") as stream:
+            stream.seek(self._offset)
+            appended = stream.read()
+        self._offset += len(appended)
+        *lines, self._partial = (self._partial + appended.decode(errors="replace")).split("\n")
+        for line in lines:
+            for mark, phase in _PHASES:
+                if mark in line:
+                    self.current = phase
+        return self.current
+
+
+def follow(log: Path, while_true: Callable[[], bool]) -> Iterator[str]:
+    """Yield the lines that are appended to a log from now on, until `while_true` says no and all are read."""
+    with log.open("rb") as stream:
+        stream.seek(0, os.SEEK_END)
+        partial = b""
+        while True:
+            last_round = not while_true()
+            *lines, partial = (partial + stream.read()).split(b"\n")
+            for line in lines:
+                yield line.decode(errors="replace")
+            if last_round:
+                return
+            time.sleep(0.2)
+
+
+#: The last line of a Python traceback: "ValueError: message", "torch.OutOfMemoryError: message".
+_EXCEPTION = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)(?::\s.*|)$")
+_ARGUMENT_ERROR = re.compile(r"^(?:vllm.*|usage.*|python.*): error: ")
+#: Exceptions that only say that another process failed, or repeat it.
+_SECONDHAND = re.compile(
+    r"Engine core initialization failed|WorkerProc initialization failed|Engine process failed|returned non-zero exit"
+    r"|failed to be inspected|Failed core proc|EngineDeadError|^asyncio\.exceptions|CancelledError"
+)
+
+
+def decisive_lines(text: str, limit: int = 4) -> list[str]:
+    """Pick the lines of a log that say why vLLM died: the final lines of its tracebacks, each once, the cause first.
+
+    vLLM's processes repeat one another's tracebacks; what only says that another process failed is left out unless
+    there is nothing else. Without a traceback, the last lines of the log.
+    """
+    lines = [_PREFIX.sub("", _ANSI.sub("", line)).rstrip() for line in text.splitlines()]
+    found: list[str] = []
+    for index, line in enumerate(lines):
+        if _ARGUMENT_ERROR.match(line):
+            found.append(line.partition("error: ")[2])
+        elif _EXCEPTION.match(line):
+            found.append(" ".join([line, *_indented(lines[index + 1 : index + 6])]))
+    unique = list(dict.fromkeys(found))
+    firsthand = [line for line in unique if not _SECONDHAND.search(line)] or unique
+    chosen = firsthand[:limit] or [line for line in lines if line.strip()][-limit:]
+    return [line if len(line) <= 400 else line[:400] + " ..." for line in chosen]
+
+
+def _indented(following: list[str]) -> list[str]:
+    """Return the continuation of an exception's message, as pydantic writes it."""
+    message = []
+    for line in following:
+        if not line.startswith("  ") or line.strip().startswith(("For further information", "File ")):
+            break
+        message.append(line.strip().partition(" [type=")[0])
+    return message
+
+
+_OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|out of memory|No available memory for the cache|larger than the available KV cache memory"
+    r"|less than desired (?:GPU|CPU) memory|is less than requested memory|Cannot allocate memory"
+    r"|can't allocate memory|std::bad_alloc|MemoryError",
+    re.IGNORECASE,
+)
+#: What helps, by what the log says. The first that matches.
+_REMEDIES = (
+    (
+        _OUT_OF_MEMORY,
+        "It ran out of memory: give a smaller --max-model-len, --max-num-seqs or --gpu-memory-utilization, "
+        "stop what else uses the memory, or quantize the model.",
+    ),
+    (
+        re.compile(r"exceeds dimension size|size mismatch|shape mismatch|AssertionError: Tried to load weights"),
+        "The weights do not have the shapes that config.json promises: check the directory with `qvl inspect`.",
+    ),
+    (
+        re.compile(r"Address already in use|address in use", re.IGNORECASE),
+        "Another program took the port meanwhile: give another --port.",
+    ),
+    (
+        re.compile(r"unrecognized arguments|invalid choice|expected one argument|argument -"),
+        "The arguments after -- are vLLM's: see what the installed release takes in `vllm serve --help=all`.",
+    ),
+)
+_SIGKILL, _SIGILL = -9, -4
+
+
+def explain(log: Path, returncode: int | None, phase: str) -> QvlError:
+    """Return the error to raise for a vLLM that died while booting.
+
+    Args:
+        log: its log file.
+        returncode: as subprocess gives it, negative for a signal; None when unknown.
+        phase: what it was doing.
+    """
+    text = log.read_text(errors="replace")
+    lines = decisive_lines(text)
+    joined = "\n".join(lines)
+    remedy = next((advice for pattern, advice in _REMEDIES if pattern.search(joined)), None)
+    how = f"exit status {returncode}"
+    if returncode == _SIGKILL:
+        how = "killed by the system"
+        remedy = "The kernel kills the largest process when memory runs out: free memory, or serve a smaller model."
+    elif returncode == _SIGILL:
+        how = "illegal instruction"
+        remedy = "This vLLM was built for a CPU with other instructions (AVX-512): install a build for this one."
+    elif returncode is not None and returncode < 0:
+        how = f"signal {-returncode}"
+    message = f"vLLM died while {phase} ({how}). Its log says:\n"
+    message += "".join(f"  {line}\n" for line in lines)
+    message += f"{remedy}\n" if remedy else ""
+    message += f"The whole log is {log}"
+    memory = returncode == _SIGKILL or _OUT_OF_MEMORY.search(joined)
+    return ResourceError(message) if memory else ServerError(message)

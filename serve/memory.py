@@ -1,0 +1,109 @@
+"""Whether a model fits before it is booted: vLLM finds out only after a minute of loading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from serve.backend import find_gpus
+from serve.options import DEFAULT_GPU_SHARE, DTYPE_BYTES, ServeOptions
+from toolkit.checkpoint import Checkpoint
+from toolkit.errors import ResourceError
+
+__all__ = ["MemoryNeed", "available_host_memory", "check", "need"]
+
+_GIB = 1 << 30
+#: What vLLM takes beside weights and KV cache. CPU: measured, two processes with torch and transformers loaded, no
+#: model to speak of. GPU: CUDA's context and the activations of a picture; vLLM measures the true figure itself.
+_OVERHEAD = {"cpu": int(1.5 * _GIB), "gpu": int(1.5 * _GIB)}
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """The least memory a server takes, in bytes."""
+
+    weights: int
+    kv_cache: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kv_cache + self.overhead
+
+    def __str__(self) -> str:
+        return (
+            f"about {self.total / _GIB:.1f} GiB (weights {self.weights / _GIB:.1f}, "
+            f"KV cache {self.kv_cache / _GIB:.1f}, vLLM itself {self.overhead / _GIB:.1f})"
+        )
+
+
+def need(checkpoint: Checkpoint, options: ServeOptions) -> MemoryNeed:
+    """Estimate the least memory that serving takes. Packed weights keep their size, others take the compute dtype's."""
+    element = DTYPE_BYTES[options.dtype_for(checkpoint)]
+    weights = sum(t.nbytes if t.dtype == "I32" else t.numel * element for t in checkpoint.tensors.values())
+    return MemoryNeed(weights, options.kv_bytes_for(checkpoint), _OVERHEAD["gpu" if options.on_gpu else "cpu"])
+
+
+def available_host_memory() -> int:
+    """Return the bytes this process may still take: what the machine has free, or less where a cgroup limits it."""
+    available = int(psutil.virtual_memory().available)
+    cgroup = Path("/sys/fs/cgroup")
+    try:
+        limit = int((cgroup / "memory.max").read_text())  # "max" where there is no limit
+        used = int((cgroup / "memory.current").read_text())
+        inactive = next(
+            int(line.split()[1])
+            for line in (cgroup / "memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")  # page cache, given back under pressure
+        )
+    except (OSError, ValueError, StopIteration):
+        return available
+    return min(available, max(0, limit - used + inactive))
+
+
+def check(checkpoint: Checkpoint, options: ServeOptions) -> None:
+    """Raise ResourceError, with the figures, when the model can't fit.
+
+    Models spread over several GPUs by one of vLLM's own flags are left for vLLM to judge.
+    """
+    least = need(checkpoint, options)
+    if not options.on_gpu:
+        available = available_host_memory()
+        if least.total > available:
+            raise ResourceError(
+                f"{checkpoint.path} needs {least} of memory, and {available / _GIB:.1f} GiB are available. "
+                f"{_advice(checkpoint, options)}"
+            )
+        return
+    if any(argument.partition("=")[0] in _PARALLEL for argument in options.extra):
+        return
+    gpu = max(find_gpus(), key=lambda g: g.free, default=None)
+    if gpu is None:
+        raise ResourceError("nvidia-smi lists no GPU. Serve with --backend cpu, or check the driver with `nvidia-smi`.")
+    share = options.gpu_memory_utilization or DEFAULT_GPU_SHARE
+    figures = f"{gpu.name} has {gpu.free / _GIB:.1f} of {gpu.total / _GIB:.1f} GiB free"
+    if least.total > min(gpu.free, gpu.total * share):
+        raise ResourceError(
+            f"{checkpoint.path} needs {least} of GPU memory; {figures}, of which vLLM may take a share of {share:g}. "
+            f"{_advice(checkpoint, options)}"
+        )
+    if gpu.total * share > gpu.free:
+        raise ResourceError(
+            f"vLLM would reserve {gpu.total * share / _GIB:.1f} GiB (a share of {share:g}), and {figures}. "
+            f"Stop what uses the GPU, or give --gpu-memory-utilization {int(100 * gpu.free / gpu.total) / 100:g}."
+        )
+
+
+_PARALLEL = {"--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"}
+
+
+def _advice(checkpoint: Checkpoint, options: ServeOptions) -> str:
+    smaller = f"a smaller --max-model-len (now {options.max_model_len_for(checkpoint)})"
+    if not options.on_gpu:
+        smaller += f" or --max-num-seqs (now {options.max_num_seqs_for()})"
+    if checkpoint.quantization is None:
+        return f"Quantize it first (`qvl quantize`: weights shrink to about a third), or give {smaller}."
+    return f"Give {smaller}, or serve a smaller model."
