@@ -55,13 +55,12 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
 
 def _announce(hub_id: str, revision: str | None, endpoint: str, cache: Path) -> None:
     """Say what will be downloaded, and stop now if the disk has no room for it. Silent when the hub is out of reach."""
-    import httpx2
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
         info = HfApi(endpoint=endpoint).model_info(hub_id, revision=revision, files_metadata=True)
-    except (httpx2.HTTPError, OfflineModeIsEnabled):
+    except (_http_error(), OfflineModeIsEnabled):
         return  # snapshot_download falls back on the cache, or says why it can't
     missing = [
         sibling.size or 0
@@ -93,7 +92,6 @@ def _free_bytes(path: Path) -> int:
 @contextmanager
 def _explained(hub_id: str, revision: str | None, endpoint: str) -> Iterator[None]:
     """Turn huggingface_hub's errors into one message that says what to do."""
-    import httpx2
     from huggingface_hub import errors
 
     try:
@@ -120,7 +118,7 @@ def _explained(hub_id: str, revision: str | None, endpoint: str) -> Iterator[Non
         ) from error
     except (errors.HFValidationError, errors.DisabledRepoError) as error:
         raise HubError(f"{hub_id} can't be fetched: {_first_line(error)}.") from error
-    except (httpx2.HTTPError, OSError) as error:
+    except (_http_error(), OSError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
                 f"disk full while {hub_id} was fetched: free some space, "
@@ -130,6 +128,13 @@ def _explained(hub_id: str, revision: str | None, endpoint: str) -> Iterator[Non
             f"{hub_id} could not be fetched from {endpoint}: {_first_line(error)}. "
             "Run again: what is fetched already is kept."
         ) from error
+
+
+def _http_error() -> type[Exception]:
+    """Return the base of all transport errors: httpx's in huggingface_hub 1, httpx2's in 2."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(kind for kind in HfHubHTTPError.__mro__ if kind.__module__.startswith("httpx"))
 
 
 def _why(error: BaseException | None) -> str:

@@ -105,6 +105,7 @@ def test_dequantize_equals_autoawq(awq: SimpleNamespace) -> None:
 words = st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=24)
 
 
+@settings(deadline=None)
 @given(words, st.booleans())
 def test_any_word_survives_unpacking(values: list[int], interleaved: bool) -> None:
     original = torch.tensor([values], dtype=torch.int32)
