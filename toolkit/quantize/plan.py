@@ -28,8 +28,6 @@ _FLOAT = 4
 _BASE_HOST = {"cpu": 0.9e9, "cuda": 3.0e9}
 #: CUDA context, cuBLAS workspaces and the allocator's rounding.
 _BASE_DEVICE = 1.0e9
-#: The clip search's temporaries: tokens x channels of a block, a few of them (see quantizer.py).
-_CLIP_TOKENS, _CLIP_ROWS, _CLIP_COPIES = 1024, 64, 3
 
 
 @dataclass(frozen=True)
@@ -134,9 +132,9 @@ def make_plan(
     rope = 2 * tokens * (hidden // int(text["num_attention_heads"])) * _FLOAT
     # what waits: hidden states in and out, the layer's inputs; the widest module's true and candidate output
     waiting = 2 * hidden_states + features + rope + 3 * hidden_states
-    # what works: the layer, the copies that the search restores it from, candidates, one chunk or the clip's blocks
+    # what works: the layer, the copies that the search restores it from, candidates, one chunk or the clip's errors
     widest = 2 * hidden * inner * _FLOAT
-    clip = _CLIP_COPIES * _CLIP_TOKENS * _CLIP_ROWS * inner * _FLOAT
+    clip = 4 * hidden * inner * _FLOAT  # down_proj's candidate, its error and the products
     chunk = 3 * min(tokens, 16384) * inner * _FLOAT
     working = layer + 3 * widest + max(clip, chunk)
     shell = (checkpoint.nbytes - source_linear) // 2 * _FLOAT + layer

@@ -15,7 +15,7 @@ from toolkit.checkpoint import LINEARS
 from toolkit.errors import ResourceError
 from toolkit.quantize._awq import AwqQuantizer
 from toolkit.quantize.model import StreamedLayers
-from toolkit.quantize.search import dequantize, round_to_grid
+from toolkit.quantize.search import best_clip, dequantize, group_moments, round_to_grid
 
 if TYPE_CHECKING:
     from toolkit.calibration import PreparedSample
@@ -27,9 +27,6 @@ __all__ = ["LayerResult", "Qwen2VLAwqQuantizer"]
 _CHUNK_TOKENS = 16384
 #: Below this many tokens at once the trouble is not the chunk.
 _MIN_CHUNK_TOKENS = 64
-#: Tokens that AutoAWQ's clip search looks at, and the output channels its temporaries are blocked by.
-_CLIP_TOKENS = 512
-_CLIP_ROWS = 64
 
 
 @dataclass
@@ -52,9 +49,9 @@ class LayerResult:
 class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
     """AutoAWQ's search, fed by :mod:`toolkit.calibration` and one streamed layer at a time.
 
-    What is AutoAWQ's: the grid of scales, its loss on the module's output, the clip search. What is ours: how inputs
-    are captured (each sample alone, so no padding enters a mean or a loss), where they wait, float32 throughout,
-    rounding against the fp16 scales the file holds, and two mends:
+    What is AutoAWQ's: the grids of scales and clips and the losses that choose. What is ours: how inputs are captured
+    (each sample alone, so no padding enters a mean or a loss), where they wait, float32 throughout, rounding against
+    the fp16 scales the file holds, the clip's loss by second moments, and two mends:
 
     - AutoAWQ saves the weights it restores after each candidate with ``.cpu()``, which copies on a GPU but is the same
       memory on a CPU: the first candidate's scaling then stays in the weights. With duo scaling that candidate is not
@@ -242,14 +239,14 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
 
     @torch.no_grad()
     def _compute_best_clip(self, w: torch.Tensor, input_feat: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """AutoAWQ's clip search, a block of output channels at a time: its temporaries hold tokens x channels x K."""
+        """AutoAWQ's clip search by second moments: its grid and loss, over all tokens instead of some 512."""
         tokens = input_feat.reshape(-1, input_feat.shape[-1])
-        tokens = tokens[:: max(1, tokens.shape[0] // _CLIP_TOKENS)].to(self.device)
-        rows = w.shape[0]
-        # it asserts on channels that are no multiple of 64: rows of zeros make up for it
-        padded = torch.nn.functional.pad(w, (0, 0, 0, -rows % _CLIP_ROWS))
-        found = [super(Qwen2VLAwqQuantizer, self)._compute_best_clip(b, tokens) for b in padded.split(_CLIP_ROWS)]
-        return torch.cat(found)[:rows]
+        moments: torch.Tensor | None = None
+        for chunk in tokens.split(self.chunk_tokens):
+            part = group_moments(chunk.to(self.device), self.group_size) * (chunk.shape[0] / tokens.shape[0])
+            moments = part if moments is None else moments.add_(part)
+        assert moments is not None
+        return best_clip(w, moments, self.w_bit)
 
     # --- the loop -----------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import torch
 
 from toolkit.formats.packing import QuantizedLinear
 
-__all__ = ["dequantize", "round_to_grid"]
+__all__ = ["best_clip", "dequantize", "group_moments", "round_to_grid"]
 
 #: Smallest range of a group, so that an all-zero group has a scale; AutoAWQ's value.
 _MIN_RANGE = 1e-5
@@ -50,3 +50,53 @@ def dequantize(layer: QuantizedLinear) -> torch.Tensor:
     rows, columns = layer.values.shape
     v = layer.values.view(rows, layer.scales.shape[1], -1).float()
     return ((v - layer.zeros.float().unsqueeze(-1)) * layer.scales.float().unsqueeze(-1)).view(rows, columns)
+
+
+def group_moments(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Return the second moments X^T X / n of every group of inputs.
+
+    Args:
+        x: [n, K], n tokens; the sum is taken in float32.
+        group_size: g, -1 for all of K.
+
+    Returns:
+        [K/g, g, g] float32: the diagonal blocks of the Gram matrix of a linear layer's inputs.
+    """
+    tokens, columns = x.shape
+    group = columns if group_size == -1 else group_size
+    blocks = x.float().view(tokens, -1, group).transpose(0, 1)
+    return torch.bmm(blocks.transpose(1, 2), blocks) / tokens
+
+
+def best_clip(
+    weight: torch.Tensor, moments: torch.Tensor, bits: int = 4, grid: int = 20, max_shrink: float = 0.5
+) -> torch.Tensor:
+    """Find, for every group of every row, the bound on |w| that costs the group's output least.
+
+    AutoAWQ's grid and loss (`_compute_best_clip`): bounds max |w| x (1 - i/grid), the mean over tokens of the squared
+    error of the group's partial sum. With d the error of the group's weights that mean is d^T H d, H the group's
+    moments, so all tokens count and a step costs g instead of n multiplications a weight.
+
+    Args:
+        weight: [N, K].
+        moments: [K/g, g, g] from :func:`group_moments`.
+        bits: width of a value.
+        grid, max_shrink: bounds tried: the first ``grid * max_shrink`` of ``grid``.
+
+    Returns:
+        [N, K/g, 1], the bounds.
+    """
+    rows = weight.shape[0]
+    groups, group, _ = moments.shape
+    w = weight.float().view(rows, groups, group)
+    widest = w.abs().amax(-1, keepdim=True)
+    best, least = widest.clone(), torch.full_like(widest, torch.inf)
+    for step in range(int(max_shrink * grid)):
+        bound = widest * (1 - step / grid)
+        clipped = w.clamp(-bound, bound).reshape(rows * groups, group)
+        d = (dequantize(round_to_grid(clipped, -1, bits)).view_as(w) - w).transpose(0, 1)
+        loss = (torch.bmm(d, moments) * d).sum(-1).t().unsqueeze(-1)
+        better = loss < least
+        least = torch.where(better, loss, least)
+        best = torch.where(better, bound, best)
+    return best
