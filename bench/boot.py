@@ -76,9 +76,10 @@ def booted(starts: Mapping[Role, tuple[Start, Abort]], *, at_once: bool) -> Iter
             other's memory for its own while it measures how much there is.
     """
     futures: dict[Role, Future[Server]] = {}
+    stopped = threading.Event()
     try:
         for role, (start, _) in starts.items():
-            futures[role] = _in_thread(start)
+            futures[role] = _in_thread(start, stopped)
             if not at_once:
                 wait([futures[role]])
                 futures[role].result()
@@ -96,10 +97,15 @@ def booted(starts: Mapping[Role, tuple[Start, Abort]], *, at_once: bool) -> Iter
                 wait([future], timeout=0.5)
             if future.done() and not future.exception():
                 future.result().stop()
+        stopped.set()
 
 
-def _in_thread(start: Start) -> Future[Server]:
-    """Call ``start`` in a thread that this process does not wait for when it ends."""
+def _in_thread(start: Start, stopped: threading.Event) -> Future[Server]:
+    """Call ``start`` in a thread of its own and keep that thread until ``stopped``.
+
+    A server that is to end with this process ends, as Linux sees it, with the thread that started it. The thread is a
+    daemon: this process does not wait for it when it ends.
+    """
     future: Future[Server] = Future()
 
     def work() -> None:
@@ -107,6 +113,8 @@ def _in_thread(start: Start) -> Future[Server]:
             future.set_result(start())
         except BaseException as error:
             future.set_exception(error)
+        else:
+            stopped.wait()
 
     threading.Thread(target=work, name="boot", daemon=True).start()
     return future

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +39,7 @@ FULL: dict[str, Any] = {
     "answer_tokens": 64,
 }
 ACCURACY, SPEED, SERVERS = "Accuracy", "Speed", "Servers"
+_PANEL = "Measurement"
 FAIL_IF = (
     "Exit 1 when this change is seen: METRIC OP CHANGE, such as 'accuracy<-1pt', 'tpot_p50@4>+5%' (at 4 in flight; "
     "without @ at any) or 'size_on_disk>0%'. Metrics: accuracy, accuracy.TASK, ttft_p50 (tpot, itl, e2e; p90, p99), "
@@ -54,8 +56,8 @@ def _both(name: str) -> str:
 
 def register(app: typer.Typer) -> None:
     """Add this package's verbs to ``app``."""
-    app.command()(bench)
-    app.command()(compare)
+    app.command(rich_help_panel=_PANEL)(bench)
+    app.command(rich_help_panel=_PANEL)(compare)
 
 
 def bench(
@@ -247,32 +249,33 @@ def _write_demo(directory: Path, per_task: int | None) -> Path:
 
 
 class _Booter:
-    """Starts servers with `serve.lifecycle`, each on a port of its own.
-
-    Attributes:
-        at_once: whether they may boot at the same time: not on a GPU, where each measures how much memory is left.
-    """
+    """Starts servers with `serve.lifecycle`, each on a port of its own."""
 
     def __init__(
         self, arguments: tuple[str, ...], port: int | None, *, shared: bool, on_phase: Callable[[str, str], None]
     ) -> None:
         from bench.boot import free_ports
-        from serve.options import DEFAULT_GPU_SHARE, ServeOptions
 
         self._arguments = arguments
         self._ports = iter(free_ports(2) if port is None else [port, port + 1])
+        self._shared = shared
         self._on_phase = on_phase
-        on_gpu = ServeOptions().on_gpu
-        self._gpu_share = DEFAULT_GPU_SHARE / 2 if on_gpu and shared else None
-        self.at_once = not on_gpu
+
+    @property
+    def at_once(self) -> bool:
+        """Whether servers may boot at the same time: not on a GPU, where each measures how much memory is left."""
+        from serve.options import ServeOptions
+
+        return not ServeOptions().on_gpu
 
     def boot(self, source: str) -> tuple[Start, Abort]:
         """Return how to start a server for ``source`` and how to end it while it boots."""
         from serve import lifecycle
-        from serve.options import ServeOptions
+        from serve.options import DEFAULT_GPU_SHARE, ServeOptions
         from toolkit.errors import ServerError
 
-        options = ServeOptions(port=next(self._ports), gpu_memory_utilization=self._gpu_share, extra=self._arguments)
+        share = DEFAULT_GPU_SHARE / 2 if self._shared and not self.at_once else None
+        options = ServeOptions(port=next(self._ports), gpu_memory_utilization=share, extra=self._arguments)
 
         def start() -> Server:
             # Attached: the server ends with this process even when that is killed.
@@ -294,6 +297,9 @@ def _sigterm_like_ctrl_c() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's business
+        return
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield

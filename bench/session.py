@@ -108,7 +108,7 @@ def run(
         infos: dict[Role, SystemInfo] = {}
         for group in groups:
             starts = {role: boot.boot(settings.sources[role]) for role in group if role in local}
-            with booted(starts, at_once=boot.at_once) as servers:
+            with booted(starts, at_once=bool(starts) and boot.at_once) as servers:
                 if logs is not None:
                     logs += [server.log for server in servers.values()]
                 systems = [_system(role, settings, servers.get(role)) for role in group]

@@ -19,7 +19,7 @@ ROLES: tuple[Role, ...] = ("baseline", "candidate")
 BADGES = {
     "no worse": ("good", "✓", "No worse"),
     "worse": ("bad", "✗", "Worse"),
-    "can't tell": ("open", "?", "Can’t tell yet"),
+    "can't tell": ("open", "?", "Can’t tell"),
     "failed": ("bad", "!", "Run failed"),
     None: ("open", "–", "Accuracy not measured"),
 }
@@ -43,7 +43,7 @@ def cards(report: Report) -> list[Card]:
         found.append(
             Card(
                 "Accuracy",
-                f"{words.points(row.difference.value)} points",
+                f"{words.points(row.difference.value)} pt",
                 f"{words.percent(row.candidate.value)} against {words.percent(row.baseline.value)}",
             )
         )

@@ -132,6 +132,6 @@ def workload_text(report: Report) -> str:
             "ignored). "
             "Every picture and prompt is new to the server, warm-up inputs are others."
         )
-    turns = "in turns, questions request by request, load block by block" if work.interleaved else "one after the other"
+    turns = "in turns, a few questions or one block of load each" if work.interleaved else "one after the other"
     text.append(f"The systems were measured {turns}. Seed {work.seed}.")
     return " ".join(text)

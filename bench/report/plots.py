@@ -150,7 +150,7 @@ def speed_plots(report: Report) -> list[tuple[str, str, str]]:
             continue
         axes.set_xticks(range(len(concurrencies)), [str(c) for c in concurrencies])
         axes.set_xlim(-0.35, len(concurrencies) - 0.65)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.06 * axes.dataLim.ymax)
         axes.set_xlabel("requests in flight", color=MUTED, fontsize=9)
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         plots.append((title, reading, _svg(figure, f"{title} against requests in flight")))

@@ -71,18 +71,20 @@ def sentence(overall: TaskAccuracy | None, accuracy_verdict: str | None, margin:
     """The verdict on accuracy in one sentence."""
     if overall is None or accuracy_verdict is None:
         return "Accuracy was not measured."
-    candidate, d = labels["candidate"], overall.difference
-    figures = (
-        f"{percent(overall.candidate.value)} against {percent(overall.baseline.value)} on {overall.n} questions "
+    d = overall.difference
+    scores = (
+        f"{labels['candidate']} scores {percent(overall.candidate.value)}, {labels['baseline']} "
+        f"{percent(overall.baseline.value)}, on {overall.n} questions "
         f"({points(d.value)} points, 95% interval {interval(d)})"
     )
     if accuracy_verdict == "worse":
-        return f"{candidate} answers worse than {labels['baseline']}: {figures}."
+        return f"{scores}: a loss beyond chance."
     if accuracy_verdict == "no worse":
-        return f"{candidate} answers no worse than {labels['baseline']} within {100 * margin:g} points: {figures}."
+        return f"{scores}: a loss of more than {100 * margin:g} points is ruled out."
+    if d.smallest_detectable >= 1:
+        return f"{scores}: so few questions can show no loss at all."
     shown = 100 * d.smallest_detectable
-    sample = "nothing at all" if d.smallest_detectable >= 1 else f"losses of about {shown:.1f} points"
-    return f"No loss shown, none ruled out: {candidate} answers {figures}; a sample of this size shows {sample}."
+    return f"{scores}: no loss shown, none ruled out; this many questions show losses from about {shown:.1f} points on."
 
 
 def failure_sentence(report: Report) -> str:

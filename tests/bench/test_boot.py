@@ -23,6 +23,7 @@ class Server:
 
     def start(self) -> Server:
         self.begun = time.monotonic()
+        self.thread = threading.current_thread()
         if self.ended.wait(self.boot_s):
             raise ServerError("ended while booting")
         if self.dies:
@@ -37,13 +38,17 @@ class Server:
 
 
 def test_servers_boot_side_by_side_and_are_stopped() -> None:
-    a, b = Server(0.2), Server(0.2)
+    a, b = Server(0.4), Server(0.4)
     begun = time.monotonic()
     with booted({"baseline": (a.start, a.abort), "candidate": (b.start, b.abort)}, at_once=True) as servers:
         assert servers == {"baseline": a, "candidate": b}
-        assert time.monotonic() - begun < 0.35
+        assert time.monotonic() - begun < 0.75
         assert a.stopped == b.stopped == 0
+        # A process that asked to end with its parent ends with the thread that started it.
+        assert a.thread.is_alive() and b.thread.is_alive()
     assert a.stopped == b.stopped == 1
+    a.thread.join(5)
+    assert not a.thread.is_alive()
 
 
 def test_servers_can_boot_one_after_the_other() -> None:

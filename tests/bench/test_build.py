@@ -64,12 +64,12 @@ def test_the_verdict_follows_the_interval(low: float, high: float, verdict: str)
 
 
 def test_verdicts_are_said_in_words() -> None:
-    assert "ruled out" in report().verdict.sentence
+    assert "no loss shown, none ruled out" in report().verdict.sentence
     assert report().verdict.accuracy == "can't tell"
     fine = report(per_task=400)
-    assert (fine.verdict.accuracy, "no worse than fp16" in fine.verdict.sentence) == ("no worse", True)
+    assert (fine.verdict.accuracy, "more than 1 points is ruled out" in fine.verdict.sentence) == ("no worse", True)
     bad = report({"candidate": ids("red", *range(10))})
-    assert (bad.verdict.accuracy, "answers worse than fp16" in bad.verdict.sentence) == ("worse", True)
+    assert (bad.verdict.accuracy, "a loss beyond chance" in bad.verdict.sentence) == ("worse", True)
     silent = report(asked=[])
     assert (silent.verdict.accuracy, silent.verdict.sentence) == (None, "Accuracy was not measured.")
 

@@ -121,8 +121,8 @@ def test_delays_are_seen_as_they_are() -> None:
         one(server.url)  # opens modules and sockets
         trace = one(server.url)
     gaps = [b - a for a, b in zip(trace.chunks, trace.chunks[1:], strict=False)]
-    assert trace.chunks[0] - trace.started == pytest.approx(0.10, abs=0.04)
-    assert gaps == pytest.approx([0.03] * 5, abs=0.02)
+    assert trace.chunks[0] - trace.started == pytest.approx(0.10, abs=0.05)
+    assert sorted(gaps)[2] == pytest.approx(0.03, abs=0.015)
     assert trace.completion_tokens == 6
     assert trace.ended >= trace.chunks[-1]
 

@@ -4,8 +4,6 @@ import asyncio
 import itertools
 import time
 
-import pytest
-
 from bench.client import Failure, Trace
 from bench.load import Block, closed_loop
 
@@ -40,8 +38,7 @@ def test_everything_is_sent_once_with_so_many_in_flight() -> None:
     assert sorted(server.seen) == sorted(b"%d" % i for i in range(12))
     assert server.most == 3
     assert len(block.traces) == 12
-    # 12 requests, 3 at a time, 20 ms each.
-    assert block.wall_s == pytest.approx(4 * 0.02, rel=0.6)
+    assert 4 * 0.02 - 0.005 <= block.wall_s < 12 * 0.02  # 12 requests, 3 at a time, 20 ms each
 
 
 def test_fewer_requests_than_workers() -> None:

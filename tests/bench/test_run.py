@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bench.endpoint import discover
+from bench.report.model import Role
 from bench.run import Measurements, Plan, System, measure, merge
 from bench.tasks import Question
 from tests.bench.fake_server import Behaviour, FakeServer, serving
@@ -107,7 +108,7 @@ def test_the_systems_take_turns() -> None:
 
     with serving(noted("A")) as a, serving(noted("B")) as b:
         run(a, b, replace(PLAN, concurrencies=(), question_concurrency=1))
-    assert "".join(order) == "AB BA AB BA AB BA AB BA AB".replace(" ", "")
+    assert "".join(order) == "AAAA BBBB BBBB AAAA A B".replace(" ", "")
 
 
 def test_blocks_take_turns_too() -> None:
@@ -125,14 +126,18 @@ def test_blocks_take_turns_too() -> None:
 
 
 def test_measured_times_are_the_servers_delays() -> None:
+    plan = replace(PLAN, concurrencies=(2,), requests=6, rounds=1, output_tokens=6, image_sizes=(None,))
     with serving(Behaviour(first_s=0.08, gap_s=0.02)) as a, serving(Behaviour(first_s=0.16, gap_s=0.04)) as b:
-        found = run(a, b, replace(PLAN, concurrencies=(2,), requests=4, rounds=1, output_tokens=6), questions=[])
-    for role, first, gap in (("baseline", 0.08, 0.02), ("candidate", 0.16, 0.04)):
-        for block in found.blocks[role, 2]:  # type: ignore[index]
-            for trace in block.traces:
-                assert trace.chunks[0] - trace.scheduled == pytest.approx(first, abs=0.05)
-                assert (trace.ended - trace.chunks[0]) / 5 == pytest.approx(gap, abs=0.01)
-            assert block.wall_s == pytest.approx(2 * (first + 5 * gap), rel=0.4)
+        found = run(a, b, plan, questions=[])
+    truth: dict[Role, tuple[float, float]] = {"baseline": (0.08, 0.02), "candidate": (0.16, 0.04)}
+    for role, (first, gap) in truth.items():
+        (block,) = found.blocks[role, 2]
+        # A busy machine only ever adds to a delay, and not to each.
+        firsts = [trace.chunks[0] - trace.scheduled for trace in block.traces]
+        tpots = [(trace.ended - trace.chunks[0]) / 5 for trace in block.traces]
+        assert min(firsts) == pytest.approx(first, abs=0.02)
+        assert min(tpots) == pytest.approx(gap, abs=0.008)
+        assert block.wall_s >= 3 * (first + 5 * gap) - 0.01
 
 
 @pytest.mark.parametrize("fail_after", [0, 4, 10, 14])
