@@ -27,6 +27,8 @@ Progress = Callable[[str, int, int], None]
 
 #: Questions a turn, for each that is in flight: few enough to take turns often, enough to keep all in flight.
 TURN = 4
+#: Requests of a block for each that is in flight, at least.
+WAVES = 3
 
 
 def _silent(phase: str, done: int, total: int) -> None:
@@ -47,7 +49,7 @@ class Plan:
 
     Attributes:
         concurrencies: requests kept in flight, one speed point each; empty skips speed.
-        requests: measured requests a point and system, over all rounds.
+        requests: measured requests a point and system, over all rounds; more at high concurrency.
         rounds: each point is measured so often, the two systems taking turns in alternating order.
         output_tokens: exact length of each answer in speed runs, >= 2 (one token has no TPOT).
         image_sizes: pictures of speed runs.
@@ -84,16 +86,13 @@ class Plan:
             )
         if any(concurrency < 1 for concurrency in self.concurrencies):
             raise BenchError("--concurrency: each must be at least 1")
-        if self.concurrencies and self.block_requests < max(self.concurrencies):
-            raise BenchError(
-                f"--requests {self.requests} over {self.rounds} rounds never fills concurrency "
-                f"{max(self.concurrencies)}; ask for at least {max(self.concurrencies) * self.rounds}"
-            )
 
-    @property
-    def block_requests(self) -> int:
-        """Requests of one block: one system, one concurrency, one round."""
-        return -(-self.requests // self.rounds)
+    def block_requests(self, concurrency: int) -> int:
+        """Requests of one block: one system, one concurrency, one round.
+
+        At least `WAVES` times as many as are in flight: a single wave would be a burst, not a load.
+        """
+        return max(-(-self.requests // self.rounds), WAVES * concurrency)
 
 
 @dataclass(slots=True)
@@ -258,7 +257,7 @@ async def _load(
     found: Measurements,
     progress: Progress,
 ) -> None:
-    total = plan.rounds * len(plan.concurrencies) * len(systems) * plan.block_requests
+    total = plan.rounds * len(systems) * sum(map(plan.block_requests, plan.concurrencies))
     done = 0
 
     def tick() -> None:
@@ -270,7 +269,7 @@ async def _load(
         for step, concurrency in enumerate(plan.concurrencies):
             for system in systems if (round_ + step) % 2 == 0 else reversed(systems):
                 bodies = _inputs(system, systems, plan).bodies(
-                    f"load/{round_}/{concurrency}", plan.block_requests, system.endpoint.model
+                    f"load/{round_}/{concurrency}", plan.block_requests(concurrency), system.endpoint.model
                 )
                 block = await _block(system, clients[system.role], bodies, concurrency, plan, tick)
                 found.blocks.setdefault((system.role, concurrency), []).append(block)

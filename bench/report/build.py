@@ -65,7 +65,7 @@ def workload(
         answer_tokens=plan.answer_tokens,
         question_concurrency=plan.question_concurrency,
         concurrencies=list(plan.concurrencies),
-        requests_per_point=plan.block_requests * plan.rounds,
+        requests=[plan.rounds * plan.block_requests(concurrency) for concurrency in plan.concurrencies],
         rounds=plan.rounds,
         output_tokens=plan.output_tokens,
         image_sizes=["text" if size is None else f"{size[0]}x{size[1]}" for size in plan.image_sizes],
@@ -301,10 +301,8 @@ def _doubts(measured: Measurements, work: Workload, accuracy: Accuracy | None) -
                 f"the client fell behind by {lag.p50:.1f} ms (p50) before requests to the {role}: "
                 "more than 5% of its TTFT"
             )
-    if work.concurrencies and work.requests_per_point < 100:
-        doubts.append(
-            f"{work.requests_per_point} requests a point: p99 is close to the slowest request, read it as such"
-        )
+    if work.requests and min(work.requests) < 100:
+        doubts.append(f"{min(work.requests)} requests a point: p99 is close to the slowest request, read it as such")
     if accuracy:
         for role, cut in accuracy.cut_answers.items():
             if cut:

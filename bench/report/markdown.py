@@ -116,6 +116,11 @@ def size_table(report: Report) -> str:
     return _table(["", *(s.label for s in systems)], rows)
 
 
+def _counts(counts: Sequence[int]) -> str:
+    """``24``, or ``96 to 288``."""
+    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+
+
 def workload_text(report: Report) -> str:
     """What was asked, in a few sentences."""
     work = report.workload
@@ -127,7 +132,7 @@ def workload_text(report: Report) -> str:
         )
     if work.concurrencies:
         text.append(
-            f"Load: {work.requests_per_point} requests a point and system in {work.rounds} rounds, closed loop, "
+            f"Load: {_counts(work.requests)} requests a point and system in {work.rounds} rounds, closed loop, "
             f"pictures of {', '.join(work.image_sizes)}, exactly {work.output_tokens} output tokens (end-of-text is "
             "ignored). "
             "Every picture and prompt is new to the server, warm-up inputs are others."

@@ -186,7 +186,7 @@ class Workload(Model):
     answer_tokens: int
     question_concurrency: int
     concurrencies: list[int]
-    requests_per_point: int
+    requests: list[int] = Field(description="requests of each point and system, in the order of concurrencies")
     rounds: int
     output_tokens: int
     image_sizes: list[str]

@@ -14,6 +14,7 @@ class Server:
     """A server that takes a while to boot and can be ended meanwhile, as a process can."""
 
     url, pid, log, checkpoint = "http://127.0.0.1:1", 1, Path("log"), Path("dir")
+    api_key: str | None = None
 
     def __init__(self, boot_s: float = 0.0, dies: bool = False) -> None:
         self.boot_s, self.dies = boot_s, dies

@@ -85,7 +85,7 @@ def test_failed_requests_mark_the_report_and_exit_2(
     [
         (["--fail-if", "speed>1%"], "unknown metric"),
         (["--concurrency", "two"], "--concurrency 'two'"),
-        (["--concurrency", "8"], "never fills concurrency 8"),
+        (["--concurrency", "0"], "--concurrency: each must be at least 1"),
         (["--image-sizes", "big"], "image size"),
         (["--output-tokens", "1"], "at least 2"),
         (["--tasks", "none", "--concurrency", "none"], "nothing to measure"),

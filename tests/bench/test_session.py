@@ -213,8 +213,8 @@ def test_comparing_a_thing_with_itself_is_doubted(
     tmp_path: Path, dirs: tuple[Path, Path], pair: tuple[int, int] | None, words: str
 ) -> None:
     with serving() as server:
-        sources: Any = (server.url, server.url + "/v1") if pair is None else (dirs[pair[0]], dirs[pair[1]])
-        report = go(settings(*sources, questions(tmp_path)), Booter(tmp_path))
+        a, b = (server.url, server.url + "/v1") if pair is None else (str(dirs[pair[0]]), str(dirs[pair[1]]))
+        report = go(settings(a, b, questions(tmp_path)), Booter(tmp_path))
     assert any(words in warning for warning in report.warnings)
     labels = [report.systems["baseline"].label, report.systems["candidate"].label]
     assert [label.split(" ")[-1] for label in labels] == ["(baseline)", "(candidate)"]
