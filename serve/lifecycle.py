@@ -301,7 +301,10 @@ def _ask_test_question(client: httpx.Client, name: str, timeout: float) -> None:
     body = {"model": name, "messages": [question], "max_tokens": 8, "temperature": 0}
     answered = client.post("/v1/chat/completions", json=body, timeout=timeout)
     if not answered.is_success:
-        raise ServerError(f"vLLM refused its first image question ({answered.status_code}): {answered.text[:400]}")
+        raise ServerError(
+            f"vLLM refused its first image question ({answered.status_code}): {answered.text[:400]}\n"
+            "Its tokenizer, processor or chat template may be missing: check the directory with `qvl inspect`."
+        )
     answer = answered.json()["choices"][0]["message"]["content"] or ""
     if len(answer) > 3 and not answer.strip("!"):
         raise ServerError(

@@ -25,7 +25,7 @@ _PHASES = (
     ("Initializing a V1 LLM engine", "starting the engine"),
     ("Starting to load model", "loading weights"),
     ("Loading weights took", "preparing the KV cache"),
-    ("Dynamo bytecode transform", "compiling"),
+    ("for vLLM's torch.compile", "compiling"),
     ("Capturing CUDA graph", "capturing CUDA graphs"),
     ("KV cache size", "warming up"),
     ("Supported tasks", "opening the endpoint"),
@@ -111,7 +111,7 @@ def _indented(following: list[str]) -> list[str]:
 
 
 _OUT_OF_MEMORY = re.compile(
-    r"OutOfMemoryError|out of memory|No available memory for the cache|larger than the available KV cache memory"
+    r"OutOfMemoryError|out of memory|No available memory for the cache|KV cache is needed|available KV cache memory"
     r"|less than desired (?:GPU|CPU) memory|is less than requested memory|Cannot allocate memory"
     r"|can't allocate memory|std::bad_alloc|MemoryError",
     re.IGNORECASE,

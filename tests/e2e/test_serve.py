@@ -1,0 +1,279 @@
+"""The real vLLM serves the embedded model: fp16, GEMM and GEMV; it starts, answers and ends as promised."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import httpx
+import psutil
+import pytest
+
+from serve import lifecycle, state
+from serve.options import ServeOptions
+from tests.e2e.conftest import Question, Served, chat, free_port
+from toolkit.checkpoint import Checkpoint
+from toolkit.demo import checkpoint_dir
+from toolkit.errors import ServerError
+
+pytestmark = pytest.mark.e2e
+
+
+def qvl(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "toolkit.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, **environment})
+
+
+def right(question: Question, answer: str) -> bool:
+    return answer.strip().lower() in [expected.lower() for expected in question.answers]
+
+
+def answers(server: lifecycle.Server, questions: list[Question]) -> list[str]:
+    return [str(chat(server, question)["message"]["content"]) for question in questions]
+
+
+def share_right(questions: list[Question], given: list[str]) -> float:
+    return sum(right(question, answer) for question, answer in zip(questions, given, strict=True)) / len(questions)
+
+
+def top_logprobs(server: lifecycle.Server, question: Question) -> dict[str, float]:
+    """The likeliest first tokens and their log-probabilities."""
+    first = chat(server, question, max_tokens=1, logprobs=True, top_logprobs=5)["logprobs"]["content"][0]
+    return {entry["token"]: entry["logprob"] for entry in first["top_logprobs"]}
+
+
+def reference_logprobs(checkpoint: Path, questions: list[Question]) -> list[dict[str, float]]:
+    """The log-probability of every first token by transformers in float32, by the token's text."""
+    from toolkit.compat import patch_torchvision
+
+    patch_torchvision()
+    import torch
+    from PIL import Image
+    from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+
+    model = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    processor = Qwen2VLProcessor.from_pretrained(checkpoint)
+    found = []
+    for question in questions:
+        content = [{"type": "image"}, {"type": "text", "text": question.question}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        with Image.open(question.image) as image, torch.no_grad():
+            logits = model(**processor(images=[image.convert("RGB")], text=[text], return_tensors="pt")).logits
+        logprobs = logits[0, -1].log_softmax(-1)
+        found.append({processor.decode([i]): float(v) for i, v in enumerate(logprobs)})
+    return found
+
+
+def test_fp16_answers_held_out_questions(served: Served, questions: list[Question]) -> None:
+    given = answers(served("demo"), questions)
+    assert share_right(questions, given) >= 0.8, [(q.task, q.answers, a) for q, a in zip(questions, given, strict=True)]
+
+
+def test_fp16_agrees_with_transformers_in_float32(served: Served, questions: list[Question]) -> None:
+    sample = questions[::4]
+    for question, expected in zip(sample, reference_logprobs(checkpoint_dir(), sample), strict=True):
+        seen = top_logprobs(served("demo"), question)
+        likeliest = max(seen, key=lambda token: seen[token])
+        assert seen[likeliest] == pytest.approx(expected[likeliest], abs=5e-3), question
+        for token, value in seen.items():
+            if value > -8:  # float16 keeps three digits
+                assert value == pytest.approx(expected[token], abs=5e-2), (question, token)
+
+
+def test_awq_answers_and_gemv_answers_the_same(
+    served: Served, awq_gemm: Path, awq_gemv: Path, questions: list[Question], cache: Path
+) -> None:
+    gemm, gemv = served(awq_gemm), served(awq_gemv)
+    given = answers(gemm, questions)
+    assert share_right(questions, given) >= 0.75
+    assert answers(gemv, questions) == given
+    for question in questions[::4]:
+        assert top_logprobs(gemv, question) == top_logprobs(gemm, question)
+    # The GEMV one was repacked into the cache, under its own name.
+    assert gemv.model_name == "demo-awq-gemv"
+    twin = cache / "gemm" / Checkpoint.open(awq_gemv).content_hash()
+    known = state.load(gemv.port)
+    assert known is not None and known.served == str(twin)
+    assert gemv.checkpoint == awq_gemv
+
+
+def test_ask_streams_the_answer(served: Served, questions: list[Question]) -> None:
+    server = served("demo")
+    word = next(question for question in questions if "word" in question.task)
+    expected = answers(server, [word])[0]
+    asked = qvl("ask", "--url", server.url, "--image", str(word.image), word.question)
+    assert (asked.returncode, asked.stdout) == (0, f"{expected}\n"), asked
+    two = qvl(
+        "ask", "--url", server.url, "--image", str(word.image), "--image", str(word.image), "--json", word.question
+    )
+    printed = json.loads(two.stdout)
+    assert printed["model"] == "demo" and printed["completion_tokens"] >= 1
+    assert 0 < printed["first_token_seconds"] <= printed["seconds"]
+
+
+def test_errors_of_the_api(served: Served) -> None:
+    server = served("demo")
+    for arguments, message in (
+        (["--max-tokens", "100000", "Why?"], "answers 400"),
+        (["--model", "nobody", "Why?"], "answers 404"),
+        (["--image", "http://127.0.0.1:9/none.png", "Why?"], "answers "),
+    ):
+        asked = qvl("ask", "--url", server.url, *arguments)
+        assert asked.returncode == 2 and message in asked.stderr and "Traceback" not in asked.stderr, asked
+
+
+def test_more_pictures_than_allowed(served: Served, questions: list[Question]) -> None:
+    server = served("demo")
+    pictures = [part for _ in range(9) for part in ("--image", str(questions[0].image))]
+    asked = qvl("ask", "--url", server.url, *pictures, "Why?")
+    assert asked.returncode == 2 and "answers 400" in asked.stderr and "8" in asked.stderr
+
+
+def test_status_knows_it_and_its_port_is_refused(served: Served) -> None:
+    server = served("demo")
+    known = lifecycle.status(server.port)
+    assert known.state == "ready" and known.pid == server.pid and known.model_name == "demo"
+    assert known.memory is not None and 300 << 20 < known.memory < 6 << 30
+    listed = json.loads(qvl("status", "--json").stdout)
+    assert server.port in [entry["port"] for entry in listed]
+    again = qvl("serve", "demo", "--port", str(server.port))
+    assert again.returncode == 2 and f"port {server.port} is taken by qvl's server of demo" in again.stderr
+
+
+def test_vllm_that_dies_while_booting() -> None:
+    port = free_port()
+    died = qvl("serve", "demo", "--port", str(port), "--", "--no-such-flag", "3")
+    assert died.returncode == 2
+    message = died.stderr[died.stderr.index("error: ") :]
+    assert "unrecognized arguments: --no-such-flag 3" in message
+    assert len(message.splitlines()) <= 6
+    assert state.load(port) is None
+
+
+def test_not_ready_in_time() -> None:
+    port = free_port()
+    with pytest.raises(ServerError, match=r"not ready after 2 s: it was still importing vLLM"):
+        lifecycle.start("demo", ServeOptions(port=port, timeout=2))
+    assert state.load(port) is None
+
+
+class Foreground:
+    """A `qvl serve` in the foreground, as a terminal would run it."""
+
+    def __init__(self, output: TextIO, port: int, *arguments: str) -> None:
+        self.port = port
+        self._output = Path(output.name)
+        command = [sys.executable, "-m", "toolkit.cli", "serve", "demo", "--port", str(port), *arguments]
+        self.process = subprocess.Popen(command, stdout=output, stderr=output)
+
+    @property
+    def printed(self) -> str:
+        return self._output.read_text()
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + 180
+        while text not in self.printed:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.printed
+            time.sleep(0.1)
+
+    def members(self) -> list[psutil.Process]:
+        known = state.load(self.port)
+        assert known is not None
+        return state.group_members(known)
+
+
+@contextlib.contextmanager
+def foreground(tmp_path: Path, *arguments: str) -> Iterator[Foreground]:
+    with (tmp_path / "output").open("w") as output:
+        server = Foreground(output, free_port(), *arguments)
+        try:
+            yield server
+        finally:
+            known = state.load(server.port)
+            if server.process.poll() is None:
+                server.process.kill()
+            server.process.wait()
+            if known is not None:
+                state.end_group(known, grace=0)
+
+
+def gone(processes: list[psutil.Process], within: float) -> bool:
+    deadline = time.monotonic() + within
+    while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_ctrl_c_drains_and_leaves_no_process(tmp_path: Path) -> None:
+    with foreground(tmp_path, "--api-key", "secret") as server:
+        server.wait_for("ready: demo at")
+        url = f"http://127.0.0.1:{server.port}"
+        members = server.members()
+        assert len(members) >= 2
+        assert not any("secret" in " ".join(process.cmdline()) for process in members)
+        # The key is wanted, and opens.
+        assert qvl("ask", "--url", url, "Why?").returncode == 2
+        assert qvl("ask", "--url", url, "Why?", QVL_API_KEY="secret").returncode == 0
+
+        # An answer is under way when Ctrl-C comes, and is finished.
+        finished: list[str] = []
+        begun = threading.Event()
+
+        def long_answer() -> None:
+            body: dict[str, Any] = {"model": "demo", "max_tokens": 400, "ignore_eos": True, "stream": True}
+            body["messages"] = [{"role": "user", "content": "Count."}]
+            headers = {"Authorization": "Bearer secret"}
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60) as response:
+                for line in response.iter_lines():
+                    if found := re.search(r'"finish_reason":"(\w+)"', line):
+                        finished.append(found[1])
+                    if '"content":"' in line:
+                        begun.set()
+
+        thread = threading.Thread(target=long_answer)
+        thread.start()
+        assert begun.wait(60)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(timeout=60) == 0
+        thread.join()
+        assert finished == ["length"]
+        assert gone(members, within=0.5)
+        assert state.load(server.port) is None
+        assert server.printed.rstrip().endswith("stopped")
+
+
+def test_terminated_while_booting_leaves_no_process(tmp_path: Path) -> None:
+    with foreground(tmp_path) as server:
+        server.wait_for("starting the engine")
+        time.sleep(2)  # the engine's process is importing by now
+        members = server.members()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=30) == 130
+        assert len(members) >= 2
+        assert gone(members, within=0.5)
+        assert state.load(server.port) is None
+        assert "Traceback" not in server.printed
+
+
+def test_killed_while_booting_leaves_no_process(tmp_path: Path) -> None:
+    with foreground(tmp_path) as server:
+        server.wait_for("starting the engine")
+        time.sleep(2)
+        members = server.members()
+        server.process.kill()
+        assert len(members) >= 2
+        assert gone(members, within=30)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from serve import gemm
+from tests.toolkit import tiny
+from toolkit.checkpoint import Checkpoint
+from toolkit.formats.packing import PackedLinear, unpack_gemm, unpack_gemv
+
+
+def packed(checkpoint: Checkpoint, module: str) -> PackedLinear:
+    return PackedLinear(*(checkpoint.get(f"{module}.{part}") for part in ("qweight", "qzeros", "scales")))
+
+
+@pytest.mark.parametrize("version", [None, "gemm"])
+def test_what_vllm_reads_stays(tmp_path: Path, cache: Path, version: str | None) -> None:
+    checkpoint = Checkpoint.open(tiny.write(tmp_path / "model", version=version))
+    assert gemm.servable(checkpoint) is checkpoint
+    assert not (cache / "gemm").exists()
+
+
+def test_gemv_is_repacked_once_and_says_so(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Checkpoint.open(tiny.write(tmp_path / "model", version="gemv"))
+    twin = gemm.servable(source)
+    said = capsys.readouterr().err
+    assert "GEMV" in said and "repacking it as GEMM" in said
+    assert twin.path == cache / "gemm" / source.content_hash()
+    assert twin.quantization is not None and twin.quantization.version == "gemm"
+    for module in source.quantized_modules():
+        before = unpack_gemv(packed(source, module), group_size=64)
+        after = unpack_gemm(packed(twin, module))
+        for part in ("values", "zeros", "scales"):
+            assert torch.equal(getattr(before, part), getattr(after, part)), (module, part)
+
+    stamp = (twin.path / "config.json").stat().st_mtime_ns
+    copy = shutil.copytree(source.path, tmp_path / "elsewhere")
+    again = gemm.servable(Checkpoint.open(copy))
+    assert again.path == twin.path
+    assert (twin.path / "config.json").stat().st_mtime_ns == stamp
+    assert "repacking" not in capsys.readouterr().err
+
+
+def test_two_starts_at_once_repack_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tiny.write(tmp_path / "model", version="gemv")
+    with ThreadPoolExecutor(4) as pool:
+        twins = list(pool.map(lambda _: gemm.servable(Checkpoint.open(directory)).path, range(4)))
+    assert len(set(twins)) == 1
+    assert capsys.readouterr().err.count("repacking it as GEMM") == 1
+
+
+def test_other_weights_are_another_twin(tmp_path: Path) -> None:
+    one = gemm.servable(Checkpoint.open(tiny.write(tmp_path / "a", version="gemv", seed=1)))
+    two = gemm.servable(Checkpoint.open(tiny.write(tmp_path / "b", version="gemv", seed=2)))
+    assert one.path != two.path
+
+
+def test_a_damaged_twin_is_made_again(tmp_path: Path) -> None:
+    source = Checkpoint.open(tiny.write(tmp_path / "model", version="gemv"))
+    twin = gemm.servable(source).path
+    (twin / "model.safetensors").write_bytes(b"damaged")
+    assert gemm.servable(source).quantized_modules() == source.quantized_modules()

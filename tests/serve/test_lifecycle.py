@@ -1,0 +1,133 @@
+"""What of the life of a server can be seen without vLLM; tests/e2e boots it."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serve import lifecycle, state
+from serve.options import ServeOptions
+from tests.serve.conftest import Start
+from tests.serve.test_memory import sparse
+from toolkit.errors import CheckpointError, ResourceError, ServerError
+
+
+@pytest.fixture
+def free() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield int(listener.getsockname()[1])
+
+
+def test_port_taken_by_another_program(taken: int) -> None:
+    with pytest.raises(ServerError, match=rf"port {taken} is taken by .*another --port"):
+        lifecycle.start("demo", ServeOptions(port=taken))
+
+
+def test_port_taken_by_a_server_of_ours(start: Start, free: int) -> None:
+    state.save(start(free))
+    with pytest.raises(ServerError, match=rf"qvl stop --port {free}"):
+        lifecycle.start("demo", ServeOptions(port=free))
+
+
+def test_not_a_checkpoint(tmp_path: Path, free: int, cache: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for model in ("no/such/directory", str(tmp_path / "empty")):
+        with pytest.raises(CheckpointError):
+            lifecycle.start(model, ServeOptions(port=free))
+    assert state.load_all() == []
+
+
+def test_not_enough_memory_is_seen_before_anything_starts(tmp_path: Path, free: int, cache: Path) -> None:
+    huge = sparse(tmp_path / "huge", 900)
+    with pytest.raises(ResourceError, match="GiB are available"):
+        lifecycle.start(str(huge.path), ServeOptions(port=free))
+    assert not (cache / "servers").exists()
+
+
+def test_setting_that_does_not_suit_the_model(free: int) -> None:
+    with pytest.raises(ServerError, match="has 4096 positions"):
+        lifecycle.start("demo", ServeOptions(port=free, max_model_len=100_000))
+
+
+def test_stop_and_status_of_what_is_not_there(start: Start) -> None:
+    for function in (lifecycle.stop, lifecycle.status):
+        with pytest.raises(ServerError, match=r"no server on port 18140\. It has none at all"):
+            function(18140)
+    state.save(start(18141))
+    with pytest.raises(ServerError, match="It has some on: 18141"):
+        lifecycle.stop(18140)
+    assert lifecycle.stop(18141, drain=False).state == "booting"
+    assert lifecycle.statuses() == []
+
+
+def test_states(start: Start, free: int, tmp_path: Path) -> None:
+    known = start(free)
+    state.save(known)
+    seen = lifecycle.status(free)
+    assert (seen.state, seen.model_name, seen.pid) == ("booting", "m", known.pid)
+    assert seen.uptime is not None and 0 <= seen.uptime < 60
+    assert seen.memory is not None and seen.memory > 1 << 20
+    state.save(replace(known, ready=True))
+    assert lifecycle.status(free).state == "silent"
+    state.end_group(known, grace=0)
+    (tmp_path / "log").write_text("(EngineCore pid=1) ValueError: it was this\n")
+    seen = lifecycle.status(free)
+    assert (seen.state, seen.reason, seen.memory) == ("dead", "ValueError: it was this", None)
+    (only,) = lifecycle.statuses()
+    assert only == seen
+    lifecycle.stop(free)
+    assert lifecycle.statuses() == []
+
+
+def answering(models: list[str], answer: str, status: int = 200) -> httpx.Client:
+    def handle(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": name} for name in models]})
+        body: dict[str, Any] = json.loads(request.content)
+        picture, question = body["messages"][0]["content"]
+        assert picture["image_url"]["url"].startswith("data:image/png;base64,") and question["text"]
+        return httpx.Response(status, json={"choices": [{"message": {"content": answer}}]})
+
+    return httpx.Client(transport=httpx.MockTransport(handle), base_url="http://test")
+
+
+def test_ready_is_an_answered_image_question() -> None:
+    with answering(["demo"], "red") as client:
+        lifecycle._ask_test_question(client, "demo", 5)
+    with answering(["demo"], "") as client:  # a model with random weights may say nothing
+        lifecycle._ask_test_question(client, "demo", 5)
+
+
+def test_not_ready() -> None:
+    with answering(["other"], "red") as client, pytest.raises(ServerError, match=r"other.* where 'demo' was asked"):
+        lifecycle._ask_test_question(client, "demo", 5)
+    with answering(["demo"], "red", 500) as client, pytest.raises(ServerError, match=r"refused .* \(500\)[^$]*qvl inspect"):
+        lifecycle._ask_test_question(client, "demo", 5)
+
+
+def test_overflow_is_recognised() -> None:
+    with answering(["demo"], "!!!!!!!!") as client, pytest.raises(ServerError, match="--dtype bfloat16"):
+        lifecycle._ask_test_question(client, "demo", 5)
+
+
+def test_the_log_before_is_kept(cache: Path) -> None:
+    log = lifecycle._new_log(18140)
+    log.write_text("first")
+    assert lifecycle._new_log(18140).read_text() == ""
+    assert log.with_suffix(".log.1").read_text() == "first"

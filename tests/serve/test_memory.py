@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from serve import memory
+from serve.options import ServeOptions
+from tests.serve.test_backend import nvidia_smi
+from tests.toolkit import tiny
+from toolkit.checkpoint import Checkpoint
+from toolkit.demo import checkpoint_dir
+from toolkit.errors import ResourceError
+
+GIB = 1 << 30
+
+
+def sparse(directory: Path, gib: int) -> Checkpoint:
+    """A checkpoint whose header promises one tensor of so many GiB more, in a file that takes no room on disk."""
+    tiny.write(directory)
+    file = directory / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    header["huge.weight"] = {"dtype": "F16", "shape": [gib << 29], "data_offsets": [end, end + (gib << 30)]}
+    encoded = json.dumps(header).encode()
+    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
+    os.truncate(file, 8 + len(encoded) + end + (gib << 30))
+    return Checkpoint.open(directory)
+
+
+def test_the_demo_needs_little() -> None:
+    need = memory.need(Checkpoint.open(checkpoint_dir()), ServeOptions(backend="cpu"))
+    assert need.weights < 16 << 20
+    assert need.total == need.weights + need.kv_cache + need.overhead < 2 * GIB
+
+
+def test_float32_doubles_the_weights() -> None:
+    demo = Checkpoint.open(checkpoint_dir())
+    half = memory.need(demo, ServeOptions(backend="cpu"))
+    full = memory.need(demo, ServeOptions(backend="cpu", dtype="float32"))
+    assert full.weights == 2 * half.weights
+    assert full.kv_cache == 2 * half.kv_cache
+
+
+def test_packed_weights_keep_their_size(tmp_path: Path) -> None:
+    awq = Checkpoint.open(tiny.write(tmp_path / "awq", version="gemm"))
+    assert memory.need(awq, ServeOptions(backend="cpu")).weights == awq.nbytes
+
+
+def test_available_is_what_the_machine_has() -> None:
+    assert 0 < memory.available_host_memory() < 1 << 50
+
+
+def test_too_large_for_the_host(tmp_path: Path) -> None:
+    with pytest.raises(
+        ResourceError, match=r"needs about 90\d\.\d GiB \(weights 90\d\.\d.* GiB are available"
+    ) as error:
+        memory.check(sparse(tmp_path / "huge", 900), ServeOptions(backend="cpu"))
+    assert "Quantize it first" in str(error.value)
+
+
+def test_too_large_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia_smi(tmp_path, monkeypatch, "NVIDIA L4, 23034, 22565")
+    large, options = sparse(tmp_path / "large", 20), ServeOptions(backend="gpu")
+    with pytest.raises(ResourceError, match=r"NVIDIA L4 has 22\.0 of 22\.5 GiB free, .* share of 0\.9"):
+        memory.check(large, options)
+    memory.check(large, ServeOptions(backend="gpu", gpu_memory_utilization=0.97))
+    memory.check(large, ServeOptions(backend="gpu", extra=("--tensor-parallel-size=2",)))
+
+
+def test_gpu_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia_smi(tmp_path, monkeypatch, "NVIDIA L4, 20000, 10000")
+    small = Checkpoint.open(checkpoint_dir())
+    with pytest.raises(ResourceError, match=r"give --gpu-memory-utilization 0\.5\."):
+        memory.check(small, ServeOptions(backend="gpu"))
+    memory.check(small, ServeOptions(backend="gpu", gpu_memory_utilization=0.5))
+
+
+def test_no_gpu_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia_smi(tmp_path, monkeypatch, "", 9)
+    with pytest.raises(ResourceError, match="--backend cpu"):
+        memory.check(Checkpoint.open(checkpoint_dir()), ServeOptions(backend="gpu"))

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from serve import state
+from tests.serve.conftest import Start
+from toolkit.errors import ServerError
+
+
+def test_saved_and_found(start: Start) -> None:
+    assert state.load_all() == []
+    one, two = start(18140), start(18101)
+    state.save(one)
+    state.save(two)
+    assert state.load(18140) == one
+    assert state.load_all() == [two, one]
+    state.save(replace(one, ready=True))
+    assert state.load(18140) == replace(one, ready=True)
+    state.remove(one)
+    assert state.load_all() == [two]
+
+
+def test_a_damaged_file_is_nothing(cache: Path) -> None:
+    (cache / "servers").mkdir(parents=True)
+    (cache / "servers" / "18140.json").write_text('{"port": 18140,')
+    (cache / "servers" / "18141.json").write_text('{"unknown": 1}')
+    assert state.load(18140) is None
+    assert state.load_all() == []
+
+
+def test_a_new_server_is_not_forgotten_with_the_old(start: Start) -> None:
+    old, new = start(18140), start(18140)
+    state.save(new)
+    state.remove(old)
+    assert state.load(18140) == new
+
+
+def test_ending_leaves_no_process(start: Start) -> None:
+    family = start(18140)
+    members = state.group_members(family)
+    assert len(members) == 2
+    assert family.alive
+    state.end_group(family, grace=5)
+    assert state.group_members(family) == []
+    assert not family.alive
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in members)
+    state.end_group(family, grace=5)  # once more does no harm
+
+
+def test_ending_without_grace_is_quick(start: Start) -> None:
+    family = start(18140)
+    began = time.monotonic()
+    state.end_group(family, grace=0)
+    assert time.monotonic() - began < 2
+    assert state.group_members(family) == []
+
+
+def test_a_leader_that_is_gone_leaves_its_child_to_be_ended(start: Start) -> None:
+    family = start(18140)
+    os.kill(family.pid, signal.SIGKILL)
+    os.waitpid(family.pid, 0)
+    assert not family.alive
+    assert len(state.group_members(family)) == 1
+    state.end_group(family, grace=0)
+    assert state.group_members(family) == []
+
+
+def test_a_number_given_to_another_process_is_left_alone(start: Start) -> None:
+    family = start(18140)
+    impostor = replace(family, created=family.created - 1000)
+    assert not impostor.alive
+    assert state.group_members(impostor) == []
+    state.end_group(impostor, grace=5)
+    assert family.alive
+
+
+def test_ports() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        assert state.port_holder("127.0.0.1", port) == f"{psutil.Process().name()} (pid {os.getpid()})"
+        assert state.port_holder("0.0.0.0", port) is not None
+    assert state.port_holder("127.0.0.1", port) is None
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_addresses_of_other_machines(host: str) -> None:
+    with pytest.raises(ServerError, match=f"--host {host}"):
+        state.port_holder(host, 18140)
+
+
+def test_locks_exclude_one_another() -> None:
+    order = []
+
+    def wait_for_it() -> None:
+        with state.locked("x", "servers"):
+            order.append("second")
+
+    with state.locked("x", "servers"):
+        thread = threading.Thread(target=wait_for_it)
+        thread.start()
+        time.sleep(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
