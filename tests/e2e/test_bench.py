@@ -1,0 +1,107 @@
+"""`qvl bench` with the embedded model on real vLLM servers that it boots and stops itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bench.boot import free_ports
+from bench.report.json import read
+
+pytestmark = pytest.mark.e2e
+
+QVL = [sys.executable, "-m", "toolkit.cli"]
+TINY = [
+    *("--per-task", "2", "--answer-tokens", "32", "--concurrency", "1,2", "--requests", "6", "--rounds", "2"),
+    *("--output-tokens", "8", "--image-sizes", "112x112,168x112"),
+]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return os.environ | {"QVL_CACHE": str(cache)}
+
+
+def servers(cache: Path) -> list[psutil.Process]:
+    """The servers written down under this cache that still run."""
+    alive = []
+    for file in (cache / "servers").glob("*.json"):
+        try:
+            alive.append(psutil.Process(json.loads(file.read_text())["pid"]))
+        except (psutil.NoSuchProcess, OSError, ValueError):
+            continue
+    return alive
+
+
+def test_the_embedded_model_against_itself(tmp_path: Path) -> None:
+    out, port = tmp_path / "report", free_ports(2)[0]
+    command = [
+        *QVL,
+        "bench",
+        "--baseline",
+        "demo",
+        "--candidate",
+        "demo",
+        "--out",
+        str(out),
+        "--port",
+        str(port),
+        *TINY,
+    ]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    report = read(out)
+    assert report.status == "ok"
+    assert any("the same model" in warning for warning in report.warnings)
+
+    assert report.accuracy is not None
+    assert report.accuracy.overall.n == 2 * len(report.accuracy.tasks) >= 12
+    # Which requests share a step may tip a close call between equal models, not more.
+    assert report.accuracy.overall.baseline.value >= 0.75
+    assert report.accuracy.overall.difference.lost + report.accuracy.overall.difference.won <= 2
+
+    assert [(point.role, point.concurrency) for point in report.speed] == [
+        ("baseline", 1),
+        ("baseline", 2),
+        ("candidate", 1),
+        ("candidate", 2),
+    ]
+    for point in report.speed:
+        assert point.output_tokens == 8 * point.requests  # the length that was asked for, as the server counts it
+        assert point.tpot_ms is not None and point.itl_ms is not None
+        assert 0 < point.tpot_ms.p50 < point.ttft_ms.p50 < point.e2e_ms.p50
+        assert point.e2e_ms.mean == pytest.approx(point.ttft_ms.mean + 7 * point.tpot_ms.mean, rel=1e-6)
+        assert point.output_tokens_per_s == pytest.approx(8 * point.requests_per_s)
+        assert point.wall_s * 1000 * point.concurrency >= 0.9 * point.e2e_ms.mean * point.requests
+        assert point.client_lag_ms.p50 < 0.1 * point.ttft_ms.p50
+    for system in report.systems.values():
+        assert system.booted and system.quantization == "float16"
+        assert 10e6 < (system.disk_weights_bytes or 0) < 13e6
+        assert 0.3e9 < (system.memory.host_bytes or 0) < 8e9
+        assert system.server_version
+    assert "float16" in (out / "report.html").read_text()
+    assert servers(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_bench_leaves_no_server(tmp_path: Path, number: signal.Signals) -> None:
+    command = [*QVL, "bench", "--baseline", "demo", "--candidate", "demo", "--out", str(tmp_path / "report"), *TINY]
+    with subprocess.Popen(command, env=environment(tmp_path), stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while len(started := servers(tmp_path)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(started) == 2
+        time.sleep(1)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in error and "Traceback" not in error
+    assert not any(server.is_running() and server.status() != psutil.STATUS_ZOMBIE for server in started)
+    assert not (tmp_path / "report").exists()
