@@ -231,7 +231,8 @@ def _spawn(arguments: list[str], options: ServeOptions, log: Path, attached: boo
 
 
 def _end(known: state.ServerState, drain: bool) -> None:
-    state.end_group(known, grace=known.shutdown_timeout + _STOP_MARGIN if drain else 0)
+    # One that boots has no request under way, and would not heed being asked.
+    state.end_group(known, grace=known.shutdown_timeout + _STOP_MARGIN if drain and known.ready else 0)
     state.remove(known)
 
 

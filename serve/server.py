@@ -22,7 +22,7 @@ from toolkit.compat import patch_torchvision
 
 __all__ = ["DIE_WITH", "answer_for_vllm", "main"]
 
-#: Name of an environment variable: the process id of the parent that this server should not outlive.
+#: Name of an environment variable: the id of the process that this server must not outlive.
 DIE_WITH = "QVL_DIE_WITH"
 
 
@@ -90,19 +90,21 @@ def _inspect_in_process() -> None:
 
 
 def _die_with_parent() -> None:
-    """Ask the kernel to terminate this process when the parent named by `DIE_WITH` ends, however it ends."""
-    parent = os.environ.pop(DIE_WITH, None)
-    if parent is None or not sys.platform.startswith("linux"):
+    """Where `DIE_WITH` is set, have the kernel kill this process when its parent ends, however it ends.
+
+    Killed, because a vLLM that boots does not heed SIGTERM. Its own processes do the same one after the other.
+    """
+    ancestor = os.environ.get(DIE_WITH)
+    if ancestor is None or not sys.platform.startswith("linux"):
         return
     pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if os.getppid() != int(parent):  # it ended before the request was made
-        sys.exit(1)
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if not Path(f"/proc/{ancestor}").exists():  # it ended before the kernel was asked
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main() -> None:
     """Become `vllm` with this process's arguments."""
-    _die_with_parent()
     from vllm.entrypoints.cli.main import main as vllm_main
 
     if "cpu" in importlib.metadata.version("vllm"):
@@ -112,6 +114,7 @@ def main() -> None:
 
 
 if __name__ in ("__main__", "__mp_main__"):
+    _die_with_parent()
     # Importing vLLM makes millions of objects that stay. Collecting among them takes a quarter of the import's time.
     gc.set_threshold(100_000, 50, 50)
     # Nor need they be looked through once more when the process ends, which would take several seconds.
