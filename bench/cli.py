@@ -313,20 +313,26 @@ def _progress() -> Iterator[tuple[Progress, Callable[[str, str], None]]]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
-    from toolkit.console import err
+    from toolkit.console import err, note
 
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bars(*columns, console=err) as bars:
+    with Bars(*columns, console=err, disable=not err.is_terminal) as bars:
         tasks: dict[str, Any] = {}
+        phases: dict[str, str] = {}
 
         def update(phase: str, done: int, total: int) -> None:
             for source in [name for name in tasks if bars.tasks[bars.task_ids.index(tasks[name])].total is None]:
                 bars.remove_task(tasks.pop(source))  # servers have booted when something is measured
             if phase not in tasks:
                 tasks[phase] = bars.add_task(phase, total=total)
+                if not err.is_terminal:
+                    note(f"{phase}: {total} requests")
             bars.update(tasks[phase], completed=done)
 
         def booting(source: str, phase: str) -> None:
+            if phases.get(source) != phase and not err.is_terminal:
+                note(f"{source}: {phase}")  # bars are drawn on terminals only
+            phases[source] = phase
             if source not in tasks:
                 tasks[source] = bars.add_task("", total=None)
             bars.update(tasks[source], description=f"{source}: {phase}")

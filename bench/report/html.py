@@ -47,7 +47,7 @@ def cards(report: Report) -> list[Card]:
                 f"{words.percent(row.candidate.value)} against {words.percent(row.baseline.value)}",
             )
         )
-    for metric, name in (("ttft", "Time to first token"), ("tpot", "Time per output token")):
+    for metric, name in (("ttft", "Time to first token"), ("tpot", "Time per token")):
         ratio = next((r for r in report.speed_ratios if r.metric == metric), None)
         if ratio:
             found.append(
