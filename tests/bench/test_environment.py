@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,11 @@ def test_keys_are_not_printed() -> None:
     shown = environment.command_line(["bench", "--api-key", "k1", "--api-key=k2", "--tasks", "my file.jsonl"])
     assert shown == "qvl bench --api-key *** --api-key=*** --tasks 'my file.jsonl'"
     assert "pw" not in environment.command_line(["bench", "--baseline", "http://me:pw@host/v1", "--x=https://pw@host"])
+
+
+def test_the_system_is_described() -> None:
+    assert environment.system_name().startswith(f"{platform.system()} {platform.machine()}")
+    assert platform.node() not in environment.system_name()
 
 
 def test_versions_name_what_is_installed() -> None:
