@@ -130,17 +130,19 @@ def demo_data(
     out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
     kind: Annotated[str, typer.Option(help="tasks (held-out questions) or calibration (training chats).")] = "tasks",
     number: Annotated[int, typer.Option(help="Questions per task, or calibration samples.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the generator.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the generator; if not given, 20001 for tasks and 10001 for calibration.")
+    ] = None,
 ) -> None:
     """Write the embedded model's picture questions, or its calibration chats, as JSONL and PNG files."""
     from toolkit.console import out as stdout
-    from toolkit.demo import write_calibration, write_tasks
+    from toolkit.demo import CALIBRATION_SEED, TASKS_SEED, write_calibration, write_tasks
     from toolkit.errors import ManifestError
 
     if kind == "tasks":
-        path = write_tasks(out, per_task=number, seed=seed)
+        path = write_tasks(out, per_task=number, seed=TASKS_SEED if seed is None else seed)
     elif kind == "calibration":
-        path = write_calibration(out, samples=number, seed=seed)
+        path = write_calibration(out, samples=number, seed=CALIBRATION_SEED if seed is None else seed)
     else:
         raise ManifestError(f"unknown kind {kind!r}: choose tasks or calibration")
     stdout.print(str(path), highlight=False)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["checkpoint_dir", "write_calibration", "write_tasks"]
+__all__ = ["CALIBRATION_SEED", "TASKS_SEED", "checkpoint_dir", "write_calibration", "write_tasks"]
+
+#: Seeds of the questions that are written where no other seed is asked for.
+CALIBRATION_SEED, TASKS_SEED = 10_001, 20_001
 
 
 def checkpoint_dir() -> Path:
@@ -13,7 +16,7 @@ def checkpoint_dir() -> Path:
     return Path(__file__).parent / "checkpoint"
 
 
-def write_tasks(out_dir: Path, per_task: int = 50, seed: int = 20_001, tasks: Sequence[str] | None = None) -> Path:
+def write_tasks(out_dir: Path, per_task: int = 50, seed: int = TASKS_SEED, tasks: Sequence[str] | None = None) -> Path:
     """Write held-out questions: ``tasks.jsonl`` and ``images/*.png``; returns the JSONL's path.
 
     Each line: id, task, image (relative to the file), question, answers (a list), metric (``exact``, or ``relaxed``:
@@ -25,7 +28,7 @@ def write_tasks(out_dir: Path, per_task: int = 50, seed: int = 20_001, tasks: Se
     return write(out_dir, per_task, seed, tasks)
 
 
-def write_calibration(out_dir: Path, samples: int = 64, seed: int = 10_001) -> Path:
+def write_calibration(out_dir: Path, samples: int = 64, seed: int = CALIBRATION_SEED) -> Path:
     """Write calibration samples: ``calib.jsonl`` and ``images/*.png``; returns the JSONL's path.
 
     Each line is ``{"messages": [...]}`` in OpenAI's chat form: a user turn with a picture (a path relative to the file)

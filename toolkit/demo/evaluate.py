@@ -3,102 +3,128 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from toolkit.demo import checkpoint_dir
 from toolkit.demo.pictures import TASKS, Picture, question
+from toolkit.errors import CheckpointError, ManifestError, QvlError
 
-__all__ = ["EVALUATION_SEED", "evaluate"]
+__all__ = ["EVALUATION_SEED", "Reader", "evaluate", "record_accuracy"]
 
 #: Held-out questions that neither steered nor ended training.
 EVALUATION_SEED = 9001
+#: The longest answers, lists, have 35 ids.
+_MAX_NEW_TOKENS = 40
 
 
-def evaluate(
-    model: Path,
-    per_task: int = 200,
-    seed: int = EVALUATION_SEED,
-    device: str = "auto",
-    batch: int = 50,
-    tasks: Sequence[str] = TASKS,
-) -> dict[str, Any]:
+class Reader:
+    """A checkpoint in transformers: ``network`` in fp16 on a GPU, in float32 on a CPU; and its ``processor``.
+
+    Raises ``CheckpointError`` when the directory is no checkpoint, or one of quantized weights.
+    """
+
+    def __init__(self, model: Path, device: str = "auto") -> None:
+        from toolkit.checkpoint import Checkpoint
+        from toolkit.compat import patch_torchvision
+
+        patch_torchvision()
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        if Checkpoint.open(model).quantization is not None:
+            raise CheckpointError(f"{model} is quantized, which takes a server to run: qvl bench --candidate {model}")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.float16 if device == "cuda" else torch.float32
+        self.processor: Any = AutoProcessor.from_pretrained(model)
+        self.network: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device).eval()
+
+    def inputs(self, pictures: Sequence[Picture]) -> Any:
+        """Return the model's inputs for a batch of questions, padded on the left."""
+        chats = [
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": picture.question}]}]
+            for picture in pictures
+        ]
+        prompts = [
+            self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats
+        ]
+        images = [picture.image for picture in pictures]
+        inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt")
+        return inputs.to(self.network.device)
+
+    def ask(self, pictures: Sequence[Picture], batch: int = 50) -> list[str]:
+        """Return the model's greedy answers, ``batch`` questions at a time."""
+        import torch
+
+        answers: list[str] = []
+        for start in range(0, len(pictures), batch):
+            inputs = self.inputs(pictures[start : start + batch])
+            with torch.inference_mode():
+                ids = self.network.generate(**inputs, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
+            new = ids[:, inputs["input_ids"].shape[1] :]
+            answers += self.processor.batch_decode(new, skip_special_tokens=True)
+        return answers
+
+
+def evaluate(model: Path, per_task: int = 200, seed: int = EVALUATION_SEED, device: str = "auto") -> dict[str, Any]:
     """Return accuracy by task over ``per_task`` held-out questions each, with what it was measured with.
 
-    Weights are the checkpoint's own; arithmetic is fp16 on a GPU and float32 on a CPU. Answers count as in
-    ``quiz.is_right``.
+    Answers count as in ``quiz.is_right``. Raises as :class:`Reader`, and ``ManifestError`` when ``per_task`` < 1.
     """
-    from toolkit.compat import patch_torchvision
+    if per_task < 1:
+        raise ManifestError(f"{per_task} questions a task: ask at least one")
+    started = time.monotonic()
+    reader = Reader(model, device)
 
-    patch_torchvision()
     import torch
     import transformers
-    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from toolkit.demo.quiz import Score
 
-    started = time.monotonic()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float16 if device == "cuda" else torch.float32
-    processor = AutoProcessor.from_pretrained(model)
-    network = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device).eval()
+    asked = [question(task, "held-out", seed, index) for task in TASKS for index in range(per_task)]
     result = Score()
-    for part in _batches([question(task, "held-out", seed, i) for task in tasks for i in range(per_task)], batch):
-        for picture, answer in zip(part, _answers(network, processor, part), strict=True):
-            result.add(picture, answer)
+    for picture, answer in zip(asked, reader.ask(asked), strict=True):
+        result.add(picture, answer)
+    on_gpu = reader.network.device.type == "cuda"
     return {
-        "accuracy": {task: round(right / asked, 4) for task, (right, asked) in result.right.items()},
+        "accuracy": result.accuracy(),
         "questions": {task: asked for task, (_, asked) in result.right.items()},
         "wrong": result.wrong,
         "seed": seed,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "dtype": str(reader.network.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
-def _batches(pictures: Sequence[Picture], size: int) -> Iterator[Sequence[Picture]]:
-    for start in range(0, len(pictures), size):
-        yield pictures[start : start + size]
+def record_accuracy(model: Path, per_task: int, device: str = "auto") -> dict[str, Any]:
+    """Evaluate a trained demo checkpoint; write accuracy.json and, from it, README.md beside its weights."""
+    from toolkit.demo.card import write_card
+    from toolkit.demo.record import ACCURACY, write_record
 
-
-def _answers(network: Any, processor: Any, pictures: Sequence[Picture]) -> list[str]:
-    import torch
-
-    prompts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": picture.question}]}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        for picture in pictures
-    ]
-    inputs = processor(
-        text=prompts, images=[picture.image for picture in pictures], padding=True, return_tensors="pt"
-    ).to(network.device)
-    with torch.inference_mode():
-        ids = network.generate(**inputs, max_new_tokens=40, do_sample=False)
-    texts: list[str] = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return texts
+    facts = evaluate(model, per_task, device=device)
+    write_record(model / ACCURACY, facts)
+    write_card(model)
+    return facts
 
 
 def main() -> None:
-    """Run ``python -m toolkit.demo.evaluate --model DIR --out FILE``."""
-    parser = argparse.ArgumentParser(description="Ask a demo checkpoint held-out questions through transformers.")
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    """Run ``python -m toolkit.demo.evaluate``."""
+    parser = argparse.ArgumentParser(description="Measure a demo checkpoint; write its accuracy.json and README.md.")
+    parser.add_argument("--model", type=Path, default=checkpoint_dir(), help="directory that qvl demo-model wrote")
     parser.add_argument("--per-task", type=int, default=200, help="questions a task")
-    parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help="seed of the held-out questions")
     parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
     given = parser.parse_args()
-    facts = evaluate(given.model, given.per_task, given.seed, given.device)
-    given.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(facts["accuracy"]), f"{facts['seconds']} s")
+    try:
+        facts = record_accuracy(given.model, given.per_task, given.device)
+    except QvlError as error:
+        parser.error(str(error))
+    print(facts["accuracy"], f"{facts['seconds']} s")
 
 
 if __name__ == "__main__":

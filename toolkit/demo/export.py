@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -90,20 +89,23 @@ def export(weights: Path, out: Path) -> Path:
 
     Raises ``CheckpointError`` when the file is not this model's, holds another dtype than fp16 or is too big to ship.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     from toolkit.demo.model import TinyQwen2VL
     from toolkit.errors import CheckpointError
 
     if not weights.is_file():
-        raise CheckpointError(f"{weights} does not exist: train first (python -m toolkit.demo.train --out DIR)")
+        raise CheckpointError(f"{weights} does not exist: train first (qvl demo-model --out DIR)")
     if weights.stat().st_size > MAX_BYTES:
         raise CheckpointError(f"{weights} has {weights.stat().st_size} bytes, more than the {MAX_BYTES} that may ship")
     expected = {name: list(value.shape) for name, value in TinyQwen2VL().state_dict().items()}
-    with safe_open(weights, framework="pt") as file:
-        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        shapes = {name: list(view.get_shape()) for name, view in found.items()}
-        dtypes = {view.get_dtype() for view in found.values()}
+    try:
+        with safe_open(weights, framework="pt") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: list(view.get_shape()) for name, view in found.items()}
+            dtypes = {view.get_dtype() for view in found.values()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights} is not a safetensors file ({error})") from None
     if shapes != expected or dtypes != {"F16"}:
         odd = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
         raise CheckpointError(f"{weights} is not this model in fp16: dtypes {sorted(dtypes)}, differing {odd[:5]}")
@@ -111,16 +113,3 @@ def export(weights: Path, out: Path) -> Path:
     if weights.resolve() != (out / "model.safetensors").resolve():
         shutil.copyfile(weights, out / "model.safetensors")
     return out
-
-
-def main() -> None:
-    """Run ``python -m toolkit.demo.export --weights FILE --out DIR``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", type=Path, required=True, help="model.safetensors that training wrote")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    given = parser.parse_args()
-    print(export(given.weights, given.out))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Training batches from worker processes: pictures through shared memory, the rest through a queue.
 
-No torch here: workers start before it is imported and before a GPU is touched.
+No torch here: workers are forked before a GPU is touched, and never touch one.
 """
 
 from __future__ import annotations

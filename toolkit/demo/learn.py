@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from toolkit.console import note, warn
 from toolkit.demo.feed import ASKED, TRAIN_TASKS, Feed, Shape
 from toolkit.demo.model import TinyQwen2VL, normalize
 from toolkit.demo.optim import Muon, split_parameters
@@ -31,6 +32,9 @@ from toolkit.demo.quiz import Quiz, score
 from toolkit.errors import QvlError
 
 __all__ = ["Learner", "Rates", "TrainingFailed"]
+
+#: Speed is told after so many steps: the first is slow, but on a CPU even a step takes seconds.
+_SPEED_STEPS = 3
 
 
 class TrainingFailed(QvlError):
@@ -179,7 +183,7 @@ class Step:
         self.capture_seconds += time.monotonic() - started
 
     def _give_up(self, why: str) -> None:
-        print(f"CUDA graphs are off: {why}", flush=True)
+        warn(f"CUDA graphs are off: {why}")
         self.graphs = False
         self._captured.clear()
 
@@ -268,18 +272,16 @@ class Supply:
 class Learner:
     """Trains a fresh model until a deadline, saving and testing it on the way."""
 
-    def __init__(
-        self, feed: Feed, out: Path, device: str, seed: int, *, graphs: bool, rates: Rates | None = None
-    ) -> None:
+    def __init__(self, feed: Feed, out: Path, device: str, seed: int) -> None:
         torch.manual_seed(seed)
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)  # It plans each new shape for long; flash attention does not.
-        self.feed, self.out, self.device, self.rates = feed, out, torch.device(device), rates or Rates()
+        self.feed, self.out, self.device, self.rates = feed, out, torch.device(device), Rates()
         self.model = TinyQwen2VL().to(self.device)
         matrices, self.rest = split_parameters(self.model)
         on_gpu = self.device.type == "cuda"
         lock = threading.Lock()
-        self.step = Step(self.model, lock, graphs=graphs and on_gpu)
+        self.step = Step(self.model, lock, graphs=on_gpu)
         self.muon = Muon(matrices)
         self.adamw = torch.optim.AdamW(
             self.rest, lr=self.rates.adamw, betas=(0.9, 0.98), weight_decay=0.0, fused=on_gpu
@@ -298,9 +300,9 @@ class Learner:
         end: float,
         quiz: Quiz,
         *,
-        max_steps: int | None = None,
-        log_every: int = 200,
-        test_every: float = 60.0,
+        max_steps: int | None,
+        log_every: int,
+        test_every: float,
     ) -> None:
         """Train until ``clock()`` (seconds since the process started) says ``end``, or for ``max_steps``.
 
@@ -308,6 +310,24 @@ class Learner:
         and the curve so far. Raises ``TrainingFailed``.
         """
         self.supply.start()
+        try:
+            self._loop(clock, end, quiz, max_steps, log_every, test_every)
+        finally:
+            self.supply.stopped.set()
+        note(
+            f"[{clock():.0f} s] {self.steps} steps, {self.samples} samples, {self.supply.reused} batches reused, "
+            f"{self.step.captured} graphs ({self.step.capture_seconds:.1f} s)"
+        )
+
+    def _loop(
+        self,
+        clock: Callable[[], float],
+        end: float,
+        quiz: Quiz,
+        max_steps: int | None,
+        log_every: int,
+        test_every: float,
+    ) -> None:
         zeros = torch.zeros(len(TRAIN_TASKS), device=self.device)
         tally = _Tally(zeros, zeros.clone())
         smooth: Tensor | None = None
@@ -317,7 +337,7 @@ class Learner:
             batch = self.supply.next()
             if begun is None:
                 begun = now = clock()
-                print(f"[{now:.0f} s] first batch", flush=True)
+                note(f"[{now:.0f} s] first batch")
             factor = self.rates.factor(self.steps, (now - begun) / max(end - begun, 1e-9))
             loss, per_question = self.step(batch, self._noisy(batch))
             self._update(factor)
@@ -326,19 +346,13 @@ class Learner:
                 smooth = loss.clone() if smooth is None else smooth.lerp(loss, 0.02)
             self.steps += 1
             self.samples += batch.shape.batch
-            if self.steps == 10 and self.on_speed is not None:
+            if self.steps == _SPEED_STEPS and self.on_speed is not None:
                 self.on_speed(self.samples / max(clock() - begun, 1e-9))
             if self.steps % log_every == 0:
                 self._log(clock(), begun, float(smooth), factor, tally)
             if clock() - tested > test_every and end - clock() > 15:
                 self._test(clock, quiz)
                 tested = clock()
-        self.supply.stopped.set()
-        print(
-            f"[{clock():.0f} s] {self.steps} steps, {self.samples} samples, {self.supply.reused} batches reused, "
-            f"{self.step.captured} graphs ({self.step.capture_seconds:.1f} s)",
-            flush=True,
-        )
 
     def _noisy(self, batch: OnDevice) -> Tensor:
         """Normalize the pictures; most batches get some noise, so that no pixel is to be trusted."""
@@ -366,17 +380,15 @@ class Learner:
             "tasks": tally.take(),
         }
         self.curve.append(row)
-        print(json.dumps(row), flush=True)
+        note(json.dumps(row))
         if not math.isfinite(loss):
             raise TrainingFailed(f"the loss is {loss} at step {self.steps}")
 
     def _test(self, clock: Callable[[], float], quiz: Quiz) -> None:
         started = clock()
-        shares = {task: right / asked for task, (right, asked) in score(self.model, quiz).right.items()}
-        self.tests.append(
-            {"seconds": round(started, 1), "step": self.steps, "accuracy": {k: round(v, 4) for k, v in shares.items()}}
-        )
-        print("test", json.dumps(self.tests[-1]), f"({clock() - started:.1f} s)", flush=True)
+        shares = score(self.model, quiz).accuracy()
+        self.tests.append({"seconds": round(started, 1), "step": self.steps, "accuracy": shares})
+        note(f"test {json.dumps(self.tests[-1])} ({clock() - started:.1f} s)")
         weights = {}
         for task, weight in ASKED.items():
             right = min(shares["words"], shares["unseen_words"]) if task == "words" else shares.get(task, 0.9)

@@ -16,30 +16,34 @@ from toolkit.demo.prompt import END, PAD, answer_text, pack, prefix
 
 __all__ = ["Quiz", "Score", "decode", "is_right", "make_quiz", "score"]
 
-#: The longest answer, a list, in ids.
-_LONGEST_ANSWER = 40
+#: The longest answer in ids, of tasks that ask for lists and of the others.
+_LONGEST_LIST, _LONGEST_ANSWER = 40, 12
+#: So many wrong answers a task are kept to look at.
+_WRONG_KEPT = 8
+#: Held-out questions by picture size.
 Quiz = dict[tuple[int, int], list[Picture]]
 
 
 @dataclass(slots=True)
 class Score:
-    """Right answers and questions asked, by task and by (task, size); some wrong answers to look at."""
+    """(Right answers, questions asked) by task, and some of the wrong answers."""
 
     right: dict[str, tuple[int, int]] = field(default_factory=dict)
-    by_size: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     wrong: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
     def add(self, picture: Picture, answer: str) -> None:
         """Count one answer."""
         good = is_right(picture, answer)
-        size = f"{picture.image.width}x{picture.image.height}"
-        sizes = self.by_size.setdefault(picture.task, {})
-        for table, key in ((self.right, picture.task), (sizes, size)):
-            right, asked = table.get(key, (0, 0))
-            table[key] = (right + good, asked + 1)
+        right, asked = self.right.get(picture.task, (0, 0))
+        self.right[picture.task] = (right + good, asked + 1)
         wrong = self.wrong.setdefault(picture.task, [])
-        if not good and len(wrong) < 12:
+        if not good and len(wrong) < _WRONG_KEPT:
+            size = f"{picture.image.width}x{picture.image.height}"
             wrong.append({"size": size, "question": picture.question, "answer": answer, "right": picture.answer})
+
+    def accuracy(self) -> dict[str, float]:
+        """Return the share of right answers by task."""
+        return {task: round(right / asked, 4) for task, (right, asked) in self.right.items()}
 
 
 def is_right(picture: Picture, answer: str) -> bool:
@@ -67,12 +71,13 @@ def make_quiz(per_task: int, seed: int, tasks: Sequence[str] = (*TASKS, *PRACTIC
 
 @torch.no_grad()
 def decode(model: TinyQwen2VL, pictures: Sequence[Picture]) -> list[str]:
-    """Answer questions greedily; all pictures have one size."""
+    """Answer questions greedily; all pictures have one size. The prompt is read anew for every id: no cache to keep."""
     device = next(model.parameters()).device
     pixels = torch.from_numpy(np.stack([np.asarray(p.image) for p in pictures])).to(device)
     packed = pack([p.question for p in pictures], None)
     batch, length = packed.ids.shape
-    ids = torch.full((batch, length + _LONGEST_ANSWER), PAD, device=device)
+    longest = _LONGEST_LIST if any(p.task in PRACTICE for p in pictures) else _LONGEST_ANSWER
+    ids = torch.full((batch, length + longest), PAD, device=device)
     ids[:, :length] = torch.from_numpy(packed.ids)
     at = torch.from_numpy(packed.starts).to(device)
     rows = torch.arange(batch, device=device)
@@ -81,7 +86,7 @@ def decode(model: TinyQwen2VL, pictures: Sequence[Picture]) -> list[str]:
     grid = (pixels.shape[1] // 28, pixels.shape[2] // 28)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         picture: Tensor = model.encode(normalize(pixels))
-        for _ in range(_LONGEST_ANSWER):
+        for _ in range(longest):
             logits = model(before, picture, grid, ids)
             chosen = torch.where(done, PAD, logits[rows, at - 1].argmax(-1))
             ids[rows, at] = chosen
@@ -94,11 +99,14 @@ def decode(model: TinyQwen2VL, pictures: Sequence[Picture]) -> list[str]:
 
 
 def score(model: TinyQwen2VL, quiz: Quiz, chunk: int = 512) -> Score:
-    """Ask the whole quiz."""
+    """Ask the whole quiz; short answers apart from lists, which take longer."""
     result = Score()
     for pictures in quiz.values():
-        for start in range(0, len(pictures), chunk):
-            part = pictures[start : start + chunk]
-            for picture, answer in zip(part, decode(model, part), strict=True):
-                result.add(picture, answer)
+        lists = [p for p in pictures if p.task in PRACTICE]
+        short = [p for p in pictures if p.task not in PRACTICE]
+        for group in (short, lists):
+            for start in range(0, len(group), chunk):
+                part = group[start : start + chunk]
+                for picture, answer in zip(part, decode(model, part), strict=True):
+                    result.add(picture, answer)
     return result

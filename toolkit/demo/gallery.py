@@ -1,0 +1,88 @@
+"""The README's pictures, drawn from held-out questions and the embedded model's own answers to them.
+
+``python -m toolkit.demo.gallery`` writes shapes.png, which ``make ask`` shows, and tasks.png: the first question of
+each task, then the first ones that the model gets wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from toolkit.demo import TASKS_SEED, checkpoint_dir
+from toolkit.demo.evaluate import Reader
+from toolkit.demo.pictures import TASKS, Picture, question
+from toolkit.demo.quiz import is_right
+
+__all__ = ["draw_gallery", "shapes_picture"]
+
+#: A picture with five shapes of five colours, chosen by eye.
+_SHAPES_INDEX = 268
+_COLUMNS = 4
+#: Mistakes are looked for among so many questions a task.
+_SEARCHED = 60
+_GREEN, _RED = "#1a7f37", "#b42318"
+
+
+def shapes_picture() -> Picture:
+    """Return the question behind docs/pictures/shapes.png."""
+    return question("counting", "held-out", TASKS_SEED, _SHAPES_INDEX, (336, 224))
+
+
+def draw_gallery(entries: Sequence[tuple[Picture, str]], out: Path) -> None:
+    """Draw pictures with question, right answer and the model's answer to a PNG file, four a row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    rows = -(-len(entries) // _COLUMNS)
+    figure = Figure(figsize=(10, 3.3 * rows), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)
+    for axes, (picture, answer) in zip(figure.subplots(rows, _COLUMNS, squeeze=False).flat, entries, strict=False):
+        width, height = picture.image.size
+        axes.imshow(picture.image, interpolation="lanczos", extent=(0, width, height, 0))
+        # Every picture fills a square of its longer side, at the bottom where it is lower than wide.
+        side = max(width, height)
+        axes.set(xlim=((width - side) / 2, (width + side) / 2), ylim=(height, height - side), xticks=[], yticks=[])
+        axes.add_patch(Rectangle((0, 0), width, height, fill=False, edgecolor="#bbbbbb", linewidth=0.8))
+        question_lines = textwrap.fill(picture.question, 34)
+        axes.text(0.5, 1.20, picture.task, transform=axes.transAxes, ha="center", va="top", fontsize=8, color="#777777")
+        axes.text(0.5, 1.14, question_lines, transform=axes.transAxes, ha="center", va="top", fontsize=9)
+        good = is_right(picture, answer)
+        axes.set_xlabel(
+            answer if good else f"{answer}  (right: {picture.answer})", color=_GREEN if good else _RED, weight="bold"
+        )
+    for axes in figure.axes:
+        axes.spines[:].set_visible(False)
+    figure.subplots_adjust(left=0.02, right=0.98, top=0.935, bottom=0.035, wspace=0.12, hspace=0.38)
+    figure.savefig(out)
+
+
+def _entries(reader: Reader) -> list[tuple[Picture, str]]:
+    """Return the first question of each task, then the first wrong ones of different tasks to fill another row."""
+    first: list[tuple[Picture, str]] = []
+    wrong: list[tuple[Picture, str]] = []
+    for task in TASKS:
+        asked = [question(task, "held-out", TASKS_SEED, index) for index in range(_SEARCHED)]
+        answered = list(zip(asked, reader.ask(asked), strict=True))
+        first.append(answered[0])
+        wrong += [(p, answer) for p, answer in answered[1:] if not is_right(p, answer)][:1]
+    return first + wrong[:_COLUMNS]
+
+
+def main() -> None:
+    """Run ``python -m toolkit.demo.gallery``."""
+    parser = argparse.ArgumentParser(description="Draw the README's pictures.")
+    parser.add_argument("--out", type=Path, default=Path("docs/pictures"), help="directory to write")
+    out: Path = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    shapes_picture().image.save(out / "shapes.png", optimize=True)
+    reader = Reader(checkpoint_dir())
+    print("shapes.png:", *reader.ask([shapes_picture()]))
+    draw_gallery(_entries(reader), out / "tasks.png")
+
+
+if __name__ == "__main__":
+    main()
