@@ -39,6 +39,8 @@ _NOT_SIDE = {
     "all_results.json",
     "train_results.json",
     "eval_results.json",
+    "training.json",
+    "accuracy.json",
 }
 
 
