@@ -70,6 +70,7 @@ def serve(
     """
     from serve.lifecycle import start
     from serve.options import ServeOptions
+    from toolkit.console import warn
     from toolkit.errors import ServerError
 
     if vllm_flags and not vllm_flags[0].startswith("-"):
@@ -88,6 +89,8 @@ def serve(
         compile=compile,
         extra=tuple(vllm_flags or ()),
     )
+    if host not in ("127.0.0.1", "localhost", "::1") and options.api_key is None:
+        warn(f"anyone who reaches {host}:{port} can use this server: give --api-key, or keep to 127.0.0.1")
     with _stopped_by_signals():
         with _progress(f"{model} on port {port}") as on_phase:
             server = start(model, options, on_phase=on_phase, attached=not detach)
@@ -104,7 +107,8 @@ def _stopped_by_signals() -> Iterator[None]:
     def end(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heeded = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]  # nohup stays
+    before = {number: signal.signal(number, end) for number in heeded}
     try:
         yield
     finally:
