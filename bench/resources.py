@@ -122,10 +122,12 @@ def gpu_memory(pid: int) -> int | None:
 
 
 _LOADED = re.compile(r"Model loading took ([0-9.]+) GiB")
+#: The log has two decimals: below this a figure is mostly rounding, and none is better.
+_LEAST_GIB = 0.1
 
 
 def weights_in_memory(log: str) -> int | None:
     """Return the bytes the engine says its weights take, from a vLLM log; over several ranks, their sum. None when it
-    does not say."""
+    does not say, or says it too coarsely for a model this small."""
     found = [float(match) for match in _LOADED.findall(log)]
-    return round(sum(found) * 2**30) if found else None
+    return round(sum(found) * 2**30) if sum(found) >= _LEAST_GIB else None

@@ -88,3 +88,4 @@ def test_weights_in_memory_are_read_from_the_log() -> None:
     assert resources.weights_in_memory(line.format("6.65") + "x\n") == round(6.65 * 2**30)
     assert resources.weights_in_memory(line.format("1.5") + line.format("1.5")) == 3 * 2**30
     assert resources.weights_in_memory("nothing") is None
+    assert resources.weights_in_memory(line.format("0.01")) is None  # anything from 5 to 16 MB
