@@ -1,4 +1,4 @@
-"""The one place that decides what the command line looks like: rich on stderr for progress and notes, stdout for results."""
+"""What the command line looks like: rich on stderr for progress and notes, plain results on stdout."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tests.toolkit.short import calibration, short_demo
 from toolkit.checkpoint import LINEARS, Checkpoint, CheckpointWriter
 from toolkit.errors import AlreadyQuantized, CheckpointError, FormatError, ManifestError, ResourceError
 from toolkit.formats.packing import PackedLinear, unpack_gemm, unpack_gemv
-from toolkit.quantize import quantize
+from toolkit.quantize import pipeline, quantize
 from toolkit.quantize.quantizer import Qwen2VLAwqQuantizer, _copied_state
 from toolkit.quantize.search import dequantize
 
@@ -251,6 +251,22 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_cleans_up(tmp_path: Path
     assert not out.exists() and len(left) == 1 and left[0].startswith(".q.qvl-tmp-")
     quantize(str(source), out, calib=str(manifest))
     assert [p.name for p in out.parent.iterdir()] == ["q"]
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(
+    tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = short_demo(tmp_path / "in")
+    search = pipeline._Run._search
+
+    def then_replaced(self: Any, *args: Any) -> None:
+        search(self, *args)
+        (source / "model.safetensors").touch()
+
+    monkeypatch.setattr(pipeline._Run, "_search", then_replaced)
+    with pytest.raises(CheckpointError, match="were replaced during the run"):
+        quantize(str(source), tmp_path / "out", calib=str(manifest))
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
 def test_ctrl_c_prints_one_line_and_leaves_nothing(tmp_path: Path, manifest: Path, source: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.checkpoint import Checkpoint, CheckpointWriter, resolve
-from toolkit.errors import AlreadyQuantized, FormatError, ManifestError, ResourceError
+from toolkit.errors import AlreadyQuantized, CheckpointError, FormatError, ManifestError, ResourceError
 from toolkit.quantize.card import model_card, versions
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ class _Run:
         from toolkit.quantize.progress import RunProgress
 
         began = time.perf_counter()
+        stamps = self._stamps()
         with RunProgress(self.device) as self.progress, ThreadPoolExecutor(1) as pool:
             hashing = pool.submit(self.checkpoint.content_hash)
             prepared, calibration = self._prepare()
@@ -181,8 +182,18 @@ class _Run:
             self._copy_unquantized()
             self._search(prepared, plan)
             source = {**self.source, "hash": hashing.result()}
+        if self._stamps() != stamps:
+            raise CheckpointError(
+                f"the weights in {self.checkpoint.path} were replaced during the run, so the result would be a mix: "
+                "start again when nothing writes there. Nothing was left behind"
+            )
         self.seconds["total"] = time.perf_counter() - began
         self._finish(source, calibration)
+
+    def _stamps(self) -> dict[Path, tuple[int, int, int]]:
+        """Identity, size and time of the source's weight files: they are mapped into memory, not read at once."""
+        found = {info.file: info.file.stat() for info in self.checkpoint.tensors.values()}
+        return {file: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in found.items()}
 
     def _prepare(self) -> tuple[list[PreparedSample], dict[str, Any]]:
         """Read the manifest and turn its samples into model inputs."""

@@ -1,0 +1,116 @@
+"""How far a quantized embedded model has drifted from fp16: KL divergence on the tokens of right answers.
+
+Accuracy is too coarse to rank good quantizations of a model this small; the divergence is not.
+
+    python -m toolkit.demo.fidelity CHECKPOINT...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolkit.calibration import PreparedSample, prepare, read_manifest
+from toolkit.checkpoint import LINEARS, Checkpoint
+from toolkit.compat import patch_torchvision
+from toolkit.demo import checkpoint_dir, write_tasks
+from toolkit.errors import FormatError
+from toolkit.formats.packing import PackedLinear, unpack_gemm, unpack_gemv
+from toolkit.quantize.search import dequantize, round_to_grid
+
+__all__ = ["divergence", "load"]
+
+
+def load(path: Path | None, nearest: int | None = None) -> Any:
+    """Return the embedded model in float32, as transformers runs it.
+
+    Args:
+        path: an AWQ checkpoint of it, read back to the weights it stands for; None for the fp16 source.
+        nearest: round the source's linears to nearest with this group size (what AWQ has to beat).
+    """
+    patch_torchvision()
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint_dir(), dtype=torch.float32).eval()
+    layers = model.model.language_model.layers
+    if nearest is not None:
+        for layer in layers:
+            for name in LINEARS:
+                weight = layer.get_submodule(name).weight
+                weight.data = dequantize(round_to_grid(weight.data, nearest))
+    if path is None:
+        return model
+    checkpoint = Checkpoint.open(path)
+    info = checkpoint.quantization
+    if info is None or checkpoint.num_layers != len(layers):
+        raise FormatError(f"{path} is no AWQ checkpoint of the embedded model")
+    for index, layer in enumerate(layers):
+        prefix = checkpoint.layer_prefix(index)
+        for name, parameter in layer.named_parameters():
+            module = name.removesuffix(".weight")
+            if module in LINEARS and name.endswith(".weight"):
+                parts = (checkpoint.get(f"{prefix}{module}.{part}") for part in ("qweight", "qzeros", "scales"))
+                packed = PackedLinear(*parts)
+                unpacked = unpack_gemm(packed) if info.version == "gemm" else unpack_gemv(packed, info.group_size)
+                parameter.data = dequantize(unpacked)
+            else:
+                parameter.data = checkpoint.get(prefix + name).float()
+    return model
+
+
+def held_out_chats(processor: Any, per_task: int) -> list[PreparedSample]:
+    """Return held-out questions with their right answers, as model inputs."""
+    with tempfile.TemporaryDirectory() as directory:
+        tasks = write_tasks(Path(directory), per_task=per_task)
+        lines = []
+        for question in map(json.loads, tasks.read_text(encoding="utf-8").splitlines()):
+            content = [{"type": "image", "image": question["image"]}, {"type": "text", "text": question["question"]}]
+            answer = {"role": "assistant", "content": question["answers"][0]}
+            lines.append(json.dumps({"messages": [{"role": "user", "content": content}, answer]}))
+        chats = tasks.with_name("chats.jsonl")
+        chats.write_text("\n".join(lines), encoding="utf-8")
+        return list(prepare(read_manifest(chats), processor, max_tokens=10**6, max_pixels=None))
+
+
+@torch.no_grad()
+def answer_logits(model: Any, chats: Sequence[PreparedSample], opening: Sequence[int], end: int) -> list[torch.Tensor]:
+    """Return log-probabilities [answer tokens, vocabulary] of each chat's answer, its end token included."""
+    found = []
+    for chat in chats:
+        ids = chat.inputs["input_ids"][0].tolist()
+        start = max(i for i in range(len(ids)) if ids[i : i + len(opening)] == list(opening)) + len(opening)
+        stop = ids.index(end, start) + 1
+        logits = model(**chat.inputs, use_cache=False).logits[0, start - 1 : stop - 1]
+        found.append(logits.float().log_softmax(-1))
+    return found
+
+
+def divergence(reference: Sequence[torch.Tensor], candidate: Sequence[torch.Tensor]) -> float:
+    """Return the mean over answer tokens of KL(reference || candidate), in nats."""
+    total = sum(float((r.exp() * (r - c)).sum()) for r, c in zip(reference, candidate, strict=True))
+    return total / sum(len(r) for r in reference)
+
+
+def main(checkpoints: Sequence[str], per_task: int = 40) -> None:
+    """Print the divergence of plain rounding and of each checkpoint from fp16."""
+    patch_torchvision()
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(checkpoint_dir())
+    chats = held_out_chats(processor, per_task)
+    opening = processor.tokenizer.encode("<|im_start|>assistant\n")
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    reference = answer_logits(load(None), chats, opening, end)
+    print(f"{len(chats)} held-out answers, {sum(len(r) for r in reference)} tokens; KL from fp16, nats a token")
+    for name, model in [("round to nearest", load(None, 128)), *((c, load(Path(c))) for c in checkpoints)]:
+        print(f"{divergence(reference, answer_logits(model, chats, opening, end)):.6f}  {name}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
