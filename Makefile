@@ -69,7 +69,8 @@ compare: setup ## report B against report A; exit code 1 when FAIL_IF holds
 	$(QVL) compare $(A) $(B) --fail-if '$(FAIL_IF)' $(ARGS)
 
 test: setup ## all tests (FAST=1: without those that boot vLLM, under a minute)
-	$(PY) -m pytest $(if $(FAST),-m "not e2e") $(ARGS)
+	$(PY) -m pytest -m "not e2e" -n auto --dist loadfile -p no:benchmark $(ARGS)
+	$(if $(FAST),,$(PY) -m pytest -m e2e $(ARGS))
 
 lint: setup ## ruff and mypy --strict
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

@@ -49,6 +49,19 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+#: The vision tower, the same in all sizes but for the width that it hands to the language model.
+VISION: dict[str, Any] = {
+    "depth": 32,
+    "embed_dim": 1280,
+    "mlp_ratio": 4,
+    "num_heads": 16,
+    "in_chans": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "spatial_patch_size": 14,
+    "temporal_patch_size": 2,
+}
+
 #: Special tokens in the order of their ids, which follow the ranks.
 _SPECIALS = (
     "<|endoftext|>",
@@ -161,18 +174,7 @@ def _config(shape: str, layers: int | None) -> dict[str, Any]:
     if layers is not None:
         config["num_hidden_layers"] = layers
     config["max_window_layers"] = config["num_hidden_layers"]
-    config["vision_config"] = {
-        "depth": 32,
-        "embed_dim": 1280,
-        "mlp_ratio": 4,
-        "num_heads": 16,
-        "in_chans": 3,
-        "hidden_size": config["hidden_size"],
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "spatial_patch_size": 14,
-        "temporal_patch_size": 2,
-    }
+    config["vision_config"] = {**VISION, "hidden_size": config["hidden_size"]}
     return config
 
 

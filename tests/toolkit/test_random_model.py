@@ -47,6 +47,7 @@ def test_a_shape_has_the_hubs_names_and_quantizable_layers(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the real shapes are gigabytes: the same code on a small one
+    monkeypatch.setitem(random_model.VISION, "depth", 1)
     small = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 1}
     monkeypatch.setitem(
         random_model.SHAPES,
