@@ -16,6 +16,7 @@ import binascii
 import hashlib
 import io
 import json
+import math
 import random
 import re
 import unicodedata
@@ -99,9 +100,10 @@ def contains(answer: str, gold: str) -> float:
 def _number(text: str) -> float | None:
     text = normalise(text).replace(",", "")
     try:
-        return float(text.removesuffix("%")) / 100.0 if text.endswith("%") else float(text.removeprefix("$"))
+        number = float(text.removesuffix("%")) / 100.0 if text.endswith("%") else float(text.removeprefix("$"))
     except ValueError:
         return None
+    return number if math.isfinite(number) else None  # "infinity" and "nan" are words
 
 
 def relaxed(answer: str, gold: str) -> float:

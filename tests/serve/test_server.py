@@ -54,6 +54,7 @@ print((len(sys.meta_path), gc.get_threshold()) == before, "torch" in sys.modules
     assert run(code).split() == ["True", "False", "False"]
 
 
+@pytest.mark.slow
 def test_spawned_children_are_mended_too() -> None:
     """What vLLM does: a child started by multiprocessing's spawn imports its parent's main module again."""
     code = """

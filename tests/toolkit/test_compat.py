@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 
 def run(code: str) -> str:
     command = [sys.executable, "-W", "error::UserWarning", "-c", code]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
+@pytest.mark.slow
 def test_torchvision_imports_afterwards_and_its_transforms_work() -> None:
     code = """
 from toolkit.compat import patch_torchvision
@@ -23,6 +26,7 @@ print(first == second, tuple(resized.shape))
     assert run(code) == "True (3, 14, 14)\n"
 
 
+@pytest.mark.slow
 def test_a_working_torchvision_is_left_alone() -> None:
     """Where its operators load, no schema is defined; where they do not, exactly those two are missing before."""
     code = """

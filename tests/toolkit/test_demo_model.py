@@ -78,6 +78,7 @@ def test_the_fast_model_equals_transformers_without_a_picture(reader: Reader, fa
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_decoding_a_batch_answers_as_generate_does(reader: Reader, fast: TinyQwen2VL) -> None:
     tasks = ("counting", "words", "bars", "bar_list")
     asked = [pictures.question(task, "held-out", 21, i, (224, 168)) for task in tasks for i in range(2)]
@@ -90,6 +91,7 @@ def test_decoding_a_batch_answers_as_generate_does(reader: Reader, fast: TinyQwe
 # ---- what ships ----
 
 
+@pytest.mark.slow
 def test_the_shipped_model_answers(reader: Reader) -> None:
     asked = [pictures.question(task, "held-out", EVALUATION_SEED, i) for task in pictures.TASKS for i in range(12)]
     result = Score()

@@ -34,6 +34,7 @@ def torch_as_before() -> Iterator[None]:
     torch.backends.cuda.enable_cudnn_sdp(True)
 
 
+@pytest.mark.slow
 @FORKS
 def test_a_few_steps_make_a_whole_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "model"

@@ -18,6 +18,7 @@ def test_divergence_is_kl_per_token() -> None:
     assert fidelity.divergence([p, p], [p, q]) == pytest.approx((0.5 * math.log(2) - 0.25 * math.log(2)) / 2)
 
 
+@pytest.mark.slow
 def test_rounding_costs_little_and_coarse_rounding_more() -> None:
     fidelity.patch_torchvision()
     from transformers import AutoProcessor

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,8 +19,10 @@ from toolkit.checkpoint import LINEARS, Checkpoint, CheckpointWriter
 from toolkit.errors import AlreadyQuantized, CheckpointError, FormatError, ManifestError, ResourceError
 from toolkit.formats.packing import PackedLinear, unpack_gemm, unpack_gemv
 from toolkit.quantize import pipeline, quantize
-from toolkit.quantize.quantizer import Qwen2VLAwqQuantizer, _copied_state
 from toolkit.quantize.search import dequantize
+
+if TYPE_CHECKING:
+    from toolkit.quantize.quantizer import Qwen2VLAwqQuantizer
 
 
 @pytest.fixture(scope="session")
@@ -230,6 +232,7 @@ def test_an_existing_output_needs_force(tmp_path: Path, source: Path, manifest: 
     assert same(tensors(out), tensors(gemm))
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_output_and_the_next_one_cleans_up(tmp_path: Path, manifest: Path) -> None:
     source, out = short_demo(tmp_path / "in" / "two", layers=2), tmp_path / "out" / "q"
     command = [sys.executable, "-m", "toolkit.cli", "quantize", "--model", str(source), "--out", str(out)]
@@ -303,6 +306,8 @@ class Hungry(torch.nn.Linear):
 
 
 def bare_quantizer(notes: list[str]) -> Qwen2VLAwqQuantizer:
+    from toolkit.quantize.quantizer import Qwen2VLAwqQuantizer  # seconds: paid by the worker that runs these tests
+
     quantizer = Qwen2VLAwqQuantizer.__new__(Qwen2VLAwqQuantizer)
     quantizer.device = quantizer.store = torch.device("cpu")
     quantizer.on_note = notes.append
@@ -330,6 +335,8 @@ def test_out_of_memory_at_any_chunk_says_what_to_do() -> None:
 @pytest.mark.parametrize("duo", [True, False])
 def test_the_scale_search_leaves_the_weights_as_they_were(duo: bool) -> None:
     """AutoAWQ's own search keeps the first candidate's scaling in the weights when they are on a CPU."""
+    from toolkit.quantize.quantizer import _copied_state
+
     torch.manual_seed(0)
     quantizer = bare_quantizer([])
     quantizer.duo_scaling = duo

@@ -21,6 +21,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_qwens(tokenizer: Path) -> None:
     import tiktoken
     from tokenizers import Tokenizer
@@ -43,6 +44,7 @@ def test_the_tokenizer_is_qwens(tokenizer: Path) -> None:
         assert made.decode(made.encode(text).ids) == text
 
 
+@pytest.mark.slow
 def test_a_shape_has_the_hubs_names_and_quantizable_layers(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
