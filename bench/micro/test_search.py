@@ -1,0 +1,53 @@
+"""What quantizing a layer costs: rounding, clipping, packing, on random weights of the embedded model's shape."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from toolkit.formats.packing import gemm_to_gemv, pack_gemm
+from toolkit.quantize.search import best_clip, group_moments, round_to_grid
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+GROUP = 128
+
+
+@pytest.fixture(params=[(256, 512), (2048, 2048)], ids=["embedded", "2048 wide"])
+def weight(request: pytest.FixtureRequest) -> torch.Tensor:
+    """Weights [N, K] of down_proj's shape in the embedded model, and of a larger one."""
+    return torch.randn(request.param, generator=torch.Generator().manual_seed(0))
+
+
+def test_rounding(benchmark: BenchmarkFixture, weight: torch.Tensor) -> None:
+    """Round to the grid."""
+    benchmark(round_to_grid, weight, GROUP)
+
+
+def test_packing(benchmark: BenchmarkFixture, weight: torch.Tensor) -> None:
+    """Pack rounded values in the GEMM layout."""
+    benchmark(pack_gemm, round_to_grid(weight, GROUP))
+
+
+def test_repacking(benchmark: BenchmarkFixture, weight: torch.Tensor) -> None:
+    """GEMM to GEMV."""
+    benchmark(gemm_to_gemv, pack_gemm(round_to_grid(weight, GROUP)))
+
+
+def test_clip_search(benchmark: BenchmarkFixture, weight: torch.Tensor) -> None:
+    """AutoAWQ's clip grid by second moments, 4,096 tokens."""
+    tokens = torch.randn(4096, weight.shape[1], generator=torch.Generator().manual_seed(1))
+    benchmark(lambda: best_clip(weight, group_moments(tokens, GROUP)))
+
+
+def test_clip_search_of_autoawq(benchmark: BenchmarkFixture, weight: torch.Tensor) -> None:
+    """The same grid as AutoAWQ searches it, on the 512 of 4,096 tokens that it takes."""
+    from toolkit.quantize._awq import AwqQuantizer
+
+    stock = AwqQuantizer.__new__(AwqQuantizer)
+    stock.group_size, stock.w_bit, stock.zero_point = GROUP, 4, True
+    tokens = torch.randn(4096, weight.shape[1], generator=torch.Generator().manual_seed(1))
+    benchmark(stock._compute_best_clip, weight, tokens)
