@@ -14,6 +14,10 @@ python=${PYTHON:-python3}
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "error: $("$python" --version) is too old: install Python 3.11 or newer, or set PYTHON=python3.12" >&2; exit 2; }
+for marker in "$venv"/.installed-*; do  # vLLM's CPU and GPU builds do not live side by side
+    [ ! -e "$marker" ] || [ "$marker" = "$venv/.installed-$backend" ] || {
+        echo "$venv was made for another backend: making it anew"; rm -rf "$venv"; }
+done
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || {
     echo "error: no virtual environment could be made: install your system's python3-venv package" >&2; exit 2; }
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,19 +162,15 @@ def _packed_bytes(inputs: int, outputs: int, group_size: int) -> int:
     return inputs * outputs // 2 + groups * outputs // 2 + 2 * groups * outputs
 
 
-def _available_host(available: int) -> int:
-    """Return free host memory, bounded by the control group where one is set (containers)."""
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            text = Path(limit).read_text().strip()
-            if text == "max":
-                continue
-            bound = int(text)
-            if bound < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-                available = min(available, bound - int(Path(used).read_text()))
-        except (OSError, ValueError):
-            continue
-    return available
+def _available_host(available: int, group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return free host memory in bytes, bounded by the control group's limit where one is set (containers).
+
+    Files in the page cache count as used there, but give way when memory is asked for.
+    """
+    try:
+        limit = int((group / "memory.max").read_text())  # "max" where there is no limit: a ValueError
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return min(available, limit - used + int(stat["inactive_file"]) + int(stat["active_file"]))
+    except (OSError, ValueError, KeyError):
+        return available
