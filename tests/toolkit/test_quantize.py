@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +152,12 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
     return directory
 
 
+def test_a_whole_row_as_one_group(tmp_path: Path, source: Path, manifest: Path) -> None:
+    out = Checkpoint.open(quantize(str(source), tmp_path / "out", calib=str(manifest), group_size=-1))
+    assert out.quantization is not None and out.quantization.group_size == -1
+    assert out.tensors["model.layers.0.mlp.down_proj.scales"].shape == (1, 256)
+
+
 def test_an_adapter_is_merged_first(tmp_path: Path, source: Path, manifest: Path, adapter: Path) -> None:
     from safetensors.torch import load_file
 
@@ -232,24 +237,29 @@ def test_an_existing_output_needs_force(tmp_path: Path, source: Path, manifest: 
     assert same(tensors(out), tensors(gemm))
 
 
-@pytest.mark.slow
-def test_a_killed_run_leaves_no_output_and_the_next_one_cleans_up(tmp_path: Path, manifest: Path) -> None:
-    source, out = short_demo(tmp_path / "in" / "two", layers=2), tmp_path / "out" / "q"
-    command = [sys.executable, "-m", "toolkit.cli", "quantize", "--model", str(source), "--out", str(out)]
+def search_of_two_layers(source: Path, out: Path, manifest: Path) -> subprocess.Popen[str]:
+    """Start `qvl quantize` on two layers and return it when the first is done."""
+    command = [sys.executable, "-m", "toolkit.cli", "quantize", "--model", str(short_demo(source, layers=2))]
     process = subprocess.Popen(
-        [*command, "--calib", str(manifest)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*command, "--out", str(out), "--calib", str(manifest)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stderr is not None
     seen = ""
     for line in process.stderr:
         seen += line
         if line.startswith("layer 1/2"):
-            break
-    else:
-        pytest.fail(f"it ended before a layer was done:\n{seen}")
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+            return process
+    raise AssertionError(f"it ended before a layer was done:\n{seen}")
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_output_and_the_next_one_cleans_up(tmp_path: Path, manifest: Path) -> None:
+    source, out = tmp_path / "in" / "two", tmp_path / "out" / "q"
+    with search_of_two_layers(source, out, manifest) as process:
+        os.kill(process.pid, signal.SIGKILL)
     left = [p.name for p in out.parent.iterdir()]
     assert not out.exists() and len(left) == 1 and left[0].startswith(".q.qvl-tmp-")
     quantize(str(source), out, calib=str(manifest))
@@ -272,19 +282,14 @@ def test_a_source_that_changes_meanwhile_is_noticed(
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
-def test_ctrl_c_prints_one_line_and_leaves_nothing(tmp_path: Path, manifest: Path, source: Path) -> None:
-    out = tmp_path / "q"
-    command = [sys.executable, "-m", "toolkit.cli", "quantize", "--model", str(source), "--out", str(out)]
-    process = subprocess.Popen(
-        [*command, "--calib", str(manifest)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    while not any(tmp_path.iterdir()):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+@pytest.mark.slow
+def test_ctrl_c_prints_one_line_and_leaves_nothing(tmp_path: Path, manifest: Path) -> None:
+    out = tmp_path / "out" / "q"
+    with search_of_two_layers(tmp_path / "in" / "two", out, manifest) as process:
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in told and "Traceback" not in told
-    assert list(tmp_path.iterdir()) == []
+    assert list(out.parent.iterdir()) == []
 
 
 def test_the_command_line_says_one_thing_and_exits_with_2(tmp_path: Path) -> None:
@@ -314,6 +319,7 @@ def bare_quantizer(notes: list[str]) -> Qwen2VLAwqQuantizer:
     quantizer.chunk_tokens = 512
     quantizer.w_bit, quantizer.group_size, quantizer.zero_point = 4, 32, True
     quantizer.max_chunk_memory = 2**30
+    quantizer._stand_in = None
     return quantizer
 
 

@@ -90,6 +90,8 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
         self.on_note = on_note
         self.on_capture = on_capture
         self.chunk_tokens = _CHUNK_TOKENS
+        self._stand_in: torch.Tensor | None = None
+        self._searched_input: torch.Tensor
         #: Per sample: hidden states [1, T, D] before and after the current layer, and what else the layer takes.
         self.inps: list[torch.Tensor]
         self.outputs: list[torch.Tensor]
@@ -177,6 +179,8 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
         Attention runs sample by sample, since tokens see only their own chat; anything else in chunks of tokens that
         are halved when the device runs out of memory.
         """
+        if x is self._stand_in:
+            x = self._searched_input
         if hasattr(module, "q_proj"):
             lengths = [hidden.shape[1] for hidden in self.inps]
             parts = [
@@ -221,21 +225,45 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
             rounded.zeros.view(rows, -1),
         )
 
+    @torch.no_grad()
+    def _search_best_scale(
+        self,
+        module: nn.Module,
+        prev_op: nn.Module,
+        layers: Sequence[nn.Linear],
+        inp: torch.Tensor,
+        module2inspect: nn.Module | None = None,
+        kwargs: Any = None,
+    ) -> tuple[str, tuple[str, ...], torch.Tensor]:
+        """Find the scales of the linears that share an input: AutoAWQ's grid and loss, inputs left where they wait.
+
+        Its own version moves the whole input to the device, and takes no group size of -1. ``kwargs`` are not needed:
+        samples bring their own. Returns names of the previous operation and of the linears, and the scales [K].
+        """
+        inspected = layers[0] if module2inspect is None else module2inspect
+        weight = torch.cat([linear.weight for linear in layers])
+        groups = weight.view(-1, self.group_size if self.group_size > 0 else weight.shape[1])
+        # of each input channel, the mean size of its weights within their groups, 0 to 1
+        w_mean = (groups.abs() / (groups.abs().amax(1, keepdim=True) + 1e-6)).view_as(weight).mean(0)
+        x_sum = torch.zeros(inp.shape[-1], device=self.device)
+        for chunk in inp.split(self.chunk_tokens, dim=1):
+            x_sum += chunk.to(self.device).abs().sum((0, 1))
+        x_mean = x_sum / (inp.shape[0] * inp.shape[1])
+        self._searched_input = inp
+        # AutoAWQ's loop asks its input only for the device to work on, and hands it to _module_forward
+        self._stand_in = torch.empty(0, device=self.device)
+        true = self._module_forward(inp, inspected, {})
+        scales = self._compute_best_scale(self._stand_in, w_mean, x_mean, inspected, layers, true, {})
+        names = {id(part): name for name, part in module.named_modules()}
+        return names[id(prev_op)], tuple(names[id(linear)] for linear in layers), scales
+
     def _compute_best_scale(
         self, x: torch.Tensor, w_mean: torch.Tensor, x_mean: torch.Tensor, module2inspect: nn.Module, *args: Any
     ) -> torch.Tensor:
         """AutoAWQ's grid, on weights it can really restore: see the class."""
-        w_mean, x_mean = w_mean.to(self.device), x_mean.to(self.device)
         with _copied_state(module2inspect):
-            scales: torch.Tensor = super()._compute_best_scale(
-                x.to(self.store), w_mean.to(self.store), x_mean.to(self.store), module2inspect, *args
-            )
+            scales: torch.Tensor = super()._compute_best_scale(x, w_mean, x_mean, module2inspect, *args)
         return scales
-
-    def _search_best_scale(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """AutoAWQ's, without its module kwargs: samples bring their own."""
-        kwargs["kwargs"] = {}
-        return super()._search_best_scale(module, *args, **kwargs)
 
     @torch.no_grad()
     def _compute_best_clip(self, w: torch.Tensor, input_feat: torch.Tensor, **kwargs: Any) -> torch.Tensor:
