@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -94,7 +93,7 @@ class _Tour:
 
         err.print(f"\n[bold]{title}[/bold] [dim]({time.monotonic() - self._began:.0f} s)[/dim]")
         err.print(f"$ qvl {command}", style="cyan", highlight=False, markup=False)
-        code = subprocess.call([sys.executable, "-m", "toolkit.cli", *_words(command)])
+        code = subprocess.call([sys.executable, "-m", "toolkit.cli", *shlex.split(command)])
         if code:
             raise typer.Exit(code)
 
@@ -103,7 +102,3 @@ class _Tour:
         from toolkit.console import out
 
         out.print(f"\nDone in {time.monotonic() - self._began:.0f} s. {message}", highlight=False)
-
-
-def _words(command: str) -> Sequence[str]:
-    return shlex.split(command)

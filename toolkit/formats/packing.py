@@ -175,11 +175,11 @@ def gemv_to_gemm(packed: PackedLinear, group_size: int) -> PackedLinear:
     return pack_gemm(unpack_gemv(packed, group_size))
 
 
-def dequantize(layer: QuantizedLinear) -> Tensor:
-    """Return the weight matrix [N, K] = (value - zero) * scale, in the scales' dtype."""
-    size = layer.values.shape[1] // layer.scales.shape[1]
-    zeros = layer.zeros.repeat_interleave(size, dim=1).to(torch.int16)
-    return (layer.values.to(torch.int16) - zeros).to(layer.scales.dtype) * layer.scales.repeat_interleave(size, dim=1)
+def dequantize(layer: QuantizedLinear, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the weight matrix [N, K] = (value - zero) * scale, computed in ``dtype`` (None: the scales')."""
+    dtype = layer.scales.dtype if dtype is None else dtype
+    groups = layer.values.view(*layer.scales.shape, -1).to(dtype) - layer.zeros.to(dtype).unsqueeze(-1)
+    return (groups * layer.scales.to(dtype).unsqueeze(-1)).view(layer.values.shape)
 
 
 def layer_shape(

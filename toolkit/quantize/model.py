@@ -11,8 +11,6 @@ from torch import nn
 from toolkit.quantize._awq import Qwen2VLAWQForCausalLM
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from toolkit.checkpoint import Checkpoint
 
 __all__ = ["Qwen2VLAWQ", "StreamedLayers", "load_shell"]
@@ -46,9 +44,6 @@ class StreamedLayers:
 
     def __len__(self) -> int:
         return int(self._config.num_hidden_layers)
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return (self.load(i) for i in range(len(self)))
 
     def load(self, index: int) -> nn.Module:
         """Return decoder layer ``index`` in float32 on the device, in eval mode."""

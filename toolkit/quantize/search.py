@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from toolkit.formats import packing
 from toolkit.formats.packing import QuantizedLinear
 
 __all__ = ["best_clip", "dequantize", "group_moments", "round_to_grid"]
@@ -47,9 +48,7 @@ def round_to_grid(weight: torch.Tensor, group_size: int, bits: int = 4) -> Quant
 
 def dequantize(layer: QuantizedLinear) -> torch.Tensor:
     """Return the float32 weight [N, K] that a quantized linear stands for."""
-    rows, columns = layer.values.shape
-    v = layer.values.view(rows, layer.scales.shape[1], -1).float()
-    return ((v - layer.zeros.float().unsqueeze(-1)) * layer.scales.float().unsqueeze(-1)).view(rows, columns)
+    return packing.dequantize(layer, torch.float32)
 
 
 def group_moments(x: torch.Tensor, group_size: int) -> torch.Tensor:
