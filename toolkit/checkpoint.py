@@ -100,7 +100,7 @@ class QuantizationInfo:
     zero_point: bool
     #: Layout of the packed words: "gemm" or "gemv".
     version: str
-    #: Modules left in 16 bits; a module is left when its name contains one of these.
+    #: Modules left in 16 bits, as each engine reads it (`toolkit.quantize.mixed`); empty: what is not packed.
     modules_to_not_convert: tuple[str, ...] = ()
     #: Whether lm_head is quantized too.
     lm_head: bool = False
@@ -196,6 +196,15 @@ class Checkpoint:
     def quantized_modules(self) -> list[str]:
         """Return the names of all modules that hold packed weights, in the order of the files."""
         return [name.removesuffix(".qweight") for name in self.tensors if name.endswith(".qweight")]
+
+    def left_linears(self) -> frozenset[tuple[int, str]]:
+        """Return (layer, one of `LINEARS`) for each decoder linear that is in 16 bits; in a 16-bit checkpoint, all."""
+        return frozenset(
+            (index, name)
+            for index in range(self.num_layers)
+            for name, module in zip(LINEARS, self.linear_names(index), strict=True)
+            if f"{module}.weight" in self.tensors and f"{module}.qweight" not in self.tensors
+        )
 
     def get(self, name: str) -> Tensor:
         """Read one tensor, on the CPU, memory-mapped where safetensors can. Raises CheckpointError if there is none."""

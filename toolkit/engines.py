@@ -5,9 +5,11 @@ The rules are those of vLLM 0.32, AutoAWQ 0.2.9 and AutoAWQ's CUDA kernels, read
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
-from toolkit.checkpoint import Checkpoint, QuantizationInfo
+from toolkit.checkpoint import LINEARS, Checkpoint, QuantizationInfo
+from toolkit.quantize.mixed import UNITS
 
 __all__ = ["Engine", "engines", "tensor_parallel", "vision_is_whole"]
 
@@ -42,7 +44,8 @@ def tensor_parallel(checkpoint: Checkpoint) -> dict[int, str | None]:
 
     Heads are split, so they must divide (key-value heads may be repeated instead); row-parallel layers (o_proj,
     down_proj) are split along their K inputs, and no group may straddle GPUs: K must divide by group_size x GPUs.
-    Columns are split in words of eight. Where `vision_is_whole`, the vision tower needs an option too.
+    Columns are split in words of eight. Linears in 16 bits have neither groups nor words. Where `vision_is_whole`, the
+    vision tower needs an option too.
     """
     return {size: _obstacle(checkpoint, size) for size in _TP_SIZES}
 
@@ -64,18 +67,18 @@ def _obstacle(checkpoint: Checkpoint, size: int) -> str | None:
         return f"{heads} attention heads don't divide by {size}"
     if kv_heads % size and size % kv_heads:
         return f"{kv_heads} key-value heads neither divide by {size} nor divide it"
-    shapes = checkpoint.linear_shapes()
-    if info is not None and info.group_size == -1:
-        return "one scale for all inputs of a row can't be split"
-    group = 1 if info is None else info.group_size
+    shapes, packed = checkpoint.linear_shapes(), _packed(checkpoint)
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         inputs = shapes[name][0]
+        group = info.group_size if info and name in packed else 1
+        if group == -1:
+            return "one scale for all inputs of a row can't be split"
         if inputs % (group * size):
-            unit = f"{group} x {size}" if info else f"{size}"
+            unit = f"{group} x {size}" if group > 1 else f"{size}"
             return f"{name.split('.')[1]}'s {inputs} inputs don't divide by {unit}"
-    words = 8 if info else 1
     for name in ("self_attn.q_proj", "mlp.gate_proj"):
         outputs = shapes[name][1]
+        words = 8 if name in packed else 1
         if outputs % (words * size):
             return f"{name.split('.')[1]}'s {outputs} outputs don't divide by {words * size}"
     return None
@@ -128,12 +131,18 @@ def _autoawq(checkpoint: Checkpoint) -> Engine:
         return Engine(name, "no", "it runs quantized weights only")
     if not info.zero_point:
         return Engine(name, "no", "its kernels expect zero points, and the config says zero_point: false")
+    left = Counter(name for _, name in checkpoint.left_linears())
+    for linear in LINEARS:
+        listed = any(pattern in linear for pattern in info.modules_to_not_convert)
+        if left[linear] != (checkpoint.num_layers if listed else 0):
+            return Engine(name, "no", f"it leaves a linear in 16 bits in all layers or in none, not {linear} in some")
     size = info.group_size
     if info.version == "gemv":
         if size not in (64, 128):
             return Engine(name, "no", f"its GEMV kernel takes groups of 64 or 128, not {size}")
         return Engine(name, "yes", "GEMV kernel, for one request at a time")
-    odd = next((n for _, n in checkpoint.linear_shapes().values() if n % 64), None)
+    shapes = checkpoint.linear_shapes()
+    odd = next((shapes[linear][1] for linear in _packed(checkpoint) if shapes[linear][1] % 64), None)
     if odd is not None or (size != -1 and size % 32):
         reason = f"not {odd} outputs" if odd else f"not groups of {size}"
         return Engine(name, "no", f"its GEMM kernel takes outputs in 64s and groups in 32s, {reason}")
@@ -141,9 +150,14 @@ def _autoawq(checkpoint: Checkpoint) -> Engine:
 
 
 def _fused_shapes(checkpoint: Checkpoint) -> list[tuple[int, int]]:
-    """Return (K, N) of the layers as vLLM runs them: q, k, v in one, gate and up in one."""
-    shapes = checkpoint.linear_shapes()
-    qkv = [shapes[f"self_attn.{name}_proj"] for name in "qkv"]
-    gate = shapes["mlp.gate_proj"]
-    fused = [(qkv[0][0], sum(n for _, n in qkv)), (gate[0], 2 * gate[1])]
-    return [*fused, shapes["self_attn.o_proj"], shapes["mlp.down_proj"]]
+    """Return (K, N) of the packed modules of a layer as vLLM runs them: q, k, v in one, gate and up in one."""
+    shapes, packed = checkpoint.linear_shapes(), _packed(checkpoint)
+    return [(shapes[unit[0]][0], sum(shapes[name][1] for name in unit)) for unit in UNITS if unit[0] in packed]
+
+
+def _packed(checkpoint: Checkpoint) -> list[str]:
+    """Return which of `LINEARS` are packed in any layer."""
+    if checkpoint.quantization is None:
+        return []
+    left = Counter(name for _, name in checkpoint.left_linears())
+    return [name for name in LINEARS if left[name] < checkpoint.num_layers]

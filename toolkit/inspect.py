@@ -15,6 +15,7 @@ from toolkit.anatomy import PARTS, Expected, expected_tensors, part_of
 from toolkit.checkpoint import ARCHITECTURE, LINEARS, Checkpoint, QuantizationInfo
 from toolkit.engines import Engine, engines
 from toolkit.errors import CheckpointError, FormatError
+from toolkit.quantize.mixed import FUSED, vllm_leaves
 from toolkit.weights import LFS_MAGIC, read_json
 
 if TYPE_CHECKING:
@@ -137,13 +138,14 @@ def _quantization(checkpoint: Checkpoint, info: QuantizationInfo) -> dict[str, A
     left = Counter(part_of(checkpoint, n) for n in checkpoint.tensors if n.rpartition(".")[0] not in set(modules))
     if checkpoint.tied_lm_head:
         left["lm_head"] += 1
-    unpacked = [n for i in range(checkpoint.num_layers) for n in checkpoint.linear_names(i) if n not in set(modules)]
+    in_16_bits = {name: sorted(i for i, n in checkpoint.left_linears() if n == name) for name in LINEARS}
     return {
         **asdict(info),
         "modules_to_not_convert": list(info.modules_to_not_convert),
         "bits_per_weight": round(8 * nbytes / weights, 3),
         "quantized": {kind: kinds[kind] for kind in dict.fromkeys((*LINEARS, *sorted(kinds))) if kinds[kind]},
-        "left": [part for part in PARTS if left[part] and part != "layers"] + unpacked,
+        "left": [part for part in PARTS if left[part] and part != "layers"],
+        "left_linears": {name: layers for name, layers in in_16_bits.items() if layers},
     }
 
 
@@ -187,8 +189,7 @@ def _tensor_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
                 missing.setdefault(_place(checkpoint, name), []).append(name)
         yield from _shape_problems(checkpoint, expected)
     for place, names in missing.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        yield Problem("error", f"{place} lacks {names[0]}{more}")
+        yield Problem("error", f"{place} lacks {_and_more(names)}")
     if checkpoint.tied_lm_head and "lm_head.weight" in checkpoint.tensors:
         known.add("lm_head.weight")
         yield Problem(
@@ -199,8 +200,11 @@ def _tensor_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     odd = [name for name in checkpoint.tensors if name not in known and not name.endswith(".inv_freq")]
     odd = [name for name in odd if not name.startswith("lm_head.")]
     if odd:
-        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        yield Problem("warning", f"tensors that no Qwen2-VL of this config has: {odd[0]}{more}")
+        yield Problem("warning", f"tensors that no Qwen2-VL of this config has: {_and_more(odd)}")
+
+
+def _and_more(names: list[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def _place(checkpoint: Checkpoint, name: str) -> str:
@@ -246,21 +250,46 @@ def _quantization_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     modules = set(checkpoint.quantized_modules())
     if not info.zero_point:
         yield Problem("error", "the config says zero_point: false, which neither vLLM's nor AutoAWQ's AWQ kernels run")
-    left = info.modules_to_not_convert
-    listed = sorted(m for m in modules if any(pattern in m for pattern in left))
-    if listed:
-        yield Problem("error", f"{listed[0]} is packed, but modules_to_not_convert ({', '.join(left)}) says it is not")
-    for index in range(checkpoint.num_layers):
-        plain = [n for n in checkpoint.linear_names(index) if f"{n}.weight" in checkpoint.tensors and n not in modules]
-        plain = [n for n in plain if not any(pattern in n for pattern in left)]
-        if plain and left:  # without a list, vLLM finds the packed modules by their tensors
-            yield Problem("error", f"{plain[0]} is not packed, and modules_to_not_convert does not list it")
-    if left and not any(pattern in f"{checkpoint.visual_prefix}blocks.0.attn.qkv" for pattern in left):
-        yield Problem("error", "the vision tower is in 16 bits, and modules_to_not_convert does not list visual")
+    yield from _left_problems(checkpoint, info.modules_to_not_convert)
     head = any(m.startswith("lm_head") for m in modules)
     if head != info.lm_head:
         says = "lm_head: true" if info.lm_head else "nothing of it"
         yield Problem("error", f"lm_head is {'' if head else 'not '}packed, and quantization_config says {says}")
+
+
+def _left_problems(checkpoint: Checkpoint, patterns: tuple[str, ...]) -> Iterator[Problem]:
+    """Compare what is in 16 bits with what vLLM takes for it; without a list, it goes by the tensors."""
+    left, modules = checkpoint.left_linears(), set(checkpoint.quantized_modules())
+    listed, unlisted = [], []
+    for index in range(checkpoint.num_layers):
+        prefix = checkpoint.layer_prefix(index)
+        for fused, parts in FUSED.items():
+            plain = [prefix + part for part in parts if (index, part) in left]
+            packed = [prefix + part for part in parts if prefix + part in modules]
+            if plain and packed:
+                yield Problem(
+                    "error", f"{packed[0]} is packed and {plain[0]} is not, and engines run them as one matrix"
+                )
+            elif patterns:
+                try:
+                    leaves = vllm_leaves(f"language_model.model.layers.{index}.{fused}", patterns)
+                except FormatError as error:
+                    yield Problem("error", str(error))
+                    continue
+                listed += packed if leaves else []
+                unlisted += [] if leaves else plain
+    if "lm_head" in modules and patterns and vllm_leaves("language_model.lm_head", patterns):
+        listed.append("lm_head")
+    if listed:
+        yield Problem("error", f"packed, but listed in modules_to_not_convert: {_and_more(listed)}")
+    if unlisted:
+        yield Problem("error", f"in 16 bits, but not listed in modules_to_not_convert: {_and_more(unlisted)}")
+    vision = [
+        e.name for e in expected_tensors(checkpoint) if part_of(checkpoint, e.name) == "vision" and len(e.shape) == 2
+    ]
+    tower = [f"visual.{name.removeprefix(checkpoint.visual_prefix).removesuffix('.weight')}" for name in vision]
+    if patterns and not all(vllm_leaves(module, patterns) for module in tower):
+        yield Problem("error", "the vision tower is in 16 bits, and modules_to_not_convert does not list visual")
 
 
 def _file_problems(path: Path) -> Iterator[Problem]:

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from toolkit.engines import Engine
 from toolkit.inspect import Inspection, Part, Problem
+from toolkit.quantize.mixed import describe
 from toolkit.units import human_bytes, human_count
 
 __all__ = ["render"]
@@ -49,8 +50,10 @@ def _facts(inspection: Inspection) -> Table:
         zeros = "zero points" if quantization["zero_point"] else "no zero points"
         per_weight = f"{quantization['bits_per_weight']:.4g} bits a weight with scales"
         rows["format"] += f", {quantization['bits']} bits, {groups}, {zeros} ({per_weight})"
-        rows["quantized"] = _quantized(quantization["quantized"], int(model["num_hidden_layers"]))
-        rows["left"] = ", ".join(quantization["left"]) or "nothing"
+        layers = int(model["num_hidden_layers"])
+        rows["quantized"] = _quantized(quantization["quantized"], layers)
+        linears = {(layer, name) for name, where in quantization["left_linears"].items() for layer in where}
+        rows["left"] = "; ".join(filter(None, (", ".join(quantization["left"]), describe(linears, layers))))
     if inspection.made:
         rows["made"] = _made(inspection.made)
     for key, value in rows.items():

@@ -45,6 +45,17 @@ def test_gemv_is_repacked_once_and_says_so(tmp_path: Path, cache: Path, capsys: 
     assert "repacking" not in capsys.readouterr().err
 
 
+def test_linears_in_16_bits_stay(tmp_path: Path) -> None:
+    left = frozenset({(0, "mlp.down_proj"), (1, "self_attn.o_proj")})
+    source = Checkpoint.open(tiny.write(tmp_path / "model", version="gemv", left=left))
+    twin = gemm.servable(source)
+    assert twin.left_linears() == left
+    assert twin.quantized_modules() == source.quantized_modules()
+    for index, name in left:
+        weight = f"{source.layer_prefix(index)}{name}.weight"
+        assert torch.equal(twin.get(weight), source.get(weight))
+
+
 def test_two_starts_at_once_repack_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = tiny.write(tmp_path / "model", version="gemv")
     with ThreadPoolExecutor(4) as pool:

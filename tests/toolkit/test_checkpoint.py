@@ -53,6 +53,19 @@ def test_quantization_is_read(tmp_path: Path, version: str) -> None:
     assert sorted(checkpoint.quantized_modules()) == sorted(n for i in range(2) for n in checkpoint.linear_names(i))
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("version", ["gemm", "gemv"])
+def test_some_linears_may_be_in_16_bits(tmp_path: Path, nested: bool, version: str) -> None:
+    left = frozenset({(0, name) for name in LINEARS} | {(1, "mlp.down_proj")})
+    checkpoint = Checkpoint.open(tiny.write(tmp_path / "m", nested=nested, version=version, left=left))
+    assert checkpoint.left_linears() == left
+    packed = {checkpoint.layer_prefix(1) + name for name in LINEARS if name != "mlp.down_proj"}
+    assert set(checkpoint.quantized_modules()) == packed
+    whole = Checkpoint.open(tiny.write(tmp_path / "n", nested=nested, version=version))
+    assert whole.left_linears() == frozenset()
+    assert checkpoint.content_hash() != whole.content_hash()
+
+
 def test_autoawqs_own_key_names_are_read(tmp_path: Path) -> None:
     path = tiny.write(tmp_path / "m", version="gemm")
     quantization = {"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"}

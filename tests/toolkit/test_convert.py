@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.toolkit import tiny
-from toolkit.checkpoint import Checkpoint
+from toolkit.checkpoint import LINEARS, Checkpoint
 from toolkit.errors import CheckpointError, FormatError, ResourceError
 from toolkit.formats.convert import convert
 from toolkit.formats.packing import PackedLinear, dequantize, unpack_gemm, unpack_gemv
@@ -58,6 +58,21 @@ def test_round_trip(tmp_path: Path, version: str, other: str, group_size: int, n
     before, after = weights(source), weights(there)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(("version", "other"), [("gemm", "gemv"), ("gemv", "gemm")])
+def test_linears_in_16_bits_stay(tmp_path: Path, version: str, other: str) -> None:
+    left = frozenset({(0, name) for name in LINEARS} | {(1, "self_attn.o_proj")})
+    source = tiny.write(tmp_path / "src", version=version, left=left, shards=2)
+    there = convert(source, tmp_path / "there", other)
+    before, after = Checkpoint.open(source), Checkpoint.open(there)
+    assert after.left_linears() == left
+    for index, name in left:
+        weight = f"{after.layer_prefix(index)}{name}.weight"
+        assert torch.equal(before.get(weight), after.get(weight))
+    assert before.quantization is not None and after.quantization is not None
+    assert after.quantization.modules_to_not_convert == before.quantization.modules_to_not_convert
+    assert_equal(convert(there, tmp_path / "back", version), source)
 
 
 def test_everything_else_is_carried_over(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.checkpoint import Checkpoint, QuantizationInfo
+from toolkit.checkpoint import Checkpoint, QuantizationInfo, TensorInfo
 from toolkit.engines import Engine, engines, tensor_parallel, vision_is_whole
+from toolkit.quantize.mixed import modules_to_not_convert
 
 # (hidden, intermediate, heads, key-value heads) of Qwen2-VL's config.json files.
 SIZES = {
@@ -104,6 +105,19 @@ def test_no_kernel_runs_awq_without_zero_points() -> None:
     found = engines(checkpoint("7B", awq(zero_point=False)))
     assert {engine.runs for engine in found} == {"no"}
     assert all("zero points" in engine.detail for engine in found)
+
+
+def test_what_is_left_in_16_bits_has_no_groups() -> None:
+    left = frozenset({(0, "mlp.down_proj")})
+    odd = checkpoint("72B", QuantizationInfo(4, 128, True, "gemm", tuple(modules_to_not_convert(left, 1))))
+    name = "model.layers.0.mlp.down_proj.weight"
+    odd.tensors[name] = TensorInfo(name, "F16", (8192, 29568), 2 * 8192 * 29568, Path(), 0)
+    assert find("vLLM on GPUs", odd).tensor_parallel == [1, 2, 4, 8]  # with down_proj packed: 1
+    assert find("AutoAWQ", odd).runs == "yes"
+    odd.text_config["num_hidden_layers"] = 2
+    assert find("vLLM on GPUs", odd).tensor_parallel == [1]
+    assert find("AutoAWQ", odd).runs == "no"
+    assert "all layers or in none, not mlp.down_proj in some" in find("AutoAWQ", odd).detail
 
 
 def test_16_bit_runs_in_vllm() -> None:

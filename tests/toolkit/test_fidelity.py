@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.toolkit import rounded
+from toolkit.checkpoint import LINEARS
 from toolkit.demo import fidelity
 from toolkit.errors import CheckpointError
 
@@ -32,6 +35,18 @@ def test_rounding_costs_little_and_coarse_rounding_more() -> None:
     assert len(exact) == 16 and all(len(answer) >= 2 for answer in exact)
     assert 0 < fidelity.divergence(exact, fine) < 0.05
     assert fidelity.divergence(exact, fine) < fidelity.divergence(exact, coarse)
+
+
+@pytest.mark.parametrize("version", ["gemm", "gemv"])
+def test_linears_in_16_bits_are_read_as_they_are(tmp_path: Path, version: str) -> None:
+    left = frozenset({(1, name) for name in LINEARS} | {(0, "mlp.down_proj")})
+    mixed = fidelity.load(rounded.write(tmp_path / "m", left, version)).state_dict()
+    source, nearest = fidelity.load(None).state_dict(), fidelity.load(None, 128).state_dict()
+    kept = {f"model.language_model.layers.{index}.{name}.weight" for index, name in left}
+    for name in source:
+        expected = source[name] if name in kept else nearest[name]
+        assert torch.allclose(mixed[name], expected, rtol=2e-3, atol=1e-6), name  # scales are rounded to fp16
+    assert all(torch.equal(mixed[name], source[name]) for name in kept)
 
 
 def test_what_is_no_checkpoint(tmp_path: object) -> None:

@@ -17,6 +17,7 @@ from toolkit.cli import app
 from toolkit.errors import CheckpointError
 from toolkit.inspect import Inspection, inspect_checkpoint
 from toolkit.inspect_view import render
+from toolkit.quantize.mixed import Linear
 
 Tensors = dict[str, torch.Tensor]
 
@@ -160,8 +161,8 @@ class TestTensors:
 
 
 class TestQuantizationConfig:
-    def change(self, path: Path, **changes: object) -> list[str]:
-        tiny.write(path, version="gemm")
+    def change(self, path: Path, left: frozenset[Linear] = frozenset(), **changes: object) -> list[str]:
+        tiny.write(path, version="gemm", left=left)
         config = json.loads((path / "config.json").read_text())
         config["quantization_config"].update(changes)
         tiny.write_json(path / "config.json", config)
@@ -172,9 +173,7 @@ class TestQuantizationConfig:
 
     def test_packed_modules_that_it_says_are_not(self, tmp_path: Path) -> None:
         found = self.change(tmp_path / "m", modules_to_not_convert=["visual", "down_proj"])
-        assert found == [
-            "model.layers.0.mlp.down_proj is packed, but modules_to_not_convert (visual, down_proj) says it is not"
-        ]
+        assert found == ["packed, but listed in modules_to_not_convert: model.layers.0.mlp.down_proj and 1 more"]
 
     def test_a_vision_tower_it_says_is_packed(self, tmp_path: Path) -> None:
         found = self.change(tmp_path / "m", modules_to_not_convert=["lm_head"])
@@ -187,20 +186,66 @@ class TestQuantizationConfig:
         found = self.change(tmp_path / "m", lm_head=True)
         assert found == ["lm_head is not packed, and quantization_config says lm_head: true"]
 
-    def test_a_layer_left_out(self, tmp_path: Path) -> None:
-        def change(found: Tensors) -> None:
+    def test_what_is_left_must_be_listed(self, tmp_path: Path) -> None:
+        left = frozenset({(1, "self_attn.o_proj")})
+        for patterns in (
+            ["visual", "layers.1.self_attn.o_proj"],
+            ["visual", "model.layers.1.self_attn.o_proj"],
+            ["model.visual.", "model.language_model.layers.1.self_attn.o_proj"],
+            None,  # vLLM then goes by the tensors
+        ):
+            assert self.change(tmp_path / "m", left, modules_to_not_convert=patterns) == [], patterns
+        for patterns in (["visual"], ["visual", "layers.11.self_attn.o_proj"], ["visual", "layers.1.self_attn.q_proj"]):
+            found = self.change(tmp_path / "m", left, modules_to_not_convert=patterns)
             name = "model.layers.1.self_attn.o_proj"
-            for part in ("qweight", "qzeros", "scales"):
-                del found[f"{name}.{part}"]
-            found[f"{name}.weight"] = tiny.tensors()[f"{name}.weight"]
+            assert f"in 16 bits, but not listed in modules_to_not_convert: {name}" in found, patterns
 
-        path = spoil(tmp_path / "m", change, version="gemm")
-        name = "model.layers.1.self_attn.o_proj"
-        assert errors(path) == [f"{name} is not packed, and modules_to_not_convert does not list it"]
+    @pytest.mark.parametrize("visual", ["visual.blocks", "model.visual", "visual.blocks.0"])
+    def test_a_vision_tower_it_lists_in_part(self, tmp_path: Path, visual: str) -> None:
+        found = self.change(tmp_path / "m", modules_to_not_convert=[visual])
+        assert found == ["the vision tower is in 16 bits, and modules_to_not_convert does not list visual"]
+
+    def test_a_fused_matrix_listed_in_part(self, tmp_path: Path) -> None:
+        found = self.change(tmp_path / "m", modules_to_not_convert=["visual", "layers.1.self_attn.q_proj"])
+        assert len(found) == 1
+        assert "has self_attn.q_proj of language_model.model.layers.1 and not self_attn.k_proj" in found[0]
+
+    @pytest.mark.parametrize("patterns", [["visual", "layers.1.mlp.up_proj"], None])
+    def test_a_fused_matrix_packed_in_part(self, tmp_path: Path, patterns: list[str] | None) -> None:
+        left = frozenset({(1, "mlp.up_proj")})
+        assert self.change(tmp_path / "m", left, modules_to_not_convert=patterns) == [
+            "model.layers.1.mlp.gate_proj is packed and model.layers.1.mlp.up_proj is not, "
+            "and engines run them as one matrix"
+        ]
+
+
+class TestMixed:
+    LEFT = frozenset({(i, "mlp.down_proj") for i in range(tiny.LAYERS)} | {(1, "self_attn.o_proj")})
+
+    @pytest.mark.parametrize("nested", [False, True])
+    @pytest.mark.parametrize("version", ["gemm", "gemv"])
+    def test_is_described(self, tmp_path: Path, nested: bool, version: str) -> None:
+        path = tiny.write(tmp_path / "m", nested=nested, version=version, left=self.LEFT)
+        found = inspect_checkpoint(path, deep=True)
+        assert found.problems == []
+        assert found.quantization is not None
+        assert found.quantization["left_linears"] == {"self_attn.o_proj": [1], "mlp.down_proj": [0, 1]}
+        assert found.quantization["quantized"]["self_attn.o_proj"] == 1
+        assert "mlp.down_proj" not in found.quantization["quantized"]
+        assert found.parameters == sum(t.numel() for t in tiny.tensors().values())
+        assert found.nbytes == sum(
+            t.numel() * t.element_size() for t in tiny.tensors(version=version, left=self.LEFT).values()
+        )
+
+    def test_the_table(self, tmp_path: Path) -> None:
+        text = show(inspect_checkpoint(tiny.write(tmp_path / "m", version="gemm", left=self.LEFT)))
+        assert "q, k, v, gate, up of all 2 layers; 1 x self_attn.o_proj" in text
+        assert "lm_head; self_attn.o_proj of layer 1; mlp.down_proj of every layer" in text
+
+    def test_bits_are_of_what_is_packed(self, tmp_path: Path) -> None:
+        path = tiny.write(tmp_path / "m", version="gemm", group_size=128, left=self.LEFT)
         quantization = inspect_checkpoint(path).quantization
-        assert quantization is not None
-        assert quantization["quantized"]["self_attn.o_proj"] == 1
-        assert quantization["left"][-1] == name
+        assert quantization is not None and quantization["bits_per_weight"] == round(4 + (4 + 16) / 128, 3)
 
 
 class TestFiles:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from toolkit.checkpoint import LINEARS
 from toolkit.formats.packing import PackedLinear, QuantizedLinear, pack_gemm, pack_gemv
+from toolkit.quantize.mixed import Linear, modules_to_not_convert
 
 HIDDEN, INNER, HEADS, KV_HEADS, LAYERS, VOCAB = 128, 256, 4, 2, 2, 64
 SHAPES = {  # (K, N)
@@ -53,8 +54,14 @@ def config(nested: bool = False) -> dict[str, Any]:
     return {**head, **TEXT, "rope_theta": 1e6, "torch_dtype": "float16"}
 
 
-def tensors(nested: bool = False, version: str | None = None, group_size: int = 64, seed: int = 0) -> dict[str, Any]:
-    """All tensors of the tiny model under the hub's or transformers 5's names; ``version`` packs the linears."""
+def tensors(
+    nested: bool = False,
+    version: str | None = None,
+    group_size: int = 64,
+    seed: int = 0,
+    left: frozenset[Linear] = frozenset(),
+) -> dict[str, Any]:
+    """All tensors of the tiny model under the hub's or transformers 5's names; ``version`` packs all not ``left``."""
     rng = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
@@ -70,7 +77,7 @@ def tensors(nested: bool = False, version: str | None = None, group_size: int = 
             inputs, outputs = SHAPES[name]
             if name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
                 found[f"{layer}{name}.bias"] = random(outputs)
-            if version is None:
+            if version is None or (i, name) in left:
                 found[f"{layer}{name}.weight"] = random(outputs, inputs)
             else:
                 packed = random_packed(version, inputs, outputs, group_size, rng)
@@ -120,6 +127,7 @@ def write(
     group_size: int = 64,
     shards: int = 1,
     seed: int = 0,
+    left: frozenset[Linear] = frozenset(),
 ) -> Path:
     """Write a whole checkpoint into ``directory`` and return it."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -128,7 +136,7 @@ def write(
         settings["quantization_config"] = {
             "bits": 4,
             "group_size": group_size,
-            "modules_to_not_convert": ["visual"],
+            "modules_to_not_convert": modules_to_not_convert(left, LAYERS) if left else ["visual"],
             "quant_method": "awq",
             "version": version,
             "zero_point": True,
@@ -136,7 +144,7 @@ def write(
     write_json(directory / "config.json", settings)
     for name, value in SIDE_FILES.items():
         write_json(directory / name, value)
-    write_tensors(directory, tensors(nested, version, group_size, seed), shards)
+    write_tensors(directory, tensors(nested, version, group_size, seed, left), shards)
     return directory
 
 

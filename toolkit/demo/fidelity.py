@@ -54,7 +54,7 @@ def load(path: Path | None, nearest: int | None = None) -> Any:
         prefix = checkpoint.layer_prefix(index)
         for name, parameter in layer.named_parameters():
             module = name.removesuffix(".weight")
-            if module in LINEARS and name.endswith(".weight"):
+            if f"{prefix}{module}.qweight" in checkpoint.tensors and name.endswith(".weight"):
                 parts = (checkpoint.get(f"{prefix}{module}.{part}") for part in ("qweight", "qzeros", "scales"))
                 packed = PackedLinear(*parts)
                 unpacked = unpack_gemm(packed) if info.version == "gemm" else unpack_gemv(packed, info.group_size)
