@@ -11,18 +11,30 @@ import fcntl
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import CheckpointError, ResourceError
-from toolkit.weights import INDEX_NAME, SINGLE_NAME
+from toolkit.weights import INDEX_NAME, SINGLE_NAME, read_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DEFAULT_SHARD_BYTES", "CheckpointWriter", "side_files"]
+__all__ = [
+    "DEFAULT_SHARD_BYTES",
+    "AtomicDirectory",
+    "CheckpointWriter",
+    "Shard",
+    "disk_space",
+    "free_bytes",
+    "fsync",
+    "side_files",
+    "weight_file_names",
+    "write_synced",
+]
 
 DEFAULT_SHARD_BYTES = 4 * 2**30
 
@@ -60,17 +72,11 @@ def side_files(directory: Path) -> list[Path]:
     return files + sorted((directory / "additional_chat_templates").glob("*.jinja"))
 
 
-class CheckpointWriter:
-    """Write a checkpoint directory, sharded and all at once.
+class AtomicDirectory(ABC):
+    """A checkpoint directory that appears at once: its files are written to ``tmp``, then that is renamed to ``out``.
 
-        with CheckpointWriter(out) as writer:
-            writer.add("model.embed_tokens.weight", tensor)
-            writer.set_config(config)
-            writer.copy_side_files(source)
-
-    Leaving the block renames the finished directory to ``out``; an exception (or Ctrl-C) removes every trace instead.
-    Tensors are kept on the CPU until a shard is full, then written and dropped: at most ``max_shard_bytes`` plus one
-    tensor are held.
+    What `CheckpointWriter` and the quantizer's journal have in common: when ``out`` may be taken, how files and shards
+    are written, and how the finished directory is put in place.
 
     Args:
         out: the directory to make. One that exists and is not empty is refused, unless ``force`` is set and it is
@@ -79,8 +85,6 @@ class CheckpointWriter:
         max_shard_bytes: upper bound of a weight file's tensors, in bytes; one larger tensor gets a file of its own.
         source: a directory that is read meanwhile; ``out`` must not be that directory or around it.
         expected_bytes: what will be written in all; when the disk has less, fail now and not in an hour.
-
-    Raises CheckpointError when ``out`` can't be taken, ResourceError when the disk is full.
     """
 
     def __init__(
@@ -100,54 +104,10 @@ class CheckpointWriter:
         #: Where files are written until the end.
         self.tmp = self.out.parent / f".{self.out.name}.qvl-tmp-{os.getpid()}"
         self._old = self.out.parent / f".{self.out.name}.qvl-old"
-        self._lock: int | None = None
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._pointers: set[int] = set()
-        self._shards: list[list[str]] = []
+        self._shard = Shard()
+        self._shards = 0
         self._names: set[str] = set()
         self._written = 0
-        self._total = 0
-
-    def __enter__(self) -> CheckpointWriter:
-        self._check_out()
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._clean_stale()
-            self._check_space(self.expected_bytes or 0, "the checkpoint")
-            self.tmp.mkdir()
-        except OSError as error:
-            raise CheckpointError(f"{self.out} can't be written: {error.strerror or error}.") from error
-        self._lock = _lock_directory(self.tmp)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._pending.clear()
-            shutil.rmtree(self.tmp, ignore_errors=True)
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor, not to be changed afterwards; it goes to the CPU now and to disk when its shard is full."""
-        if name in self._names:
-            raise ValueError(f"tensor {name} was added twice")
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
-            self._flush()
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().nbytes() != size or tensor.data_ptr() in self._pointers:
-            tensor = tensor.clone()  # safetensors takes no shared memory, and a view would keep its whole alive
-        self._names.add(name)
-        self._pointers.add(tensor.data_ptr())
-        self._pending[name] = tensor
-        self._pending_bytes += size
 
     def set_config(self, config: dict[str, Any]) -> None:
         """Write config.json."""
@@ -159,68 +119,67 @@ class CheckpointWriter:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a UTF-8 text file called ``name``."""
-        data = text.encode()
-        with self._full_disk_explained(len(data), name):
-            _write_synced(self.tmp / name, data)
+        self._write(Path(name), text.encode())
 
     def copy_side_files(self, src: Path) -> list[str]:
         """Copy processor, tokenizer, generation config, chat templates and licence from ``src``; return their names."""
-        names = []
-        for file in side_files(src):
-            relative = file.relative_to(src)
-            data = file.read_bytes()  # follows the symbolic links of a hub cache
-            with self._full_disk_explained(len(data), str(relative)):
-                (self.tmp / relative).parent.mkdir(exist_ok=True)
-                _write_synced(self.tmp / relative, data)
-            names.append(str(relative))
-        return names
+        files = side_files(src)
+        for file in files:
+            self._write(file.relative_to(src), file.read_bytes())  # follows the symbolic links of a hub cache
+        return [str(file.relative_to(src)) for file in files]
+
+    def _write(self, relative: Path, data: bytes) -> None:
+        with self._space(len(data), str(relative)):
+            (self.tmp / relative).parent.mkdir(exist_ok=True)
+            write_synced(self.tmp / relative, data)
+
+    def _add(self, name: str, tensor: Tensor) -> None:
+        if name in self._names:
+            raise ValueError(f"tensor {name} was added twice")
+        if self._shard.tensors and self._shard.nbytes + tensor.numel() * tensor.element_size() > self.max_shard_bytes:
+            self._flush()
+        self._names.add(name)
+        self._shard.add(name, tensor)
 
     def _flush(self) -> None:
         """Write the pending tensors as the next shard, under a provisional name until their number is known."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        if not self._pending:
+        if not self._shard.tensors:
             return
-        path = self.tmp / f"shard-{len(self._shards) + 1:05d}"
-        needed, what = self._pending_bytes, f"weight file {len(self._shards) + 1}"
-        self._check_space(needed, what)
-        with self._full_disk_explained(needed, what):
-            try:
-                save_file(self._pending, path, metadata={"format": "pt"})
-            except SafetensorError as error:
-                # The Rust side reports errno in words only.
-                code = errno.ENOSPC if f"os error {errno.ENOSPC}" in str(error) else errno.EIO
-                raise OSError(code, str(error)) from error
-            path.chmod(self.tmp.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
-            _fsync(path)
-        self._shards.append(list(self._pending))
+        path = self._shard_path(self._shards + 1)
+        with self._space(self._shard.nbytes, f"weight file {self._shards + 1}"):
+            self._shard.save(path)
+        self._shards += 1
         self._written += path.stat().st_size
-        self._total += self._pending_bytes
-        self._pending.clear()
-        self._pointers.clear()
-        self._pending_bytes = 0
+        self._shard = Shard()
 
-    def _finish(self) -> None:
-        self._flush()
-        if not self._shards:
-            raise ValueError("a checkpoint without tensors was about to be written")
+    def _shard_path(self, number: int) -> Path:
+        return self.tmp / f"shard-{number:05d}.safetensors"
+
+    def _name_weights(self, files: list[Path]) -> None:
+        """Move all ``files`` of a directory to ``tmp``, under their final names and with an index.
+
+        The moves come last, for they need no space: a full disk leaves ``files`` where they are.
+        """
+        names = dict(zip(files, weight_file_names(len(files)), strict=True))
+        if len(files) > 1:
+            tensors = sorted(read_weights(files[0].parent).values(), key=lambda t: t.name)
+            index = {
+                "metadata": {"total_size": sum(t.nbytes for t in tensors)},
+                "weight_map": {t.name: names[t.file] for t in tensors},
+            }
+            self.write_json(INDEX_NAME, index)
+        for file, name in names.items():
+            file.rename(self.tmp / name)
+
+    def _put_in_place(self) -> None:
+        """Rename the complete ``tmp`` to ``out``."""
         if not (self.tmp / "config.json").exists():
             raise ValueError("a checkpoint without config.json was about to be written")
-        count = len(self._shards)
-        weight_map = {}
-        for i, names in enumerate(self._shards, start=1):
-            final = SINGLE_NAME if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
-            (self.tmp / f"shard-{i:05d}").rename(self.tmp / final)
-            weight_map.update(dict.fromkeys(names, final))
-        if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
-            self.write_json(INDEX_NAME, index)
         self._check_out()  # it may have appeared meanwhile
         try:
-            _fsync(self.tmp)
+            fsync(self.tmp)
             self._rename()
-            _fsync(self.out.parent)
+            fsync(self.out.parent)
         except OSError as error:
             raise CheckpointError(
                 f"{self.out} can't be put in place: {error.strerror or error}. Is it a mount point, or in use?"
@@ -273,26 +232,153 @@ class CheckpointWriter:
                 self._old.rename(self.out)  # killed between the two renames: the old one is all there is
                 self._check_out()
 
-    def _check_space(self, needed: int, what: str) -> None:
-        if shutil.disk_usage(self.out.parent).free < needed:
-            raise self._disk_full(needed, what)
+    def _space(self, needed: int, what: str) -> contextlib.AbstractContextManager[None]:
+        return disk_space(needed, f"{what} of {self.out}", self.out.parent, self._aftermath())
 
-    @contextlib.contextmanager
-    def _full_disk_explained(self, needed: int, what: str) -> Iterator[None]:
+    @abstractmethod
+    def _aftermath(self) -> str:
+        """Return what a full disk leaves behind and what to do, to end the message with."""
+
+
+class CheckpointWriter(AtomicDirectory):
+    """Write a checkpoint directory, sharded and all at once.
+
+        with CheckpointWriter(out) as writer:
+            writer.add("model.embed_tokens.weight", tensor)
+            writer.set_config(config)
+            writer.copy_side_files(source)
+
+    Leaving the block renames the finished directory to ``out``; an exception (or Ctrl-C) removes every trace instead.
+    Tensors are kept on the CPU until a shard is full, then written and dropped: at most ``max_shard_bytes`` plus one
+    tensor are held. Arguments as for `AtomicDirectory`.
+
+    Raises CheckpointError when ``out`` can't be taken, ResourceError when the disk is full.
+    """
+
+    _lock: int | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        self._check_out()
         try:
-            yield
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._clean_stale()
+            with self._space(self.expected_bytes or 0, "the checkpoint"):
+                self.tmp.mkdir()
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise self._disk_full(needed, what) from error
             raise CheckpointError(f"{self.out} can't be written: {error.strerror or error}.") from error
+        self._lock = _lock_directory(self.tmp)
+        return self
 
-    def _disk_full(self, needed: int, what: str) -> ResourceError:
-        free = shutil.disk_usage(self.out.parent).free
-        return ResourceError(
-            f"disk full: {what} of {self.out} needs {needed:,} bytes and {self.out.parent} has {free:,} free"
-            + (f" after {self._written:,} bytes written" if self._written else "")
-            + ". Nothing was left behind. Free some space or choose another output directory."
-        )
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._shard = Shard()
+            shutil.rmtree(self.tmp, ignore_errors=True)
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add one tensor, not to be changed afterwards; it goes to the CPU now and to disk when its shard is full."""
+        self._add(name, tensor)
+
+    def _finish(self) -> None:
+        self._flush()
+        if not self._shards:
+            raise ValueError("a checkpoint without tensors was about to be written")
+        self._name_weights([self._shard_path(number) for number in range(1, self._shards + 1)])
+        self._put_in_place()
+
+    def _aftermath(self) -> str:
+        written = f" after {self._written:,} bytes written" if self._written else ""
+        return f"{written}. Nothing was left behind. Free some space or choose another output directory."
+
+
+class Shard:
+    """Tensors on the CPU, each in memory of its own, on their way into one weight file."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        #: Bytes of the tensors.
+        self.nbytes = 0
+        self._pointers: set[int] = set()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add one tensor, not to be changed afterwards."""
+        size = tensor.numel() * tensor.element_size()
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().nbytes() != size or tensor.data_ptr() in self._pointers:
+            tensor = tensor.clone()  # safetensors takes no shared memory, and a view would keep its whole alive
+        self._pointers.add(tensor.data_ptr())
+        self.tensors[name] = tensor
+        self.nbytes += size
+
+    def save(self, path: Path) -> None:
+        """Write the weight file, to be on the disk on return; equal tensors give equal bytes. Raises OSError."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        try:
+            save_file(self.tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # The Rust side reports errno in words only.
+            code = errno.ENOSPC if f"os error {errno.ENOSPC}" in str(error) else errno.EIO
+            raise OSError(code, str(error)) from error
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
+        fsync(path)
+
+
+def weight_file_names(count: int) -> list[str]:
+    """Return the names of a checkpoint's ``count`` weight files, in order."""
+    return [SINGLE_NAME] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+@contextlib.contextmanager
+def disk_space(needed: int, what: str, place: Path, aftermath: str) -> Iterator[None]:
+    """Write ``what`` of ``needed`` bytes below ``place`` in the block, with errors a user can read.
+
+    Raises ResourceError, ending with ``aftermath``, when the disk is too full before or in the block; CheckpointError
+    for any other OSError.
+    """
+
+    def full() -> ResourceError:
+        free = free_bytes(place)
+        return ResourceError(f"disk full: {what} needs {needed:,} bytes and {place} has {free:,} free{aftermath}")
+
+    try:
+        if free_bytes(place) < needed:
+            raise full()
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise full() from error
+        raise CheckpointError(f"{what} can't be written: {error.strerror or error}.") from error
+
+
+def free_bytes(place: Path) -> int:
+    """Return what this user may still write on the file system of directory ``place``."""
+    return shutil.disk_usage(place).free
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file, to be on the disk on return."""
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's content, or a directory's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _lock_directory(path: Path) -> int | None:
@@ -307,21 +393,6 @@ def _lock_directory(path: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _glob_escape(name: str) -> str:
