@@ -26,7 +26,7 @@ DONE := $(VENV)/.installed-$(BACKEND)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo quantize convert inspect serve stop status ask bench compare test lint format microbench \
-        gpu-bench demo-model clean
+        gpu-bench quant-bench demo-model clean
 
 help: ## show this
 	@printf 'Targets:\n'; sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 16
@@ -83,6 +83,9 @@ microbench: setup ## pytest-benchmark suites: search, packing, client overhead
 
 gpu-bench: setup ## on a GPU: a Qwen2-VL-2B of random weights, quantized, served, measured against fp16
 	$(QVL) gpu-bench $(ARGS)
+
+quant-bench: setup ## on a GPU: the quantizer's time, memory and quality beside stock AutoAWQ (docs/quantizer-benchmark.md)
+	$(QVL) quant-bench $(ARGS)
 
 demo-model: setup ## train the embedded model anew into OUT
 	$(QVL) demo-model --out out/demo-model $(ARGS)

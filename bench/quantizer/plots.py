@@ -1,0 +1,97 @@
+"""The benchmark's plots as PNG files, drawn from results.json alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.quantizer.results import later_layers
+
+__all__ = ["draw"]
+
+_INK, _MUTED, _GRID = "#22272e", "#656d76", "#d8dee4"
+_COLOURS = ("#2f6fb3", "#e08a1e", "#3f9c6b", "#8a5fbf", "#c2474b", "#7d8590", "#37a3b5")
+
+
+def draw(parts: dict[str, Any], out: Path) -> dict[str, str]:
+    """Draw a PNG for every part that has one; return the file's name by part."""
+    drawn = {}
+    for part, plot in (("speed", _speed), ("cost", _cost), ("quality", _quality)):
+        if part in parts:
+            figure = plot(parts[part])
+            figure.savefig(out / f"{part}.png", dpi=144, metadata={"Software": None})
+            drawn[part] = f"{part}.png"
+    return drawn
+
+
+def _figure(columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for axis in axes:
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+        for side in ("bottom", "left"):
+            axis.spines[side].set_color(_GRID)
+        axis.tick_params(colors=_MUTED, labelsize=9)
+        axis.grid(color=_GRID, linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _speed(part: dict[str, Any]) -> Any:
+    """Seconds of a layer, a bar for every system and shape, on a logarithmic axis."""
+    bars = [
+        (f"{shape.upper()}, {name}", later_layers(run), name)
+        for shape, found in part["shapes"].items()
+        for name, run in found["systems"].items()
+        if "failed" not in run
+    ]
+    figure, (axis,) = _figure(1, 7.2, 0.9 + 0.42 * len(bars))
+    colours = {"stock": _COLOURS[5], "ours": _COLOURS[0], "ours, compensated": _COLOURS[6]}
+    axis.barh(range(len(bars)), [b[1] for b in bars], color=[colours[b[2]] for b in bars], height=0.62)
+    for y, (_, seconds, _) in enumerate(bars):
+        axis.annotate(f"{seconds:.2f} s", (seconds, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    axis.set_yticks(range(len(bars)), [b[0] for b in bars])
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    axis.set_xlim(right=max(b[1] for b in bars) * 2)
+    axis.set_xlabel("seconds a layer, lower is better", color=_MUTED, fontsize=9)
+    return figure
+
+
+def _cost(part: dict[str, Any]) -> Any:
+    """Seconds of a layer against tokens and against weights, log-log, each with the line of proportional growth."""
+    figure, axes = _figure(2, 8.4, 3.4)
+    for axis, points, key, label in (
+        (axes[0], part["samples"], "tokens", f"calibration tokens ({part['shape'].upper()} shape)"),
+        (axes[1], part["width"], "weights", f"weights in a layer ({part['width'][0]['tokens']:,} tokens)"),
+    ):
+        xs, ys = [point[key] for point in points], [later_layers(point) for point in points]
+        axis.plot(xs, ys, marker="o", color=_COLOURS[0], label="measured")
+        axis.plot(xs, [ys[-1] * x / xs[-1] for x in xs], color=_MUTED, linestyle=(0, (4, 2)), label="proportional")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel(label, color=_MUTED, fontsize=9)
+        axis.set_ylabel("seconds a layer", color=_MUTED, fontsize=9)
+        axis.legend(frameon=False, fontsize=9)
+    for point in part["width"]:
+        place = (point["weights"], later_layers(point))
+        axes[1].annotate(point["shape"].upper(), place, (6, -10), textcoords="offset points", fontsize=9)
+    return figure
+
+
+def _quality(part: dict[str, Any]) -> Any:
+    """KL divergence from fp16 of every method, a panel for each group size."""
+    groups = sorted({method["group_size"] for method in part["methods"]}, reverse=True)
+    figure, axes = _figure(len(groups), 4.6 * len(groups), 3.4)
+    for axis, group in zip(axes, groups, strict=True):
+        found = [m for m in part["methods"] if m["group_size"] == group and "failed" not in m]
+        colours = [_COLOURS[0] if m["name"].startswith("ours") else _COLOURS[5] for m in found]
+        axis.barh(range(len(found)), [m["kl"] for m in found], color=colours, height=0.62)
+        axis.set_yticks(range(len(found)), [m["name"] for m in found], fontsize=8)
+        axis.invert_yaxis()
+        axis.set_title(f"groups of {group}", color=_INK, fontsize=10)
+        axis.set_xlabel("KL from fp16, nats a token, lower is better", color=_MUTED, fontsize=9)
+    return figure
