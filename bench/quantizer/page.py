@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.quantizer.plots import draw
-from bench.quantizer.results import later_layers
+from bench.quantizer.results import later_layers, line
 from bench.quantizer.settings import PARTS
 from bench.stats import mcnemar, paired_bootstrap
 
@@ -192,12 +191,6 @@ def _wide(part: dict[str, Any]) -> list[str]:
     ]
 
 
-def _slope(points: Sequence[dict[str, Any]], key: str) -> float:
-    """Return the exponent of growth between the two last points: 1 is proportional."""
-    (x0, y0), (x1, y1) = ((point[key], later_layers(point)) for point in points[-2:])
-    return math.log(y1 / y0) / math.log(x1 / x0)
-
-
 def _cost(part: dict[str, Any]) -> list[str]:
     samples, width = part["samples"], part["width"]
     lines = _table(
@@ -214,7 +207,8 @@ def _cost(part: dict[str, Any]) -> list[str]:
             for point in samples
         ],
     )
-    lines += ["", f"Time grows as tokens to the power of {_slope(samples, 'tokens'):.2f} at the upper end.", ""]
+    fixed, each, off = line([(point["tokens"] / 1e6, later_layers(point)) for point in samples])
+    lines += ["", f"In a line: {fixed:.3f} s + {each:.2f} s a million tokens, at most {off:.0%} off.", ""]
     lines += _table(
         ["shape", "weights in a layer", "s a layer", "ns a weight", "peak GPU"],
         [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -121,7 +122,7 @@ def quality(settings: Settings) -> dict[str, Any]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = checkpoint_dir()
-    manifest = write_calibration(settings.work / f"demo-{settings.samples}", settings.samples)
+    manifest = write_calibration(settings.work / f"chats-{settings.samples}", settings.samples)
     samples = inputs.prepared(model, manifest)
     groups = (128, 64)
     candidates: list[tuple[str, int, Checkpoint | int | str]] = [("round to nearest", g, g) for g in groups]
@@ -149,12 +150,13 @@ def quality(settings: Settings) -> dict[str, Any]:
     for name, options in ways.items():
         for group in groups:
             note(f"{name}, groups of {group}")
-            out = settings.work / f"demo-{len(candidates)}"
+            out = settings.work / f"quality-{len(candidates)}"
             _quantize(model, out, manifest, settings.samples, {**options, "group_size": group})
             candidates.append((name, group, Checkpoint.open(out)))
 
     from bench.quantizer.quality import Examiner
 
+    torch.backends.cuda.matmul.allow_tf32 = False  # the quantizer turned it on, and here it would cost precision
     examiner = Examiner(settings.per_task, settings.chats_per_task, device)
     methods = []
     for name, group, candidate in candidates:
@@ -239,7 +241,9 @@ def _stock(settings: Settings, jobs: list[dict[str, Any]]) -> list[dict[str, Any
     file = settings.work / "stock-jobs.json"
     file.write_text(json.dumps(jobs, default=str), encoding="utf-8")
     script = Path(__file__).with_name("stock.py")
-    code = subprocess.call([*shlex.split(settings.stock_python), str(script), str(file)])
+    # without the script's own directory among the places that modules come from: ours are there
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    code = subprocess.call([*shlex.split(settings.stock_python), str(script), str(file)], env=environment)
     lost = {"failed": f"the process ended with code {code}", "device": "", "versions": {}}
     return [json.loads(job["report"].read_text(encoding="utf-8")) if job["report"].is_file() else lost for job in jobs]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from toolkit.errors import BenchError
 
-__all__ = ["later_layers", "merge", "read"]
+__all__ = ["later_layers", "line", "merge", "read"]
 
 SCHEMA = 1
 _NAME = "results.json"
@@ -47,3 +48,12 @@ def later_layers(run: dict[str, Any], step: str = "total") -> float:
     """Return the median over all layers but the first, which warms up, of a step's seconds; of one layer, its own."""
     layers = run["layers"][1:] or run["layers"]
     return float(statistics.median(layer["seconds"].get(step, 0.0) for layer in layers))
+
+
+def line(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """Fit y = a + b x, least squares of the relative deviations; return a, b and the largest relative deviation."""
+    import numpy as np
+
+    x, y = np.asarray(points, dtype=np.float64).T
+    (b, a) = np.polyfit(x, y, 1, w=1.0 / y)
+    return float(a), float(b), float(np.abs((a + b * x) / y - 1.0).max())
