@@ -83,7 +83,9 @@ def quality_part() -> dict[str, Any]:
 
 
 def cost_part() -> dict[str, Any]:
-    points = [{**run([1.0, s]), "samples": n, "tokens": 512 * n, "weights": 10**6} for n, s in ((1, 0.3), (2, 0.5), (3, 0.7))]
+    points = [
+        {**run([1.0, s]), "samples": n, "tokens": 512 * n, "weights": 10**6} for n, s in ((1, 0.3), (2, 0.5), (3, 0.7))
+    ]
     width = [
         {**run([1.0, s]), "shape": k, "tokens": 512, "weights": w} for k, s, w in (("2b", 0.1, 10), ("7b", 0.9, 30))
     ]
