@@ -62,6 +62,10 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size < 1e9 else f"{size / 1e9:.1f} GB"
 
 
+def _p(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.01 else "<0.01"
+
+
 def _steps(run: dict[str, Any], steps: Sequence[str]) -> list[str]:
     return [f"{later_layers(run, step):.3f}" for step in steps]
 
@@ -146,9 +150,14 @@ def _on_cpu(stock: dict[str, Any]) -> list[str]:
     ]
 
 
+def _total_last(names: Sequence[str]) -> list[str]:
+    """Return each name once, in the order they came, ``total`` at the end."""
+    return sorted(dict.fromkeys(names), key=lambda name: name == "total")
+
+
 def _run_rows(runs: dict[str, dict[str, Any]]) -> list[str]:
     """Return a table of whole runs: wall, phases, peaks."""
-    phases = list(dict.fromkeys(phase for run in runs.values() for phase in run["seconds"]))
+    phases = _total_last([phase for run in runs.values() for phase in run["seconds"]])
     rows = []
     for name, run in runs.items():
         wall = [f"**{run['wall']:.1f}**"] if "wall" in run else []
@@ -162,7 +171,7 @@ def _run_rows(runs: dict[str, dict[str, Any]]) -> list[str]:
 
 def _sums(run: dict[str, Any]) -> list[str]:
     """Return a table of the seconds of each step, over all layers."""
-    steps = list(dict.fromkeys(step for layer in run["layers"] for step in layer["seconds"]))
+    steps = _total_last([step for layer in run["layers"] for step in layer["seconds"]])
     row = [f"{sum(layer['seconds'].get(step, 0.0) for layer in run['layers']):.2f}" for step in steps]
     return _table(["seconds of all layers", *steps], [["", *row]])
 
@@ -241,7 +250,7 @@ def _quality(part: dict[str, Any]) -> list[str]:
         lost = sum(a > b for a, b in zip(right, answers, strict=True))
         won = sum(a < b for a, b in zip(right, answers, strict=True))
         counts = [str(sum(method["right"][task])) for task in tasks]
-        accuracy.append([name, group, *counts, str(sum(answers)), f"-{lost} +{won}", f"{mcnemar(lost, won):.2f}"])
+        accuracy.append([name, group, *counts, str(sum(answers)), f"-{lost} +{won}", _p(mcnemar(lost, won))])
         ours = reference[method["group_size"]]
         compared = ""
         if method is not ours:
