@@ -34,6 +34,7 @@ ISSUE_TARGETS = [
     "format",
     "microbench",
     "gpu-bench",
+    "quant-bench",
     "demo-model",
     "clean",
 ]

@@ -175,7 +175,7 @@ class AtomicDirectory(ABC):
         """Rename the complete ``tmp`` to ``out``."""
         if not (self.tmp / "config.json").exists():
             raise ValueError("a checkpoint without config.json was about to be written")
-        self._check_out()  # it may have appeared meanwhile
+        self.check_out()  # it may have appeared meanwhile
         try:
             fsync(self.tmp)
             self._rename()
@@ -198,7 +198,8 @@ class AtomicDirectory(ABC):
             raise
         shutil.rmtree(self._old, ignore_errors=True)
 
-    def _check_out(self) -> None:
+    def check_out(self) -> None:
+        """Raise CheckpointError when ``out`` can't be taken."""
         if self.source is not None:
             source = self.source.resolve()
             if self.out == source or self.out in source.parents:
@@ -230,7 +231,7 @@ class AtomicDirectory(ABC):
                 shutil.rmtree(self._old, ignore_errors=True)
             else:
                 self._old.rename(self.out)  # killed between the two renames: the old one is all there is
-                self._check_out()
+                self.check_out()
 
     def _space(self, needed: int, what: str) -> contextlib.AbstractContextManager[None]:
         return disk_space(needed, f"{what} of {self.out}", self.out.parent, self._aftermath())
@@ -258,7 +259,7 @@ class CheckpointWriter(AtomicDirectory):
     _lock: int | None = None
 
     def __enter__(self) -> CheckpointWriter:
-        self._check_out()
+        self.check_out()
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._clean_stale()

@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 
 
 def model_card(manifest: dict[str, Any]) -> str:
-    """Write a model card from qvl.json: what was done, with what, and what it cost."""
+    """Write a model card from qvl.json: what was done, with what."""
     recipe, calibration, source = manifest["recipe"], manifest["calibration"], manifest["source"]
     errors = [layer["relative_error"] for layer in manifest["layers"]]
     worst = max(manifest["layers"], key=lambda layer: layer["relative_error"])
@@ -32,12 +32,12 @@ def model_card(manifest: dict[str, Any]) -> str:
         "source": f"{name}, content hash `{source['hash']}`",
         "calibration": f"{calibration['samples']} samples, {calibration['tokens']} tokens "
         f"({calibration['vision_tokens']} of images and videos)",
-        "search": f"AutoAWQ, {recipe['scaling']} scaling, clip {'on' if recipe['clip'] else 'off'}",
+        "search": _search(recipe),
         "relative output error of a layer": f"mean {sum(errors) / len(errors):.4f}, "
         f"worst {worst['relative_error']:.4f} (layer {worst['layer']})",
-        "made on": f"{manifest['device']}, {manifest['seconds']['total']:.0f} s",
         "versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
     }
+    left = f", and so are the linears of {manifest['left_in_16_bits']}" if manifest["left_in_16_bits"] else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
 base_model: {json.dumps(source["model"])}
@@ -49,12 +49,20 @@ tags: [awq, 4-bit, qwen2_vl]
 # {name}, AWQ 4 bits
 
 Quantized by qvl {__version__}. The language layers are 4-bit AWQ ({recipe["format"].upper()}, group size
-{recipe["group_size"]}, zero points); the vision tower, embeddings and output head are the source's.
+{recipe["group_size"]}, zero points); the vision tower, embeddings and output head are the source's{left}.
 
 | | |
 |---|---|
 {table}
 
-`qvl.json` has all of it, layer by layer. Serve it with `qvl serve DIR`, measure it against its source with
-`qvl bench --baseline SOURCE --candidate DIR --out REPORT`.
+`qvl.json` has all of it, layer by layer; `qvl-run.json` has what it cost. Serve it with `qvl serve DIR`, measure it
+against its source with `qvl bench --baseline SOURCE --candidate DIR --out REPORT`.
 """
+
+
+def _search(recipe: dict[str, Any]) -> str:
+    clip = f"clip {'on' if recipe['clip'] else 'off'}"
+    if recipe["search"] == "autoawq":
+        return f"AutoAWQ's, {recipe['scaling']} scaling, {clip}"
+    balance = ", tokens balanced by modality" if recipe["balance"] == "modality" else ""
+    return f"second moments, {clip}, rounding {recipe['rounding']}{balance}"

@@ -237,7 +237,7 @@ class Journal(AtomicDirectory):
             raise
         try:
             self._clean_stale()
-            self._check_out()
+            self.check_out()
             self._resume(found)
         except BaseException:
             self._leave()

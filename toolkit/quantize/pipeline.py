@@ -3,43 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.checkpoint import Checkpoint, CheckpointWriter, resolve
-from toolkit.errors import AlreadyQuantized, CheckpointError, FormatError, ManifestError, ResourceError
+from toolkit.console import note, warn
+from toolkit.errors import AlreadyQuantized, CheckpointError, ManifestError, ResourceError
 from toolkit.quantize.card import model_card, versions
+from toolkit.quantize.journal import Journal, source_identity
+from toolkit.quantize.mixed import Linear, choose, describe, modules_to_not_convert, skipped
+from toolkit.quantize.progress import RunProgress
+from toolkit.quantize.recipe import Recipe
+from toolkit.quantize.share import Share, divide, in_process, run
 
 if TYPE_CHECKING:
     import torch
 
     from toolkit.calibration import CalibrationSample, PreparedSample
-    from toolkit.quantize.quantizer import LayerResult
+    from toolkit.quantize.plan import Plan
 
-__all__ = ["SCALINGS", "Recipe", "quantize"]
+__all__ = ["quantize"]
 
-SCALINGS = ("plain", "duo")
-MANIFEST_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What was asked for, as it stands in qvl.json: equal recipes on equal sources give equal files."""
-
-    format: str = "gemm"
-    bits: int = 4
-    group_size: int = 128
-    scaling: str = "plain"
-    clip: bool = True
-    samples: int = 128
-    max_tokens: int = 4096
-    max_pixels: int | None = 1280 * 28 * 28
-    seed: int = 0
+MANIFEST_VERSION = 2
 
 
 def quantize(
@@ -51,17 +42,28 @@ def quantize(
     group_size: int = 128,
     calib: str = "demo",
     samples: int = 128,
+    search: str = "moments",
     scaling: str = "plain",
     clip: bool = True,
+    rounding: str | None = None,
+    balance: str = "none",
+    skip: str | None = None,
+    from_report: Path | None = None,
+    budget: float = 0.1,
+    layers_report: Path | None = None,
     max_tokens: int = 4096,
     max_pixels: int | None = 1280 * 28 * 28,
     seed: int = 0,
     adapter: Path | str | None = None,
     revision: str | None = None,
-    device: str = "auto",
+    devices: str = "auto",
     force: bool = False,
+    restart: bool = False,
+    dry_run: bool = False,
 ) -> Path:
     """Quantize a Qwen2-VL to AWQ.
+
+    A run that is stopped, even by ``kill -9``, keeps its finished layers; the same call goes on from there.
 
     Args:
         model: directory, hub id or ``demo``.
@@ -71,15 +73,25 @@ def quantize(
         group_size: inputs that share a scale: 32, 64, 128, or -1 for the whole row.
         calib: JSONL manifest of chats (see :mod:`toolkit.calibration`) or ``demo``.
         samples: how many of them are used.
-        scaling: ``plain`` (activation magnitudes) or ``duo`` (activations over weights), AutoAWQ's two grids.
+        search: ``moments`` (second moments; fast) or ``autoawq`` (AutoAWQ's own loop).
+        scaling: AutoAWQ's grid: ``plain`` (activation magnitudes) or ``duo`` (activations over weights).
         clip: search for clipped ranges too.
+        rounding: ``compensated`` (later columns make up for the errors of earlier ones) or ``nearest``; by default
+            the first where the search is ``moments``.
+        balance: ``none``, or ``modality``: weigh vision and text tokens by what the loss depends on them.
+        skip: regular expression of linears that stay in 16 bits.
+        from_report: a file of ``layers_report``: the units that hurt most stay in 16 bits, within ``budget``.
+        budget: extra size allowed for that, relative to the whole checkpoint.
+        layers_report: file to write: each layer's error by rounding to nearest, AutoAWQ's search and ours.
         max_tokens: longer samples are left out.
         max_pixels: bound on a calibration image; None is the processor's own.
         seed: of the draw of samples.
         adapter: peft adapter directory, merged first.
         revision: branch, tag or commit of a hub id.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        devices: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, or several: ``0,1``.
         force: replace an existing ``out``.
+        restart: discard what a stopped run has finished.
+        dry_run: only say what the run would need.
 
     Returns:
         ``out``.
@@ -87,119 +99,158 @@ def quantize(
     Raises:
         QvlError: its children say what was wrong with the source, the settings, the samples or the machine.
     """
-    recipe = Recipe(format, bits, group_size, scaling, clip, samples, max_tokens, max_pixels, seed)
-    if scaling not in SCALINGS:
-        raise FormatError(f"unknown scaling {scaling!r}: choose {' or '.join(SCALINGS)}")
-    if samples < 1:
-        raise ManifestError(f"{samples} calibration samples: at least 1 is needed, 128 is usual")
-    out = Path(out)
-    checkpoint = Checkpoint.open(resolve(model, revision))
+    recipe = Recipe(
+        format,
+        bits,
+        group_size,
+        search,
+        scaling,
+        clip,
+        rounding or ("compensated" if search == "moments" else "nearest"),
+        balance,
+        skip,
+        samples,
+        max_tokens,
+        max_pixels,
+        seed,
+    )
     from toolkit.quantize.plan import check_settings
 
+    out = Path(out)
+    checkpoint = Checkpoint.open(resolve(model, revision))
     if checkpoint.quantization is not None:
         raise AlreadyQuantized(
             f"{checkpoint.path} is AWQ already ({checkpoint.quantization.version}, group size "
             f"{checkpoint.quantization.group_size}): quantize its fp16 source, or `qvl convert` it to the other format"
         )
     check_settings(checkpoint, format, bits, group_size)
-    with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(CheckpointWriter(out, force, source=checkpoint.path))
-        source: dict[str, Any] = {"model": model, "revision": revision, "adapter": None}
-        if adapter is not None:
-            source["adapter"] = str(adapter)
-            checkpoint = stack.enter_context(_merged(checkpoint, Path(adapter), writer.tmp))
-        _Run(checkpoint, writer, recipe, calib, source, _device(device)).run()
+    CheckpointWriter(out, force, source=checkpoint.path).check_out()
+    if adapter is not None:
+        from toolkit.adapter import check_adapter
+
+        check_adapter(Path(adapter))
+    left = skipped(skip, checkpoint)
+    if from_report is not None:
+        from toolkit.weights import read_json
+
+        left |= choose(read_json(from_report), budget, checkpoint, group_size)
+    if left:
+        note(f"left in 16 bits: {describe(left, checkpoint.num_layers)}")
+    source: dict[str, Any] = {"model": model, "revision": revision, "adapter": str(adapter) if adapter else None}
+    task = _Run(checkpoint, recipe, calib, source, _devices(devices), left, layers_report)
+    if dry_run:
+        task.forecast(out)
+    else:
+        task.run(out, Path(adapter) if adapter else None, force, restart)
     return out
 
 
-@contextlib.contextmanager
-def _merged(checkpoint: Checkpoint, adapter: Path, beside: Path) -> Iterator[Checkpoint]:
-    """Merge the adapter into a temporary checkpoint on the output's file system, gone at the end."""
-    from toolkit.adapter import check_adapter, merge
-    from toolkit.console import err
-
-    check_adapter(adapter)
-    with tempfile.TemporaryDirectory(prefix=f"{beside.name}-merged-", dir=beside.parent) as directory:
-        with err.status(f"merging {adapter} into {checkpoint.path.name}"):
-            merge(checkpoint, adapter, Path(directory) / checkpoint.path.name)
-        yield Checkpoint.open(Path(directory) / checkpoint.path.name)
-
-
-def _device(name: str) -> torch.device:
+def _devices(names: str) -> list[str]:
+    """Turn ``auto``, ``cpu``, ``cuda:1`` or ``0,1`` into torch's names of devices that are there."""
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ResourceError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ResourceError("no CUDA device here: use --device cpu, or install a driver and a CUDA torch")
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise ResourceError(f"no device {name}: this machine has {torch.cuda.device_count()}")
-        device = torch.device("cuda", device.index or 0)
-    elif device.type != "cpu":
-        raise ResourceError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
-    return device
+    if names == "auto":
+        names = "cuda" if torch.cuda.is_available() else "cpu"
+    found = []
+    for name in names.split(","):
+        name = f"cuda:{name}" if name.isdigit() else name
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise ResourceError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:N or a list as in 0,1") from None
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ResourceError("no CUDA device here: use --devices cpu, or install a driver and a CUDA torch")
+            if device.index is not None and device.index >= torch.cuda.device_count():
+                raise ResourceError(f"no device {name}: this machine has {torch.cuda.device_count()}")
+            device = torch.device("cuda", device.index or 0)
+        elif device.type != "cpu":
+            raise ResourceError(f"device {name!r} is not supported: use auto, cpu, cuda, cuda:N or a list as in 0,1")
+        found.append(str(device))
+    if len(set(found)) < len(found) and "cpu" not in found:
+        raise ResourceError(f"--devices {names} names a device twice")
+    return found
 
 
 class _Run:
-    """One quantization, from an open source to a full writer."""
+    """One quantization, from an open source to a finished directory."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        writer: CheckpointWriter,
         recipe: Recipe,
         calib: str,
         source: dict[str, Any],
-        device: torch.device,
+        devices: Sequence[str],
+        left: frozenset[Linear],
+        layers_report: Path | None,
     ) -> None:
         self.checkpoint = checkpoint
-        self.writer = writer
         self.recipe = recipe
         self.calib = calib
         self.source = source
-        self.device = device
-        self.layers: list[dict[str, Any]] = []
+        self.devices = devices
+        self.left = left
+        self.layers_report = layers_report
         self.seconds: dict[str, float] = {}
+        self.layers: list[dict[str, Any]] = []
+        self.ends: list[dict[str, Any]] = []
 
-    def run(self) -> None:
-        """Do it all; the writer is left ready to be renamed."""
-        from toolkit.calibration import digest
-        from toolkit.quantize.progress import RunProgress
+    def forecast(self, out: Path) -> None:
+        """Say what a run would need, and whether this machine has it."""
+        with RunProgress() as self.progress:
+            prepared, _ = self._prepare()
+        plan = self._plan(prepared)
+        for line in plan.check(out, self._torch_device()):
+            note(line)
+        note(plan.told_time())
 
+    def run(self, out: Path, adapter: Path | None, force: bool, restart: bool) -> None:
+        """Do it all."""
         began = time.perf_counter()
-        stamps = self._stamps()
-        with RunProgress(self.device) as self.progress, ThreadPoolExecutor(1) as pool:
-            hashing = pool.submit(self.checkpoint.content_hash)
+        stamps = source_identity(self.checkpoint)
+        with RunProgress() as self.progress:
             prepared, calibration = self._prepare()
             plan = self._plan(prepared)
-            calibration["sha256"] = digest(prepared)
-            self.seconds["prepare"] = time.perf_counter() - began
-            self._copy_unquantized()
-            self._search(prepared, plan)
-            source = {**self.source, "hash": hashing.result()}
-        if self._stamps() != stamps:
-            raise CheckpointError(
-                f"the weights in {self.checkpoint.path} were replaced during the run, so the result would be a mix: "
-                "start again when nothing writes there. Nothing was left behind"
+            note(
+                f"{len(prepared)} samples, {calibration['tokens']} tokens; "
+                + "; ".join(plan.check(out, self._torch_device()))
             )
-        self.seconds["total"] = time.perf_counter() - began
-        self._finish(source, calibration)
-
-    def _stamps(self) -> dict[Path, tuple[int, int, int]]:
-        """Identity, size and time of the source's weight files: they are mapped into memory, not read at once."""
-        found = {info.file: info.file.stat() for info in self.checkpoint.tensors.values()}
-        return {file: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in found.items()}
+            self.seconds["prepare"] = time.perf_counter() - began
+            identity = {
+                "source": {**self.source, "files": stamps, "adapter_files": _stamps(adapter)},
+                "recipe": asdict(self.recipe),
+                "left": describe(self.left, self.checkpoint.num_layers) if self.left else "",
+                "calibration": calibration["sha256"],
+                "report": self.layers_report is not None,
+            }
+            journal = Journal(
+                out,
+                identity,
+                layers=self.checkpoint.num_layers,
+                force=force,
+                source=self.checkpoint.path,
+                expected_bytes=plan.disk,
+                environment={**versions(), "devices": sorted(set(self.devices))},
+                restart=restart,
+            )
+            try:
+                with journal:
+                    self._fill(journal, prepared, plan, adapter, stamps)
+                    self.seconds["total"] = time.perf_counter() - began
+                    self._finish(journal, calibration)
+            except BaseException:
+                if journal.kept:
+                    warn(
+                        f"{journal.kept} of {self.checkpoint.num_layers} layers are kept: "
+                        "run the same command again to go on, or add --restart to begin anew"
+                    )
+                raise
 
     def _prepare(self) -> tuple[list[PreparedSample], dict[str, Any]]:
         """Read the manifest and turn its samples into model inputs."""
-        from toolkit.calibration import prepare, read_manifest
+        from toolkit.calibration import digest, prepare, read_manifest
         from toolkit.compat import patch_torchvision
-        from toolkit.console import note, warn
 
         patch_torchvision()
         from transformers import AutoProcessor
@@ -210,10 +261,10 @@ class _Run:
             if len(samples) < recipe.samples:
                 note(f"the manifest has {len(samples)} samples; all are used")
             processor = AutoProcessor.from_pretrained(self.checkpoint.path)
-            skipped: list[str] = []
+            too_long: list[str] = []
 
             def skip(sample: CalibrationSample, tokens: int) -> None:
-                skipped.append(f"{sample.where} ({tokens} tokens)")
+                too_long.append(f"{sample.where} ({tokens} tokens)")
 
             prepared = list(
                 self.progress.track(
@@ -228,8 +279,8 @@ class _Run:
                     len(samples),
                 )
             )
-        if skipped:
-            warn(f"{len(skipped)} samples are over {recipe.max_tokens} tokens and left out, the first: {skipped[0]}")
+        if too_long:
+            warn(f"{len(too_long)} samples are over {recipe.max_tokens} tokens and left out, the first: {too_long[0]}")
         if not prepared:
             raise ManifestError(
                 f"no sample of {self.calib} is within {recipe.max_tokens} tokens: "
@@ -238,9 +289,10 @@ class _Run:
         return prepared, {
             "manifest": self.calib,
             "samples": len(prepared),
-            "skipped": len(skipped),
+            "skipped": len(too_long),
             "tokens": sum(p.tokens for p in prepared),
             "vision_tokens": sum(p.vision_tokens for p in prepared),
+            "sha256": digest(prepared),
         }
 
     @contextlib.contextmanager
@@ -254,127 +306,206 @@ class _Run:
         with tempfile.TemporaryDirectory(prefix="qvl-calibration-") as directory:
             yield write_calibration(Path(directory), samples=self.recipe.samples, seed=self.recipe.seed)
 
-    def _plan(self, prepared: list[PreparedSample]) -> Any:
-        """Check disk and memory before anything is loaded."""
-        from toolkit.console import note
+    def _plan(self, prepared: Sequence[PreparedSample]) -> Plan:
+        """Work out disk, memory and time before anything is loaded."""
         from toolkit.quantize.plan import make_plan
 
-        sample_bytes = sum(v.nbytes for p in prepared for v in p.inputs.values())
-        tokens = sum(p.tokens for p in prepared)
-        plan = make_plan(
-            self.checkpoint,
-            self.recipe.group_size,
-            tokens,
-            sample_bytes,
-            self.device,
-            max(p.tokens for p in prepared),
-        )
-        note(f"{len(prepared)} samples, {tokens} tokens; " + "; ".join(plan.check(self.writer.out, self.device)))
-        if self.device.type == "cuda" and not plan.store_on_device:
-            note("layer inputs wait in host memory: the GPU is too small for them")
-        return plan
+        return make_plan(self.checkpoint, self.recipe, prepared, self._torch_device(), len(self.devices))
 
-    def _copy_unquantized(self) -> None:
-        """Write all that is not a decoder layer: embeddings, vision tower, last norm, output head."""
-        for name in self.checkpoint.tensors:
-            if not name.startswith(self.checkpoint.layers_prefix):
-                self.writer.add(name, self.checkpoint.get(name))
-
-    def _search(self, prepared: list[PreparedSample], plan: Any) -> None:
-        """Run AutoAWQ over the streamed layers."""
+    def _torch_device(self) -> torch.device:
         import torch
 
-        from toolkit.console import note
-        from toolkit.quantize.model import Qwen2VLAWQ, StreamedLayers, load_shell
-        from toolkit.quantize.quantizer import Qwen2VLAwqQuantizer
+        return torch.device(self.devices[0])
 
-        recipe, device = self.recipe, self.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            torch.backends.cuda.matmul.allow_tf32 = True
-        began = time.perf_counter()
-        try:
-            shell, text_config = load_shell(self.checkpoint, device)
-            awq = Qwen2VLAWQ(shell, "qwen2_vl", False, shell.config, None, None)
-            del shell
-            self.seconds["load"] = time.perf_counter() - began
-            self.progress.begin("vision tower", len(prepared))
-            awq.quantize(
-                quant_config={
-                    "zero_point": True,
-                    "q_group_size": recipe.group_size,
-                    "w_bit": recipe.bits,
-                    "version": recipe.format.upper(),
-                },
-                duo_scaling=recipe.scaling == "duo",
-                apply_clip=recipe.clip,
-                quantizer_cls=Qwen2VLAwqQuantizer,
-                samples=prepared,
-                layers=StreamedLayers(self.checkpoint, text_config, device),
-                device=device,
-                store=device if plan.store_on_device else torch.device("cpu"),
-                norm_dtype=self.checkpoint.get(f"{self.checkpoint.layer_prefix(0)}input_layernorm.weight").dtype,
-                on_layer=self._on_layer,
-                on_note=note,
-                on_capture=self.progress.advance,
+    def _fill(
+        self,
+        journal: Journal,
+        prepared: Sequence[PreparedSample],
+        plan: Plan,
+        adapter: Path | None,
+        stamps: dict[str, Any],
+    ) -> None:
+        """Make all that the journal does not have yet."""
+        for text in journal.notes:
+            note(text)
+        layers = self.checkpoint.num_layers
+        if journal.done:
+            note(f"going on: {len(journal.done)} of {layers} layers are done")
+        todo = [index for index in range(layers) if index not in journal.done]
+        original, merged = self.checkpoint, journal.work / "merged"
+        with contextlib.ExitStack() as stack:
+            if adapter is not None:
+                stack.callback(shutil.rmtree, merged, ignore_errors=True)
+                self.checkpoint = _merged(original, adapter, merged)
+            pool = stack.enter_context(ThreadPoolExecutor(1))
+            hashing = pool.submit(self.checkpoint.content_hash)
+            journal.add_rest(
+                (name, self.checkpoint.get(name))
+                for name in self.checkpoint.tensors
+                if not name.startswith(self.checkpoint.layers_prefix)
             )
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(
-                f"out of memory on {device} after {len(self.layers)} layers: "
-                f"calibrate with fewer --samples (now {len(prepared)}) or a smaller --max-pixels, "
-                "or free memory on the device. Nothing was left behind"
-            ) from error
-        self.seconds["search"] = time.perf_counter() - began - self.seconds["load"]
+            self.progress.layers(len(journal.done), layers)
+            if todo:
+                self._search(journal, prepared, plan, todo)
+            self.source["hash"] = hashing.result()
+            self.checkpoint = original
+        if source_identity(original) != stamps:
+            shutil.rmtree(journal.directory)  # nothing of it is worth keeping
+            raise CheckpointError(
+                f"the weights in {original.path} were replaced during the run, so the result would be a mix: "
+                "start again when nothing writes there. Nothing was left behind"
+            )
 
-    def _on_layer(self, result: LayerResult) -> None:
-        """Pack a finished layer and hand it to the writer."""
-        from toolkit.formats.packing import pack_gemm, pack_gemv
+    def _search(self, journal: Journal, prepared: Sequence[PreparedSample], plan: Plan, todo: Sequence[int]) -> None:
+        """Share the layers out and wait until they are written."""
+        balance = self._balance(prepared)
+        shares = [
+            Share(
+                self.checkpoint.path,
+                self.recipe,
+                self.left,
+                journal.directory,
+                device,
+                plan.store_on_device,
+                layers,
+                balance,
+                self.layers_report is not None,
+            )
+            for device, layers in zip(self.devices, divide(todo, len(self.devices)), strict=True)
+            if layers
+        ]
+        self.progress.begin("vision tower", len(prepared))
+        if len(shares) == 1:
+            run(shares[0], prepared, self._told)
+        else:
+            self._search_in_parallel(shares, prepared, journal.work / "samples.pt")
 
-        pack = pack_gemm if self.recipe.format == "gemm" else pack_gemv
-        prefix = self.checkpoint.layer_prefix(result.index)
-        for name, linear in result.linears.items():
-            packed = pack(linear)
-            for part in ("qweight", "qzeros", "scales"):
-                self.writer.add(f"{prefix}{name}.{part}", getattr(packed, part))
-        for name, tensor in result.others.items():
-            self.writer.add(prefix + name, tensor.to(self.checkpoint.get(prefix + name).dtype))
-        self.layers.append(
-            {
-                "layer": result.index,
-                "relative_error": result.error,
-                "seconds": {k: round(v, 3) for k, v in result.seconds.items()},
-            }
-        )
-        self.progress.layer(result.index, self.checkpoint.num_layers, result.error)
+    def _search_in_parallel(self, shares: Sequence[Share], prepared: Sequence[PreparedSample], file: Path) -> None:
+        """Run each share in a process of its own."""
+        import multiprocessing
+        import queue
 
-    def _finish(self, source: dict[str, Any], calibration: dict[str, Any]) -> None:
-        """Write config, side files, qvl.json and the model card."""
+        import torch
+
+        torch.save([(p.inputs, p.tokens, p.vision_tokens) for p in prepared], file)
+        context = multiprocessing.get_context("spawn")
+        told: multiprocessing.Queue[tuple[int, str, Any]] = context.Queue()
+        processes = [
+            context.Process(target=in_process, args=(share, file, rank, told), daemon=True)
+            for rank, share in enumerate(shares)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            while len(self.ends) < len(processes):
+                try:
+                    rank, kind, what = told.get(timeout=1)
+                except queue.Empty:
+                    for share, process in zip(shares, processes, strict=True):
+                        if process.exitcode:
+                            raise ResourceError(
+                                f"the process on {share.device} died with exit code {process.exitcode}: killed "
+                                "for want of host memory, perhaps"
+                            ) from None
+                    continue
+                if kind == "error":
+                    raise what
+                if kind != "captured" or rank == 0:
+                    self._told(kind, what)
+            for process in processes:
+                process.join()
+        finally:
+            for process in processes:
+                process.kill()
+            file.unlink(missing_ok=True)
+
+    def _told(self, kind: str, what: Any) -> None:
+        """Take in what a share says; see :func:`toolkit.quantize.share.run`."""
+        if kind == "captured":
+            self.progress.advance(what)
+        elif kind == "note":
+            note(what)
+        elif kind == "layer":
+            self.layers.append({"layer": what["layer"], "seconds": what["seconds"]})
+            self.progress.layer(what["layer"], what["error"], what["seconds"]["total"], what["peak"])
+        elif kind == "end":
+            self.ends.append(what)
+
+    def _balance(self, prepared: Sequence[PreparedSample]) -> tuple[float, ...] | None:
+        """Measure what a vision token counts in each layer, where that was asked for."""
+        if self.recipe.balance == "none":
+            return None
+        from toolkit.quantize.sensitivity import measure
+
+        self.progress.begin("sensitivity", 2 * self.checkpoint.num_layers)
+        found = measure(self.checkpoint, prepared, self._torch_device(), on_step=self.progress.advance)
+        self.source["vision_sensitivity"] = [round(ratio, 6) for ratio in found]
+        return tuple(found)
+
+    def _finish(self, journal: Journal, calibration: dict[str, Any]) -> None:
+        """Write config, side files, qvl.json, what was measured, the model card and the layers' report."""
         recipe = self.recipe
+        layers = journal.records()
+        left = modules_to_not_convert(self.left, self.checkpoint.num_layers)
         config = {
             **self.checkpoint.config,
             "quantization_config": {
                 "bits": recipe.bits,
                 "group_size": recipe.group_size,
-                "modules_to_not_convert": ["visual"],
+                "modules_to_not_convert": left,
                 "quant_method": "awq",
                 "version": recipe.format,
                 "zero_point": True,
             },
         }
+        balance = self.source.pop("vision_sensitivity", None)
         manifest = {
             "manifest_version": MANIFEST_VERSION,
-            "source": source,
+            "source": self.source,
             "recipe": asdict(recipe),
+            "left_in_16_bits": describe(self.left, self.checkpoint.num_layers) if self.left else None,
             "calibration": calibration,
             "versions": versions(),
-            "device": self.progress.device_name,
-            "peak_device_bytes": self.progress.peak_device_bytes(),
-            "peak_host_bytes": self.progress.peak_host_bytes(),
-            "seconds": {k: round(v, 3) for k, v in self.seconds.items()},
+            "vision_sensitivity": balance,
+            "layers": [{key: value for key, value in layer.items() if key != "errors"} for layer in layers],
+        }
+        self.layers.sort(key=lambda layer: layer["layer"])
+        measured = {
+            "versions": versions(),
+            "device": ", ".join(end["device"] for end in self.ends),
+            "seconds": {
+                **{k: round(v, 3) for k, v in self.seconds.items()},
+                **{step: max((end["seconds"][step] for end in self.ends), default=0.0) for step in ("embed", "layers")},
+            },
+            "peak_device_bytes": max((end["peak_device_bytes"] for end in self.ends), default=0),
+            "peak_host_bytes": max((end["peak_host_bytes"] for end in self.ends), default=0),
+            "layers_of_earlier_runs": len(journal.done),
             "layers": self.layers,
         }
-        self.writer.copy_side_files(self.checkpoint.path)
-        self.writer.set_config(config)
-        self.writer.write_json("qvl.json", manifest)
-        self.writer.write_text("README.md", model_card(manifest))
+        journal.copy_side_files(self.checkpoint.path)
+        journal.set_config(config)
+        journal.write_json("qvl.json", manifest)
+        journal.write_json("qvl-run.json", measured)
+        journal.write_text("README.md", model_card(manifest))
+        if self.layers_report is not None:
+            from toolkit.quantize.report import write_report
+
+            write_report(self.layers_report, layers, manifest)
+
+
+def _stamps(adapter: Path | None) -> dict[str, Any]:
+    """Return size and time of an adapter's files."""
+    if adapter is None or not adapter.is_dir():
+        return {}
+    stats = {file.name: file.stat() for file in sorted(adapter.iterdir()) if file.is_file()}
+    return {name: {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats.items()}
+
+
+def _merged(checkpoint: Checkpoint, adapter: Path, to: Path) -> Checkpoint:
+    """Merge a LoRA adapter in a directory that goes with the journal's."""
+    from toolkit.adapter import merge
+    from toolkit.console import err
+
+    shutil.rmtree(to, ignore_errors=True)
+    with err.status(f"merging {adapter} into {checkpoint.path.name}"):
+        return Checkpoint.open(merge(checkpoint, adapter, to / checkpoint.path.name))

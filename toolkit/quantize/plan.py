@@ -3,44 +3,71 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit.errors import FormatError, ResourceError
+from toolkit.quantize.share import divide
 
 if TYPE_CHECKING:
     import torch
 
+    from toolkit.calibration import PreparedSample
     from toolkit.checkpoint import Checkpoint
+    from toolkit.quantize.recipe import Recipe
 
-__all__ = ["BITS", "FORMATS", "GROUP_SIZES", "Plan", "check_settings", "make_plan"]
+__all__ = [
+    "BITS",
+    "CHUNK_TOKENS",
+    "FORMATS",
+    "GROUP_SIZES",
+    "HELD_TOKENS",
+    "SCREEN_ROWS",
+    "Plan",
+    "check_settings",
+    "make_plan",
+]
 
 FORMATS = ("gemm", "gemv")
 BITS = (4,)
 #: Group sizes that AutoAWQ's formats and vLLM's kernels know; -1 is the whole row.
 GROUP_SIZES = (32, 64, 128, -1)
+#: Tokens that go through a layer at once, to start with; halved when the device runs out of memory.
+CHUNK_TOKENS = 4096
+#: Rows of a weight that screening looks at; all of them where there are fewer.
+SCREEN_ROWS = 1024
+#: Tokens kept out of the search to check it: at most about this many.
+HELD_TOKENS = 4096
 #: int32 words hold eight values along the outputs (GEMM) or the inputs (GEMV).
 _PACK = 8
 _FLOAT = 4
 #: What Python, torch and transformers take before any tensor: measured, CPU 0.7 GB, with CUDA 2.5 GB.
-_BASE_HOST = {"cpu": 0.9e9, "cuda": 3.0e9}
+_BASE_HOST = {"cpu": 0.9e9, "cuda": 2.0e9}
 #: CUDA context, cuBLAS workspaces and the allocator's rounding.
-_BASE_DEVICE = 1.0e9
+_BASE_DEVICE = 0.6e9
+#: The most that the writer gathers before it writes.
+_SHARD_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes that a run will need, and where the layers' inputs wait.
+    """Bytes and seconds that a run will need, and where hidden states wait.
 
-    ``disk``: the output. ``host``: peak resident memory. ``device``: peak memory of the GPU (0 on a CPU, where
-    everything is host memory). ``store_on_device``: layer inputs stay on the GPU; else they wait in host memory.
+    ``disk``: the output. ``host``: peak resident memory, mapped files not counted. ``device``: peak memory of a GPU
+    (0 on a CPU, where everything is host memory). ``store_on_device``: hidden states stay on the GPU; else they wait in
+    host memory. ``seconds``: from the first layer to the last, on ``devices`` GPUs; None for a CPU, whose speed is not
+    measured.
     """
 
     disk: int
     host: int
     device: int
     store_on_device: bool
+    seconds: float | None
+    devices: int = 1
 
     def check(self, out: Path, device: torch.device) -> list[str]:
         """Hold the plan against the machine.
@@ -67,6 +94,12 @@ class Plan:
         if short:
             raise ResourceError("\n".join(f"not enough {line}: {hint}" for line, hint in short))
         return lines
+
+    def told_time(self) -> str:
+        """Return the time that the layers will take, in words."""
+        if self.seconds is None:
+            return "time: not foretold for this device"
+        return f"time: about {self.seconds:.0f} s for the layers, after loading and the vision tower"
 
 
 def check_settings(checkpoint: Checkpoint, fmt: str, bits: int, group_size: int) -> None:
@@ -102,58 +135,129 @@ def check_settings(checkpoint: Checkpoint, fmt: str, bits: int, group_size: int)
 
 
 def make_plan(
-    checkpoint: Checkpoint, group_size: int, tokens: int, sample_bytes: int, device: torch.device, longest: int
+    checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[PreparedSample], device: torch.device, devices: int = 1
 ) -> Plan:
-    """Work out what a run needs.
+    """Work out what a run needs from shapes and token counts.
 
     Args:
         checkpoint: the source.
-        group_size: of the output.
-        tokens: in all calibration samples together.
-        sample_bytes: of the prepared samples (pixels, mostly).
-        device: where layers are searched.
-        longest: tokens of the longest sample.
+        recipe: what is asked for.
+        samples: the prepared samples.
+        device: where layers are searched. devices: how many of its kind share the layers.
     """
-    text = checkpoint.text_config
-    hidden, inner = int(text["hidden_size"]), int(text["intermediate_size"])
     shapes = checkpoint.linear_shapes()
     layers = checkpoint.num_layers
-    linear_params = sum(k * n for k, n in shapes.values())
-    packed = sum(_packed_bytes(k, n, group_size) for k, n in shapes.values())
-    source_linear = layers * sum(
-        checkpoint.tensors[f"{checkpoint.layer_prefix(0)}{name}.weight"].nbytes for name in shapes
-    )
-    disk = checkpoint.nbytes - source_linear + layers * packed + 30_000_000  # tokenizer and config files
+    first = checkpoint.layer_prefix(0)
+    packed = sum(_packed_bytes(k, n, recipe.group_size) for k, n in shapes.values())
+    layer_bytes = sum(checkpoint.tensors[f"{first}{name}.weight"].nbytes for name in shapes)
+    disk = checkpoint.nbytes - layers * layer_bytes + layers * packed + 30_000_000  # tokenizer and config files
 
-    layer = linear_params * _FLOAT
-    hidden_states = tokens * hidden * _FLOAT
-    features = 3 * hidden_states + tokens * inner * _FLOAT
-    rope = 2 * tokens * (hidden // int(text["num_attention_heads"])) * _FLOAT
-    # what waits: hidden states in and out, the layer's inputs; the widest module's true and candidate output
-    waiting = 2 * hidden_states + features + rope + 3 * hidden_states
-    # what works: the layer, the copies that the search restores it from, candidates, one chunk or the clip's errors
-    widest = 2 * hidden * inner * _FLOAT
-    clip = 4 * hidden * inner * _FLOAT  # down_proj's candidate, its error and the products
-    chunk = 3 * min(tokens, 16384) * inner * _FLOAT
-    working = layer + 3 * widest + max(clip, chunk)
-    shell = (checkpoint.nbytes - source_linear) // 2 * _FLOAT + layer
-    attention = 6 * longest * hidden * _FLOAT
-    pack_host = min(4 * 2**30, disk)  # the writer's shard
-
-    kind = device.type
-    base_host = int(_BASE_HOST.get(kind, 3.0e9))
-    if kind == "cpu":
-        host = base_host + sample_bytes + max(shell + hidden_states, waiting + working + attention) + pack_host
-        return Plan(disk, int(host), 0, False)
+    tokens = sum(sample.tokens for sample in samples)
+    sample_bytes = sum(value.nbytes for sample in samples for value in sample.inputs.values())
+    needs = _Needs(checkpoint, recipe, tokens, max(sample.tokens for sample in samples))
+    # a layer waits to be written, a shard of the rest is gathered; workers read samples from a file of their own
+    writing = max(2 * packed, min(_SHARD_BYTES, checkpoint.nbytes - layers * layer_bytes))
+    if device.type == "cpu":
+        host = int(devices * (_BASE_HOST["cpu"] + needs.peak(True)) + sample_bytes + writing)
+        return Plan(disk, host, 0, False, None, devices)
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)
-    on_device = int(_BASE_DEVICE + max(shell + hidden_states, waiting + working + attention))
-    off_device = int(_BASE_DEVICE + max(shell, working + attention))
-    host = base_host + sample_bytes + pack_host
+    reading_ahead = layer_bytes
+    on_device, off_device = (int(_BASE_DEVICE + reading_ahead + needs.peak(on)) for on in (True, False))
+    host = int(devices * _BASE_HOST["cuda"] + sample_bytes + writing)
+    seconds = _seconds(checkpoint, recipe, tokens, device) * layers
+    if devices > 1:
+        longest = max(layers_of for layers_of in map(len, divide(range(layers), devices)))
+        seconds *= longest / layers
     if on_device <= free:
-        return Plan(disk, int(host), on_device, True)
-    return Plan(disk, int(host + waiting), off_device, False)
+        return Plan(disk, host, on_device, True, seconds, devices)
+    return Plan(disk, int(host + devices * needs.states), off_device, False, seconds, devices)
+
+
+class _Needs:
+    """Bytes that a layer's search takes, by what they are for; float32 throughout."""
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, tokens: int, longest: int) -> None:
+        text = checkpoint.text_config
+        hidden, inner = int(text["hidden_size"]), int(text["intermediate_size"])
+        shapes = checkpoint.linear_shapes()
+        held = min(HELD_TOKENS + longest, tokens)
+        chunk = min(max(CHUNK_TOKENS, longest), tokens)
+        self.layer = sum(k * n for k, n in shapes.values()) * _FLOAT
+        self.states = tokens * hidden * _FLOAT
+        rope = 2 * tokens * (hidden // int(text["num_attention_heads"])) * _FLOAT
+        self.held = held * (5 * hidden + inner) * _FLOAT + rope
+        #: a unit's moments by its inputs
+        self.moments = (3 * hidden**2 + inner**2) * _FLOAT
+        self.passing = chunk * (4 * inner + 8 * hidden) * _FLOAT
+        widest = hidden * inner * _FLOAT
+        compensated = recipe.rounding == "compensated"
+        #: rounding down_proj: scaled weight, values, error, beside all moments and the factor of its own
+        self.down = self.moments + (inner**2 * _FLOAT if compensated else 0) + 5 * widest
+        #: rounding gate and up together, when down_proj's moments are gone
+        self.gate_up = (3 + compensated) * hidden**2 * _FLOAT + 10 * widest + 2 * held * inner * _FLOAT
+        #: AutoAWQ's search keeps every linear's input and its modules' outputs
+        self.features = tokens * (6 * hidden + inner) * _FLOAT if recipe.search == "autoawq" else 0
+        visual = [t for name, t in checkpoint.tensors.items() if name.startswith(checkpoint.visual_prefix)]
+        self.vision = sum(t.numel for t in visual) * _FLOAT
+        #: a vision block's widest activations: four patches a token, the MLP four times as wide as the block
+        self.seeing = 4 * longest * int(checkpoint.vision_config["embed_dim"]) * 16 * _FLOAT
+
+    def peak(self, states_too: bool) -> int:
+        """Return the bytes of the worst moment, hidden states counted or not."""
+        states = self.states if states_too else 0
+        embedding = self.vision + self.seeing + 2 * states
+        searching = max(self.moments + self.passing, self.down, self.gate_up)
+        if self.features:
+            searching = max(self.passing, 3 * self.layer) + (self.features if states_too else 0)
+        return max(embedding, states + self.layer + self.held + searching)
+
+
+def _seconds(checkpoint: Checkpoint, recipe: Recipe, tokens: int, device: torch.device) -> float:
+    """Return the seconds that a layer will take: its multiplications and its bytes over the device's measured rates.
+
+    The counts are those of :mod:`toolkit.quantize.layer`; how far they hold is in docs/results/quantizer.
+    """
+    flops_rate, bytes_rate = _rates(device)
+    shapes = checkpoint.linear_shapes()
+    weights = sum(k * n for k, n in shapes.values())
+    text = checkpoint.text_config
+    hidden, inner = int(text["hidden_size"]), int(text["intermediate_size"])
+    squares = 3 * hidden**2 + inner**2
+    flops = 2.0 * tokens * weights  # the forward pass
+    flops += 1.1 * tokens * squares  # moments, a good half of each
+    flops += 45 * 2 * SCREEN_ROWS * squares  # screening
+    flops += 5 * 2 * hidden * (hidden**2 + inner**2)  # finalists of o and down by moments
+    flops += 5 * 2 * HELD_TOKENS * weights  # of the others by the module's output; and the checks
+    options = 2 * (2 if recipe.clip else 1)
+    flops += (options + 1) * 2 * HELD_TOKENS * weights
+    passes = 40.0 * options  # over the weights, for clips and rounding
+    if recipe.rounding == "compensated":
+        flops += options * (hidden**2 * 2 * (weights / hidden - inner) + inner**2 * hidden) + squares * inner / 3
+        passes += 20 * options
+    traffic = passes * weights * _FLOAT + 12 * tokens * (8 * hidden + 4 * inner)
+    return flops / flops_rate + traffic / bytes_rate
+
+
+def _rates(device: torch.device) -> tuple[float, float]:
+    """Measure a device: multiplications a second in float32 as the search uses it, bytes a second of a copy."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = True
+    a = torch.randn(4096, 4096, device=device)
+    b = torch.empty_like(a)
+
+    def rate(work: float, repeats: int, call: Callable[[], object]) -> float:
+        call()
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize(device)
+        return work * repeats / (time.perf_counter() - began)
+
+    return rate(2.0 * 4096**3, 20, lambda: torch.mm(a, a, out=b)), rate(8.0 * 4096**2, 50, lambda: b.copy_(a))
 
 
 def _packed_bytes(inputs: int, outputs: int, group_size: int) -> int:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import resource
-import sys
+import threading
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Eta
 
 from toolkit.console import err, note
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["RunProgress"]
+__all__ = ["MemoryWatch", "RunProgress"]
 
 T = TypeVar("T")
 
 
 class RunProgress:
-    """One bar a step; the layers' bar shows the last layer's error, memory and the time left."""
+    """One bar a step; the layers' bar shows the last layer's error and the time left."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self._bar = Progress(
             TextColumn("{task.description:<16}"),
             BarColumn(bar_width=24),
@@ -38,6 +34,7 @@ class RunProgress:
         )
         self._task: TaskID | None = None
         self._layers: TaskID | None = None
+        self._finished = 0
 
     def __enter__(self) -> RunProgress:
         self._bar.start()
@@ -65,37 +62,55 @@ class RunProgress:
             yield item
         self.advance(total)
 
-    def layer(self, index: int, total: int, error: float) -> None:
-        """Show a finished layer."""
-        if self._layers is None:
-            self._layers = self._bar.add_task("layers", total=total, info="")
-        peak = self.peak_device_bytes() or self.peak_host_bytes()
-        info = f"layer {index}: output error {error:.4f}, peak {peak / 1e9:.1f} GB"
-        self._bar.update(self._layers, completed=index + 1, info=info)
+    def layers(self, finished: int, total: int) -> None:
+        """Start the layers' bar, where an earlier run may have finished some."""
+        self._finished = finished
+        self._layers = self._bar.add_task("layers", total=total, completed=finished, info="")
+        self._total = total
+
+    def layer(self, index: int, error: float, seconds: float, peak: int) -> None:
+        """Show a finished layer: its relative error, the time it took, memory so far (bytes)."""
+        self._finished += 1
+        info = f"layer {index}: output error {error:.4f}, {seconds:.1f} s, peak {peak / 1e9:.1f} GB"
+        if self._layers is not None:
+            self._bar.update(self._layers, completed=self._finished, info=info)
         if not err.is_terminal:
-            note(f"layer {index + 1}/{total}: output error {error:.4f}, peak {peak / 1e9:.1f} GB")
+            note(f"{info} ({self._finished}/{self._total})")
 
-    @property
-    def device_name(self) -> str:
-        """What the search ran on, in words."""
-        if self._device.type == "cuda":
-            import torch
 
-            return str(torch.cuda.get_device_name(self._device))
-        import torch
+class MemoryWatch:
+    """The most memory that this process has had for itself: anonymous pages, without files that are mapped.
 
-        return f"CPU, {torch.get_num_threads()} threads"
+    The kernel keeps a peak only of all resident pages, and mapped weight files count in that although they give way
+    when memory is asked for; so this looks 20 times a second. Where there is no /proc it says 0.
+    """
 
-    def peak_device_bytes(self) -> int:
-        """Most GPU memory allocated so far, 0 on a CPU."""
-        if self._device.type != "cuda":
+    _STATUS = Path("/proc/self/status")
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.05):
+            self.peak = max(self.peak, self.now())
+
+    @classmethod
+    def now(cls) -> int:
+        """Return the bytes of anonymous memory that are resident."""
+        try:
+            lines = cls._STATUS.read_text().splitlines()
+        except OSError:
             return 0
-        import torch
-
-        return int(torch.cuda.max_memory_allocated(self._device))
-
-    @staticmethod
-    def peak_host_bytes() -> int:
-        """Most resident memory of this process so far."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)

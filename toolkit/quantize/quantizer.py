@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,47 +12,49 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from toolkit.checkpoint import LINEARS
 from toolkit.errors import ResourceError
 from toolkit.quantize._awq import AwqQuantizer
-from toolkit.quantize.model import StreamedLayers
-from toolkit.quantize.search import best_clip, dequantize, group_moments, round_to_grid
+from toolkit.quantize.layer import Held, LayerSearch, Searched, linear
+from toolkit.quantize.mixed import FUSED
+from toolkit.quantize.model import States, StreamedLayers, embed
+from toolkit.quantize.plan import CHUNK_TOKENS, HELD_TOKENS
+from toolkit.quantize.search import Moments, best_clip, dequantize, group_moments, round_to_grid, weight_means
 
 if TYPE_CHECKING:
     from toolkit.calibration import PreparedSample
-    from toolkit.formats.packing import QuantizedLinear
 
 __all__ = ["LayerResult", "Qwen2VLAwqQuantizer"]
 
-#: Tokens that go through a module at once, to start with; halved when the device runs out of memory.
-_CHUNK_TOKENS = 16384
 #: Below this many tokens at once the trouble is not the chunk.
 _MIN_CHUNK_TOKENS = 64
+#: Tokens kept out of the search to check it: at most this share of all.
+_HELD_SHARE = 0.1
 
 
 @dataclass
 class LayerResult:
     """One quantized decoder layer.
 
-    ``linears``: by local module name.
-    ``others``: tensors of the layer that changed without being quantized (norms, biases), float32, by local name.
-    ``error``: relative squared error of the layer's output on the calibration tokens, against float32, where what the
-    layer adds to its input counts as the signal: |y_q - y|^2 / |y - x|^2.
+    ``found``: what the search decided. ``error``: relative squared error of the layer's output on the held tokens,
+    where what the layer adds to its input counts as the signal: |y_q - y|^2 / |y - x|^2. ``errors``: the same by way of
+    quantizing ("rtn", "autoawq", "moments"), for the whole layer and for each unit alone; filled for a report.
     """
 
     index: int
-    linears: dict[str, QuantizedLinear]
-    others: dict[str, torch.Tensor]
+    found: Searched
     error: float
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
-    """AutoAWQ's search, fed by :mod:`toolkit.calibration` and one streamed layer at a time.
+    """AutoAWQ's quantizer, fed by :mod:`toolkit.calibration` and one streamed layer at a time.
 
-    What is AutoAWQ's: the grids of scales and clips and the losses that choose. What is ours: how inputs are captured
-    (each sample alone, so no padding enters a mean or a loss), where they wait, float32 throughout, rounding against
-    the fp16 scales the file holds, the clip's loss by second moments, and two mends:
+    With ``search="moments"`` a layer is searched by :class:`toolkit.quantize.layer.LayerSearch`. With ``"autoawq"``
+    AutoAWQ's own loop chooses the scales, on the same tokens. What is AutoAWQ's then: the grids of scales and clips and
+    the losses that choose. What is ours: how inputs are captured (each sample alone, so no padding enters a mean or a
+    loss), where they wait, float32 throughout, rounding against the fp16 scales the file holds, the clip's loss by
+    second moments, and two mends:
 
     - AutoAWQ saves the weights it restores after each candidate with ``.cpu()``, which copies on a GPU but is the same
       memory on a CPU: the first candidate's scaling then stays in the weights. With duo scaling that candidate is not
@@ -70,16 +73,29 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
         on_layer: Callable[[LayerResult], None],
         on_note: Callable[[str], None],
         on_capture: Callable[[int], None] | None = None,
+        on_forward: Callable[[int], None] | None = None,
+        search: str = "moments",
+        rounding: str = "nearest",
+        wanted: Sequence[int] | None = None,
+        skip: Callable[[int], frozenset[str]] = lambda index: frozenset(),
+        balance: Sequence[float] | None = None,
+        report: bool = False,
         **kwargs: Any,
     ) -> None:
         """Args beyond AutoAWQ's.
 
         samples: model inputs from :func:`toolkit.calibration.prepare`.
         layers: the source's decoder layers.
-        device: where layers are searched. store: where a layer's inputs wait (the device, or the CPU).
+        device: where layers are searched. store: where hidden states wait (the device, or the CPU).
         norm_dtype: dtype that norm weights are saved in; scales are corrected for the rounding it brings.
         on_layer: called with each finished layer. on_note: told when memory backs off.
         on_capture: called after each sample's pass through the vision tower.
+        on_forward: called with each layer that samples only passed through.
+        search: ``moments`` or ``autoawq``. rounding: ``nearest`` or ``compensated`` (moments only).
+        wanted: layers to search (None: all); samples pass through the others.
+        skip: local names of a layer's linears that stay in 16 bits.
+        balance: of each layer, what a vision token counts beside a text token.
+        report: fill in ``errors``, which takes AutoAWQ's search and ours for each layer.
         """
         self.samples = samples
         self.layers = layers
@@ -89,130 +105,302 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
         self.on_layer = on_layer
         self.on_note = on_note
         self.on_capture = on_capture
-        self.chunk_tokens = _CHUNK_TOKENS
+        self.on_forward = on_forward
+        self.search = search
+        self.rounding = rounding
+        self.wanted = frozenset(range(len(layers)) if wanted is None else wanted)
+        self.skip = skip
+        self.balance = balance
+        self.report = report
+        self.chunk_tokens = CHUNK_TOKENS
         self._stand_in: torch.Tensor | None = None
         self._searched_input: torch.Tensor
-        #: Per sample: hidden states [1, T, D] before and after the current layer, and what else the layer takes.
-        self.inps: list[torch.Tensor]
-        self.outputs: list[torch.Tensor]
-        self.module_kwargs: list[dict[str, Any]]
+        #: The samples that are searched on, and those that check the search, between two layers.
+        self.inps: States
+        self.held: States
         super().__init__(*args, **kwargs)
 
     # --- inputs -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def init_quant(self, n_samples: int = 128, max_seq_len: int = 512) -> tuple[Any, Any, Any]:
-        """Run every sample, alone, up to the first decoder layer; then let go of vision tower and embeddings.
+        """Run every sample up to the first decoder layer, then let go of the vision tower; set some samples apart.
 
-        Returns what AutoAWQ's does, in our form: layers, per-sample kwargs, per-sample hidden states [1, T, D].
+        Returns what AutoAWQ's does, in our form: layers, no kwargs, the calibration's states.
         """
-        model: Any = self.model
-        first = self.awq_model.get_model_layers(model)[0]
-        captured: list[tuple[torch.Tensor, dict[str, Any]]] = []
-        original = first.forward
-
-        def catch(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            kept = {
-                "position_embeddings": tuple(t.to(self.store) for t in kwargs["position_embeddings"]),
-                "attention_mask": kwargs.get("attention_mask"),
-            }
-            captured.append((hidden_states.to(self.store), kept))
-            return hidden_states
-
-        first.forward = catch
-        try:
-            for sample in self.samples:
-                inputs = {k: v.to(self.device) for k, v in sample.inputs.items()}
-                # logits of the last token only: AutoAWQ's inputs are what is wanted, not the answer
-                model(**inputs, use_cache=False, logits_to_keep=1)
-                if self.on_capture is not None:
-                    self.on_capture(len(captured))
-        finally:
-            first.forward = original
+        states = embed(self.model, self.samples, self.device, self.store, self.on_capture)
         self.awq_model.model = None
-        return self.layers, [kwargs for _, kwargs in captured], [hidden for hidden, _ in captured]
+        held = _held_samples([state.lengths[0] for state in states])
+        self.held = States.join([states[i] for i in held])
+        # a single sample has to do for both
+        rest = [state for i, state in enumerate(states) if i not in held] or states
+        return self.layers, {}, States.join(rest)
 
-    def _get_input_feat(self, layer: nn.Module, named_linears: dict[str, nn.Linear]) -> dict[str, torch.Tensor]:
-        """Run the samples through the layer; keep every linear's input [1, sum of T, K] and the layer's outputs.
+    def _pass(
+        self, layer: nn.Module, states: States, take: Callable[[dict[str, torch.Tensor], slice], None] | None = None
+    ) -> torch.Tensor:
+        """Run all samples through a layer in micro-batches; ``states.hidden`` becomes, and is returned as, its output.
 
-        q, k, v share one tensor, and so do gate and up.
+        ``take`` is given each unit's input [n, K] and which tokens they are; it may overwrite them.
         """
-        shared = {
-            "self_attn.q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            "self_attn.o_proj": ("self_attn.o_proj",),
-            "mlp.gate_proj": ("mlp.gate_proj", "mlp.up_proj"),
-            "mlp.down_proj": ("mlp.down_proj",),
-        }
-        feats: dict[str, list[torch.Tensor]] = {name: [] for name in shared}
+        seen: dict[str, torch.Tensor] = {}
         handles = [
-            layer.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, name=name: feats[name].append(args[0].detach().to(self.store))
+            layer.get_submodule(names[0]).register_forward_pre_hook(
+                lambda _, args, unit=unit: seen.__setitem__(unit, args[0][0])
             )
-            for name in shared
+            for unit, names in FUSED.items()
+            if take is not None
         ]
-        outputs = []
+        first = 0
         try:
-            for hidden, kwargs in zip(self.inps, self.module_kwargs, strict=True):
-                outputs.append(self._sample_forward(layer, hidden, kwargs).to(self.store))
+            while first < len(states.lengths):
+                batch = states.batch(first, self.chunk_tokens)
+                try:
+                    output = layer(**states.inputs(batch, self.device))
+                except torch.OutOfMemoryError as error:
+                    seen.clear()
+                    self._back_off(error, batch.stop - batch.start if len(batch.lengths) == 1 else None)
+                    continue
+                tokens = slice(batch.start, batch.stop)
+                states.hidden[:, tokens] = output.to(states.hidden.device)
+                del output
+                if take is not None:
+                    take(seen, tokens)
+                    seen.clear()
+                first += len(batch.lengths)
         finally:
             for handle in handles:
                 handle.remove()
-        self.outputs = outputs
-        joined = {name: torch.cat(parts, dim=1) for name, parts in feats.items()}
-        return {name: joined[source] for source, names in shared.items() for name in names if name in named_linears}
+        return states.hidden
 
-    def _sample_forward(self, module: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        """Run one sample [1, T, D] through a decoder layer or its attention, on the device."""
-        cos, sin = (t.to(self.device) for t in kwargs["position_embeddings"])
-        output = module(
-            hidden_states=hidden.to(self.device),
-            position_embeddings=(cos, sin),
-            attention_mask=kwargs["attention_mask"],
-        )
-        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return result
-
-    @torch.no_grad()
-    def _module_forward(self, x: torch.Tensor, module: nn.Module, module_kwargs: dict[str, Any]) -> torch.Tensor:
-        """Run the joined inputs [1, sum of T, K] through a module of the layer.
-
-        Attention runs sample by sample, since tokens see only their own chat; anything else in chunks of tokens that
-        are halved when the device runs out of memory.
-        """
-        if x is self._stand_in:
-            x = self._searched_input
-        if hasattr(module, "q_proj"):
-            lengths = [hidden.shape[1] for hidden in self.inps]
-            parts = [
-                self._sample_forward(module, part, kwargs).to(self.store)
-                for part, kwargs in zip(x.split(lengths, dim=1), self.module_kwargs, strict=True)
-            ]
-            return torch.cat(parts, dim=1)
-        outputs: list[torch.Tensor] = []
-        done, total = 0, x.shape[1]
-        while done < total:
-            try:
-                part = module(x[:, done : done + self.chunk_tokens].to(self.device)).to(self.store)
-            except torch.OutOfMemoryError as error:
-                self._back_off(error)
-                continue
-            outputs.append(part)
-            done += part.shape[1]
-        return torch.cat(outputs, dim=1)
-
-    def _back_off(self, error: torch.OutOfMemoryError) -> None:
-        """Halve the chunk of tokens, or give up with a message when it can't be the chunk's fault."""
+    def _back_off(self, error: torch.OutOfMemoryError, alone: int | None = None) -> None:
+        """Halve the micro-batch, or say why that can't help: ``alone`` is the length of a sample on its own."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        if alone is not None:
+            raise ResourceError(
+                f"out of memory on {self.device}: one sample of {alone} tokens does not fit. Leave such samples "
+                f"out with --max-tokens {self._tokens_that_fit(alone)}, use smaller pictures with --max-pixels, "
+                "or free memory"
+            ) from error
         if self.chunk_tokens // 2 < _MIN_CHUNK_TOKENS:
             raise ResourceError(
                 f"out of memory on {self.device} even with {self.chunk_tokens} tokens at a time: "
-                "calibrate with fewer --samples, or free memory on the device"
+                "free memory on the device, or choose a larger one (`qvl quantize --dry-run` says what is needed)"
             ) from error
         self.chunk_tokens //= 2
         self.on_note(f"{self.device} is out of memory: going on with {self.chunk_tokens} tokens at a time")
 
-    # --- search -------------------------------------------------------------------------------------------------
+    def _tokens_that_fit(self, alone: int) -> int:
+        """Guess how long a sample may be, from the memory that is free and the widest tensors that it needs."""
+        if self.device.type != "cuda":
+            return alone // 2
+        free, _ = torch.cuda.mem_get_info(self.device)
+        hidden, inner = self.layers.widths
+        return int(min(free // (4 * (4 * inner + 8 * hidden)), alone // 2))
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def quantize(self) -> None:
+        """Search and round the wanted layers, one after the other; each goes to ``on_layer`` when done."""
+        self.model = None  # vision tower and embeddings have done their work
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            for index in range(max(self.wanted, default=-1) + 1):
+                seconds: dict[str, float] = {}
+                clock = _Clock(seconds, self.device)
+                layer = self.layers.load(index)
+                clock("load")
+                if index not in self.wanted:
+                    self._pass(layer, self.inps)
+                    self._pass(layer, self.held)
+                    if self.on_forward is not None:
+                        self.on_forward(index)
+                    continue
+                result = self._quantize_layer(index, layer, clock)
+                result.seconds = {**seconds, "total": sum(seconds.values())}
+                self.on_layer(result)
+        finally:
+            self.layers.close()
+
+    def _quantize_layer(self, index: int, layer: nn.Module, clock: _Clock) -> LayerResult:
+        held = self._hold(layer)
+        ways: dict[str, Searched] = {}
+        if self.report:
+            ways["rtn"] = self._nearest(index, layer)
+        if self.search == "autoawq" or self.report:
+            ways["autoawq"] = self._search_autoawq(index, copy.deepcopy(layer), clock)
+        if self.search == "moments" or self.report:
+            ways["moments"] = self._search_moments(index, layer, held, clock)
+        else:
+            self._pass(layer, self.inps)
+        found = ways[self.search]
+        errors: dict[str, dict[str, float]] = {}
+        if self.report:
+            errors = {way: self._errors(layer, searched, held) for way, searched in ways.items()}
+        units = [unit for unit in FUSED if unit in found.scales]
+        error = self._output_error(layer, found, units, held) if not self.report else errors[self.search]["layer"]
+        clock("check")
+        self.held.hidden = held.output
+        return LayerResult(index, found, error, errors)
+
+    def _hold(self, layer: nn.Module) -> Held:
+        """Run the held samples through a layer, keeping what it is given and what it makes of it."""
+        inputs: dict[str, list[torch.Tensor]] = {unit: [] for unit in FUSED}
+
+        def take(seen: dict[str, torch.Tensor], _: slice) -> None:
+            for unit, x in seen.items():
+                inputs[unit].append(x.clone())
+
+        before = copy.copy(self.held)
+        before.hidden = self.held.hidden.clone()
+        output = self._pass(layer, self.held, take)
+        return Held(before, output, {unit: torch.cat(parts) for unit, parts in inputs.items()})
+
+    def _search_moments(self, index: int, layer: nn.Module, held: Held, clock: _Clock) -> Searched:
+        """Gather moments in one pass over the samples and search with them."""
+        from toolkit.quantize.sensitivity import token_weights
+
+        moments = {unit: Moments(linear(layer, names[0]).in_features, self.device) for unit, names in FUSED.items()}
+        weights = None if self.balance is None else token_weights(self.inps.vision, self.balance[index])
+
+        def take(seen: dict[str, torch.Tensor], tokens: slice) -> None:
+            for unit, x in seen.items():
+                moments[unit].add(x, None if weights is None else weights[tokens])
+
+        self._pass(layer, self.inps, take)
+        for found in moments.values():
+            found.finish()
+        clock("forward")
+        return LayerSearch(
+            layer,
+            moments,
+            held,
+            group_size=self.group_size,
+            bits=self.w_bit,
+            norm_dtype=self.norm_dtype,
+            clip=self.apply_clip,
+            rounding=self.rounding,
+            skip=self.skip(index),
+            clock=clock,
+        ).run()
+
+    # --- errors -------------------------------------------------------------------------------------------------
+
+    def _nearest(self, index: int, layer: nn.Module) -> Searched:
+        """Round to nearest, nothing else."""
+        found = Searched({}, {})
+        for unit, names in FUSED.items():
+            if names[0] not in self.skip(index):
+                found.scales[unit] = torch.ones(1, device=self.device)
+                for name in names:
+                    found.linears[name] = round_to_grid(linear(layer, name).weight, self.group_size, self.w_bit)
+        return found
+
+    def _errors(self, layer: nn.Module, found: Searched, held: Held) -> dict[str, float]:
+        """Return the error of the layer with all its units quantized ("layer"), and with each alone, by unit."""
+        units = [unit for unit in FUSED if unit in found.scales]
+        alone = {unit: self._output_error(layer, found, [unit], held) for unit in units}
+        return {"layer": self._output_error(layer, found, units, held), **alone}
+
+    def _output_error(self, layer: nn.Module, found: Searched, units: Sequence[str], held: Held) -> float:
+        """Relative squared error of the layer's output with these units quantized; see :class:`LayerResult`."""
+        names = [(unit, name) for unit in units for name in FUSED[unit]]
+        kept = {name: linear(layer, name).weight.data for _, name in names}
+        for unit, name in names:
+            linear(layer, name).weight.data = found.effective(unit, name)
+        wrong = signal = 0.0
+        for batch in held.states.batches(self.chunk_tokens):
+            arguments = held.states.inputs(batch, self.device)
+            true = held.output[:, batch.start : batch.stop].to(self.device)
+            wrong += (layer(**arguments) - true).double().pow(2).sum().item()
+            signal += (true - arguments["hidden_states"]).double().pow(2).sum().item()
+        for name, weight in kept.items():
+            linear(layer, name).weight.data = weight
+        return wrong / max(signal, 1e-30)
+
+    # --- AutoAWQ's search ---------------------------------------------------------------------------------------
+
+    def _search_autoawq(self, index: int, layer: nn.Module, clock: _Clock) -> Searched:
+        """Search a layer, which is changed by it, with AutoAWQ's grids and losses; the samples stay where they are."""
+        feats = self._get_input_feat(layer, {})
+        clock("forward")
+        left = self.skip(index)
+        steps = [
+            self._search_best_scale(layer, **config)
+            for config in self.awq_model.get_layers_for_scaling(layer, feats, {})
+            if not left.intersection(names_of(layer, config))
+        ]
+        clock("scale")
+        found = Searched({}, {})
+        for previous, names, scales in steps:
+            unit = next(unit for unit, members in FUSED.items() if names[0] in members)
+            applied = self._apply_scales(layer, previous, names, scales.to(self.device))
+            found.scales[unit] = applied
+            if isinstance(layer.get_submodule(previous), nn.Linear):
+                found.rows[previous] = applied.unsqueeze(1)
+            seen = feats[names[0]]
+            seen.div_(applied.to(seen.device))
+        for unit, names in FUSED.items():
+            if names[0] in left:
+                continue
+            found.scales.setdefault(unit, torch.ones(1, device=self.device))
+            for name in names:
+                weight = linear(layer, name).weight
+                # AutoAWQ clips neither q nor k, whose product is attended with
+                if self.apply_clip and not name.endswith(("q_proj", "k_proj")):
+                    bound = self._compute_best_clip(weight, feats[name])
+                    weight = weight.reshape(*bound.shape[:2], -1).clamp(-bound, bound).reshape(weight.shape)
+                found.linears[name] = round_to_grid(weight, self.group_size, self.w_bit)
+        clock("clip")
+        weights = {f"{name}.weight" for names in FUSED.values() for name in names}
+        found.others = {name: value for name, value in layer.state_dict().items() if name not in weights}
+        return found
+
+    def _get_input_feat(self, layer: nn.Module, named_linears: dict[str, nn.Linear]) -> dict[str, torch.Tensor]:
+        """Return every linear's input [1, T, K]; q, k, v share one tensor, and so do gate and up."""
+        feats: dict[str, list[torch.Tensor]] = {unit: [] for unit in FUSED}
+
+        def take(seen: dict[str, torch.Tensor], _: slice) -> None:
+            for unit, x in seen.items():
+                feats[unit].append(x.to(self.store, copy=True))
+
+        before = copy.copy(self.inps)
+        before.hidden = before.hidden.clone()
+        self._pass(layer, before, take)
+        joined = {unit: torch.cat(parts).unsqueeze(0) for unit, parts in feats.items()}
+        return {name: joined[unit] for unit, names in FUSED.items() for name in names}
+
+    @torch.no_grad()
+    def _module_forward(self, x: torch.Tensor, module: nn.Module, module_kwargs: dict[str, Any]) -> torch.Tensor:
+        """Run the joined inputs [1, T, K] through a module of the layer, in micro-batches that back off.
+
+        Attention runs over whole samples, since tokens see only their own chat; anything else over tokens as they come.
+        """
+        if x is self._stand_in:
+            x = self._searched_input
+        outputs: list[torch.Tensor] = []
+        done, first = 0, 0
+        while done < x.shape[1]:
+            alone = None
+            try:
+                if hasattr(module, "q_proj"):
+                    batch = self.inps.batch(first, self.chunk_tokens)
+                    alone = batch.stop - batch.start if len(batch.lengths) == 1 else None
+                    arguments = self.inps.inputs(batch, self.device)
+                    arguments["hidden_states"] = x[:, batch.start : batch.stop].to(self.device)
+                    part = module(**arguments)[0].to(self.store)
+                    first += len(batch.lengths)
+                else:
+                    part = module(x[:, done : done + self.chunk_tokens].to(self.device)).to(self.store)
+            except torch.OutOfMemoryError as error:
+                self._back_off(error, alone)
+                continue
+            outputs.append(part)
+            done += part.shape[1]
+        return torch.cat(outputs, dim=1)
 
     def pseudo_quantize_tensor(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Round to the grid the file will hold and back. Shapes as AutoAWQ's; any leading dims are kept."""
@@ -241,10 +429,7 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
         samples bring their own. Returns names of the previous operation and of the linears, and the scales [K].
         """
         inspected = layers[0] if module2inspect is None else module2inspect
-        weight = torch.cat([linear.weight for linear in layers])
-        groups = weight.view(-1, self.group_size if self.group_size > 0 else weight.shape[1])
-        # of each input channel, the mean size of its weights within their groups, 0 to 1
-        w_mean = (groups.abs() / (groups.abs().amax(1, keepdim=True) + 1e-6)).view_as(weight).mean(0)
+        w_mean = weight_means(torch.cat([layer.weight for layer in layers]), self.group_size)
         x_sum = torch.zeros(inp.shape[-1], device=self.device)
         for chunk in inp.split(self.chunk_tokens, dim=1):
             x_sum += chunk.to(self.device).abs().sum((0, 1))
@@ -255,7 +440,7 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
         true = self._module_forward(inp, inspected, {})
         scales = self._compute_best_scale(self._stand_in, w_mean, x_mean, inspected, layers, true, {})
         names = {id(part): name for name, part in module.named_modules()}
-        return names[id(prev_op)], tuple(names[id(linear)] for linear in layers), scales
+        return names[id(prev_op)], tuple(names[id(layer)] for layer in layers), scales
 
     def _compute_best_scale(
         self, x: torch.Tensor, w_mean: torch.Tensor, x_mean: torch.Tensor, module2inspect: nn.Module, *args: Any
@@ -276,68 +461,6 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
         assert moments is not None
         return best_clip(w, moments, self.w_bit)
 
-    # --- the loop -----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def quantize(self) -> None:
-        """Search, scale, clip and round layer after layer; each goes to ``on_layer`` when done."""
-        self.model = None  # vision tower and embeddings have done their work
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        for index in range(len(self.layers)):
-            began = time.perf_counter()
-            layer = self.layers.load(index)
-            result = self._quantize_layer(index, layer)
-            result.seconds["total"] = time.perf_counter() - began
-            self.on_layer(result)
-
-    def _quantize_layer(self, index: int, layer: nn.Module) -> LayerResult:
-        seconds: dict[str, float] = {}
-        clock = _Clock(seconds, self.device)
-        linears = {name: _linear(layer, name) for name in LINEARS}
-        feats = self._get_input_feat(layer, linears)
-        clock("capture")
-        found = [
-            self._search_best_scale(layer, **config)
-            for config in self.awq_model.get_layers_for_scaling(layer, feats, {})
-        ]
-        clock("scale")
-        for previous, names, scales in found:
-            applied = self._apply_scales(layer, previous, names, scales.to(self.device))
-            for tensor in {id(feats[n]): feats[n] for n in names}.values():
-                tensor.div_(applied.to(tensor.device))
-        if self.apply_clip:
-            for name, limit in self._search_best_clip(layer, linears, feats):
-                linear = linears[name]
-                bound = limit.to(self.device)
-                linear.weight.data = (
-                    linear.weight.reshape(*bound.shape[:2], -1).clamp(-bound, bound).reshape(linear.weight.shape)
-                )
-        del feats
-        clock("clip")
-        rounded = {}
-        for name, linear in linears.items():
-            rounded[name] = round_to_grid(linear.weight, self.group_size, self.w_bit)
-            linear.weight.data = dequantize(rounded[name])
-        clock("round")
-        error = self._output_error(layer)
-        clock("check")
-        self.inps, self.outputs = self.outputs, []
-        others = {
-            name: value for name, value in layer.state_dict().items() if name.removesuffix(".weight") not in linears
-        }
-        return LayerResult(index, rounded, others, error, seconds)
-
-    def _search_best_clip(
-        self, layer: nn.Module, named_linears: Any, input_feat: Any
-    ) -> list[tuple[str, torch.Tensor]]:
-        """AutoAWQ's choice of what to clip (not q and k, whose product is attended with), on the layer's own device."""
-        return [
-            (name, self._compute_best_clip(linear.weight, input_feat[name]))
-            for name, linear in named_linears.items()
-            if not name.endswith(("q_proj", "k_proj"))
-        ]
-
     def _apply_scales(
         self, layer: nn.Module, previous: str, names: Sequence[str], scales: torch.Tensor
     ) -> torch.Tensor:
@@ -357,25 +480,21 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
             scales = torch.where(new != 0, old / new, scales)
             before.weight.data = new
         for name in names:
-            _linear(layer, name).weight.data.mul_(scales.view(1, -1))
+            linear(layer, name).weight.data.mul_(scales.view(1, -1))
         return scales
 
-    def _output_error(self, layer: nn.Module) -> float:
-        """Relative squared error of the rounded layer's output; see :class:`LayerResult`."""
-        wrong = signal = 0.0
-        for hidden, kwargs, true in zip(self.inps, self.module_kwargs, self.outputs, strict=True):
-            got = self._sample_forward(layer, hidden, kwargs)
-            true = true.to(self.device)
-            wrong += (got - true).double().pow(2).sum().item()
-            signal += (true - hidden.to(self.device)).double().pow(2).sum().item()
-        return wrong / max(signal, 1e-30)
+
+def names_of(layer: nn.Module, config: dict[str, Any]) -> set[str]:
+    """Return the local names of the modules that one of AutoAWQ's scaling steps touches."""
+    touched = {id(module) for module in (*config["layers"], config["prev_op"])}
+    return {name for name, module in layer.named_modules() if id(module) in touched}
 
 
-def _linear(layer: nn.Module, name: str) -> nn.Linear:
-    module = layer.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"{name} is a {type(module).__name__}, not a linear layer")
-    return module
+def _held_samples(lengths: Sequence[int]) -> frozenset[int]:
+    """Choose the samples that check the search: spread over the whole, one at least, few against the rest."""
+    budget = min(HELD_TOKENS, int(sum(lengths) * _HELD_SHARE))
+    count = max(1, round(budget * len(lengths) / sum(lengths)))
+    return frozenset(i * len(lengths) // count for i in range(count))
 
 
 class _Clock:

@@ -1,4 +1,9 @@
-"""The arithmetic of a 4-bit grid: pure functions of tensors."""
+"""The arithmetic of a 4-bit grid and of the search for it: pure functions of tensors.
+
+A linear layer y = W x whose weight is replaced by W + D errs, over n tokens X [n, K], by a mean square of
+tr(D H D^T) with H = X^T X / n: a candidate costs N K^2 multiplications whatever the number of tokens, and no forward.
+AWQ (arXiv 2306.00978) chooses scales s for the inputs, W s rounded, s divided out: D = round(W s) / s - W.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,21 @@ import torch
 from toolkit.formats import packing
 from toolkit.formats.packing import QuantizedLinear
 
-__all__ = ["best_clip", "dequantize", "group_moments", "round_to_grid"]
+__all__ = [
+    "Moments",
+    "best_clip",
+    "dequantize",
+    "group_moments",
+    "round_to_grid",
+    "scale_candidates",
+    "screen",
+    "weight_means",
+]
 
 #: Smallest range of a group, so that an all-zero group has a scale; AutoAWQ's value.
 _MIN_RANGE = 1e-5
+#: Weights that the clip search works on at once.
+_CLIP_WEIGHTS = 2**25
 
 
 def round_to_grid(weight: torch.Tensor, group_size: int, bits: int = 4) -> QuantizedLinear:
@@ -30,20 +46,34 @@ def round_to_grid(weight: torch.Tensor, group_size: int, bits: int = 4) -> Quant
         the weight they stand for is (value - zero) x scale.
     """
     rows, columns = weight.shape
-    group = columns if group_size == -1 else group_size
-    w = weight.float().reshape(rows, -1, group)
-    top = 2**bits - 1
-    high = w.amax(-1, keepdim=True).clamp(min=0)
-    low = w.amin(-1, keepdim=True).clamp(max=0)
-    scales = ((high - low).clamp(min=_MIN_RANGE) / top).clamp(max=torch.finfo(torch.float16).max).half()
-    step = scales.float()
-    zeros = (-torch.round(low / step)).clamp_(0, top)
-    values = (torch.round(w / step) + zeros).clamp_(0, top)
+    w = _groups(weight.float(), group_size)
+    step, zeros = _grid(w, bits)
+    values = torch.div(w, step).round_().add_(zeros).clamp_(0, 2**bits - 1)
     return QuantizedLinear(
         values=values.to(torch.uint8).view(rows, columns),
         zeros=zeros.to(torch.uint8).view(rows, -1),
-        scales=scales.view(rows, -1),
+        scales=step.half().view(rows, -1),
     )
+
+
+def _groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """[N, K] -> [N, K/g, g]."""
+    return weight.reshape(weight.shape[0], -1, weight.shape[1] if group_size == -1 else group_size)
+
+
+def _grid(w: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the step, a number that fp16 holds, and the zero point of each group of [N, G, g]: [N, G, 1] float32."""
+    top = 2**bits - 1
+    low, high = w.aminmax(dim=-1, keepdim=True)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    step = ((high - low).clamp(min=_MIN_RANGE) / top).clamp(max=torch.finfo(torch.float16).max).half().float()
+    return step, (low / step).round_().neg_().clamp_(0, top)
+
+
+def _snap(w: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return weights [N, G, g] rounded to their grid, float32: what :func:`round_to_grid` does, not packed."""
+    step, zeros = _grid(w, bits)
+    return torch.div(w, step).round_().clamp_(-zeros, 2**bits - 1 - zeros).mul_(step)
 
 
 def dequantize(layer: QuantizedLinear) -> torch.Tensor:
@@ -85,17 +115,120 @@ def best_clip(
     Returns:
         [N, K/g, 1], the bounds.
     """
-    rows = weight.shape[0]
     groups, group, _ = moments.shape
-    w = weight.float().view(rows, groups, group)
+    # a few rows at a time: what is tried is four times as large as what it is tried on
+    chunks = weight.float().view(-1, groups, group).split(max(1, _CLIP_WEIGHTS // (groups * group)))
+    return torch.cat([_best_clip(w, moments, bits, grid, max_shrink) for w in chunks])
+
+
+def _best_clip(w: torch.Tensor, moments: torch.Tensor, bits: int, grid: int, max_shrink: float) -> torch.Tensor:
     widest = w.abs().amax(-1, keepdim=True)
     best, least = widest.clone(), torch.full_like(widest, torch.inf)
     for step in range(int(max_shrink * grid)):
         bound = widest * (1 - step / grid)
-        clipped = w.clamp(-bound, bound).reshape(rows * groups, group)
-        d = (dequantize(round_to_grid(clipped, -1, bits)).view_as(w) - w).transpose(0, 1)
-        loss = (torch.bmm(d, moments) * d).sum(-1).t().unsqueeze(-1)
+        d = _snap(w.clamp(-bound, bound), bits).sub_(w).transpose(0, 1)
+        loss = torch.bmm(d, moments).mul_(d).sum(-1).t().unsqueeze(-1)
         better = loss < least
         least = torch.where(better, loss, least)
         best = torch.where(better, bound, best)
     return best
+
+
+class Moments:
+    """Second moments and mean sizes of a linear layer's inputs, summed over tokens in float32.
+
+    ``second``: [K, K], sum of w x x^T. ``sizes``: [K], sum of w |x|; both are means once :meth:`finish` was called.
+    ``weight``: sum of the tokens' weights w. ``tokens``: how many tokens of equal weight would tell as much.
+    """
+
+    #: Columns that are multiplied at once: H is symmetric, so only blocks on and above the diagonal are computed.
+    _BLOCK = 2048
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.second = torch.zeros(inputs, inputs, device=device)
+        self.sizes = torch.zeros(inputs, device=device)
+        self.weight = self._squares = 0.0
+
+    @property
+    def tokens(self) -> float:
+        """(sum of w)^2 / sum of w^2."""
+        return self.weight**2 / self._squares
+
+    def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add tokens [n, K] float32; ``weights`` [n] scale what each counts (None: 1). ``x`` may be overwritten."""
+        if weights is None:
+            self.weight += x.shape[0]
+            self._squares += x.shape[0]
+        else:
+            self.weight += float(weights.sum())
+            self._squares += float(weights.square().sum())
+            x = x.mul_(weights.sqrt().unsqueeze(1))
+        for start in range(0, x.shape[1], self._BLOCK):
+            block = slice(start, start + self._BLOCK)
+            self.second[block, start:].addmm_(x[:, block].t(), x[:, start:])
+        if weights is None:
+            self.sizes += torch.linalg.vector_norm(x, 1, dim=0)
+        else:
+            self.sizes += weights.sqrt() @ x.abs()
+
+    def finish(self) -> None:
+        """Divide by the weight, fill in the lower half."""
+        self.second /= self.weight
+        self.sizes /= self.weight
+        columns = self.second.shape[0]
+        for start in range(0, columns, self._BLOCK):
+            stop = min(start + self._BLOCK, columns)
+            self.second[stop:, start:stop] = self.second[start:stop, stop:].t()
+
+    def blocks(self, group_size: int, scales: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the diagonal blocks [K/g, g, g] for inputs divided by ``scales`` [K]."""
+        columns = self.second.shape[0]
+        group = columns if group_size == -1 else group_size
+        groups = columns // group
+        blocks = torch.stack(
+            [self.second[i * group : (i + 1) * group, i * group : (i + 1) * group] for i in range(groups)]
+        )
+        if scales is not None:
+            s = scales.view(groups, group)
+            blocks /= s.unsqueeze(1) * s.unsqueeze(2)
+        return blocks
+
+
+def weight_means(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Return, of each input channel, the mean size of its weights [N, K] within their groups, 0 to 1: [K] float32."""
+    groups = weight.float().view(-1, weight.shape[1] if group_size == -1 else group_size).abs()
+    return (groups / (groups.amax(1, keepdim=True) + 1e-6)).view_as(weight).mean(0)
+
+
+def scale_candidates(x_sizes: torch.Tensor, w_sizes: torch.Tensor | None, ratios: torch.Tensor) -> torch.Tensor:
+    """Return AWQ's scales [R, K] for exponents r: plain, x^r, or with ``w_sizes`` its duo scaling, x^r / w^(1-r).
+
+    Args:
+        x_sizes: [K], how large each input channel is.
+        w_sizes: [K], how large its weights are, 0 to 1.
+        ratios: [R], the exponents, 0 to 1.
+    """
+    r = ratios.unsqueeze(1)
+    scales = x_sizes.clamp(min=1e-6).unsqueeze(0).pow(r)
+    if w_sizes is not None:
+        scales = scales / (w_sizes.pow(1 - r) + 1e-4)
+    scales = scales.clamp(min=1e-4)
+    return scales / (scales.amax(1, keepdim=True) * scales.amin(1, keepdim=True)).sqrt()
+
+
+def screen(
+    weight: torch.Tensor, moments: torch.Tensor, candidates: torch.Tensor, group_size: int, bits: int = 4
+) -> torch.Tensor:
+    """Return tr(D H D^T) [C] of each candidate's rounding error D.
+
+    Args:
+        weight: [N, K] float32.
+        moments: H, [K, K] float32.
+        candidates: scales [C, K].
+        group_size, bits: of the grid.
+    """
+    losses = []
+    for scales in candidates:
+        error = _snap(_groups(weight * scales, group_size), bits).view_as(weight).div_(scales).sub_(weight)
+        losses.append(((error @ moments) * error).sum())
+    return torch.stack(losses)
