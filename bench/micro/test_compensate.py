@@ -40,11 +40,13 @@ def _timed(benchmark: BenchmarkFixture, device: str, function: Callable[..., Any
 
 
 @pytest.fixture(params=list(SHAPES.values()), ids=list(SHAPES))
-def case(request: pytest.FixtureRequest) -> tuple[str, torch.Tensor, torch.Tensor]:
-    """Device, weight [N, K] and moments [K, K]."""
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, torch.Tensor, torch.Tensor]:
+    """Device, weight [N, K] and moments [K, K]; products in TF32, as the quantizer has them."""
     device, rows, columns = request.param
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     rng = torch.Generator(device).manual_seed(0)
     x = torch.randn(TOKENS, columns, generator=rng, device=device)
     return device, torch.randn(rows, columns, generator=rng, device=device), x.t() @ x / TOKENS

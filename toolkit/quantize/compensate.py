@@ -16,13 +16,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "Block", "Factor", "compensate", "factor", "round_block"]
+__all__ = ["BLOCK", "Factor", "Rounding", "compensate", "factor", "round_block"]
 
-#: Columns that are rounded at a time; one program of the CUDA kernel keeps the errors of so many in registers.
+#: Columns that are rounded at a time where there is no kernel for it.
 BLOCK = 128
 #: How often the damping is raised, tenfold, before the moments are given up.
 _RAISES = 6
@@ -98,18 +99,12 @@ def compensate(weight: Tensor, scales: Tensor, zeros: Tensor, factor: Factor, bi
     """
     rows, columns = weight.shape
     groups = factor.order // (columns // scales.shape[1])
-    source = weight.t()  # from here on transposed, so that a column is contiguous
+    # transposed, so that a column is contiguous
     grid_scales, grid_zeros = (part.t().to(weight.dtype).contiguous() for part in (scales, zeros))
     values = torch.empty((columns, rows), dtype=torch.uint8, device=weight.device)
-    rounder = _rounder(weight.device)
-
-    def round_columns(start: int, targets: Tensor, feedback: Tensor) -> None:
-        part = slice(start, start + len(targets))
-        channels = factor.order[part]
-        block = Block(source[channels], grid_scales, grid_zeros, groups[part], channels, 2**bits - 1)
-        rounder(block, targets, feedback, values)
-
-    _feed_forward(source[factor.order], factor.feedback, BLOCK, round_columns)
+    rounding = Rounding(weight.t(), grid_scales, grid_zeros, factor.order, groups, 2**bits - 1, values)
+    width, rounder = _rounder(weight)
+    _feed_forward(weight.t()[factor.order], factor.feedback, width, partial(rounder, rounding))
     return values.t().contiguous()
 
 
@@ -139,47 +134,53 @@ def _feed_forward(
 
 
 @dataclass(frozen=True)
-class Block:
-    """Columns that are rounded together, C <= BLOCK of them, and the grids; all tensors of one float dtype but two.
+class Rounding:
+    """What rounding a weight [N, K] reads and writes, besides what it feeds forward; K columns as rows.
 
-    ``weight``: [C, N], overwritten. ``scales``, ``zeros``: [G, N], of all groups. ``groups``: int64 [C], each column's
-    group. ``channels``: int64 [C], each column's row in the values. ``top``: largest value.
+    ``weight``: [K, N], by channel, as are the values. ``scales``, ``zeros``: [G, N], in the weight's dtype.
+    ``channels``, ``groups``: int64 [K], of each column in the order that :func:`factor` puts them in. ``top``: largest
+    value. ``values``: uint8 [K, N], written.
     """
 
     weight: Tensor
     scales: Tensor
     zeros: Tensor
-    groups: Tensor
     channels: Tensor
+    groups: Tensor
     top: int
+    values: Tensor
 
 
-def round_block(block: Block, targets: Tensor, feedback: Tensor, values: Tensor) -> None:
-    """Round a block of columns on any device.
+def round_block(rounding: Rounding, start: int, targets: Tensor, feedback: Tensor) -> None:
+    """Round a block of C columns on any device.
 
     Args:
-        block: the columns.
-        targets: [C, N], what they are best rounded from, but for the feedback within the block; becomes their errors.
+        rounding: of the whole weight; the block's values are written.
+        start: position of the block's first column.
+        targets: [C, N], what the columns are best rounded from, but for the feedback within the block; becomes their
+            errors.
         feedback: [C, C], within the block.
-        values: uint8 [K, N]; the block's rows are written.
     """
-    scales, zeros = block.scales[block.groups], block.zeros[block.groups]
+    part = slice(start, start + len(targets))
+    channels, groups = rounding.channels[part], rounding.groups[part]
+    scales, zeros = rounding.scales[groups], rounding.zeros[groups]
     # (value - zero) x scale is subtracted in one step from this
-    shifted = block.weight.addcmul_(zeros, scales)
+    shifted = rounding.weight[channels].addcmul_(zeros, scales)
     levels = torch.empty_like(shifted)
 
     def round_column(k: int, target: Tensor, _: Tensor) -> None:
-        level = torch.addcdiv(zeros[k], target[0], scales[k], out=levels[k]).clamp_(0, block.top).round_()
+        level = torch.addcdiv(zeros[k], target[0], scales[k], out=levels[k]).clamp_(0, rounding.top).round_()
         torch.addcmul(shifted[k], level, scales[k], value=-1, out=target[0])
 
     _feed_forward(targets, feedback, 1, round_column)
-    values[block.channels] = levels.to(torch.uint8)
+    rounding.values[channels] = levels.to(torch.uint8)
 
 
-def _rounder(device: torch.device) -> Callable[[Block, Tensor, Tensor, Tensor], None]:
-    """Return what rounds a block fastest on a device."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from toolkit.quantize._compensate_kernel import round_block as kernel
+def _rounder(weight: Tensor) -> tuple[int, Callable[[Rounding, int, Tensor, Tensor], None]]:
+    """Return what rounds a weight [N, K] fastest, and how many columns at a time."""
+    if weight.is_cuda and weight.dtype == torch.float32 and importlib.util.find_spec("triton") is not None:
+        from toolkit.quantize import _compensate_kernel as kernel
 
-        return kernel
-    return round_block
+        if weight.shape[1] % kernel.SUB_BLOCK == 0:
+            return kernel.BLOCK, kernel.round_block
+    return BLOCK, round_block
