@@ -13,10 +13,10 @@ from bench.stats import mcnemar, paired_bootstrap
 
 __all__ = ["render"]
 
-_OUR_STEPS = ("load", "forward", "scale", "clip", "round", "write")
+_OUR_STEPS = ("load", "forward", "scale", "factor", "round", "check", "write")
 _STOCK_STEPS = ("capture", "scale", "clip", "pack")
 #: What divergence is compared with: the default.
-_OURS = "ours, nearest"
+_OURS = "ours"
 
 
 def render(parts: dict[str, Any], out: Path) -> Path:
@@ -62,6 +62,15 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size < 1e9 else f"{size / 1e9:.1f} GB"
 
 
+def _peaks(run: dict[str, Any]) -> list[str]:
+    """Return the peaks on GPU and host, each with what was planned where that is known (ours)."""
+    cells = []
+    for place in ("device", "host"):
+        planned = run.get("planned", {}).get(f"{place}_bytes")
+        cells.append(_gb(run[f"peak_{place}_bytes"]) + (f" ({_gb(planned)} planned)" if planned else ""))
+    return cells
+
+
 def _p(value: float) -> str:
     return f"{value:.2f}" if value >= 0.01 else "<0.01"
 
@@ -96,7 +105,7 @@ def _speed(part: dict[str, Any]) -> list[str]:
             later = later_layers(run)
             faster = f"{later_layers(whole) / later:.1f}x" if "layers" in whole else ""
             first = run["layers"][0]["seconds"]["total"]
-            peaks = [_gb(run["peak_device_bytes"]), _gb(run["peak_host_bytes"])]
+            peaks = _peaks(run)
             rows.append([shape.upper(), name, f"{later:.2f}", f"{first:.2f}", faster, *peaks])
             if name == "stock":
                 stock.append([shape.upper(), *_steps(_with_rest(run), (*_STOCK_STEPS, "rest"))])
@@ -162,7 +171,7 @@ def _run_rows(runs: dict[str, dict[str, Any]]) -> list[str]:
     for name, run in runs.items():
         wall = [f"**{run['wall']:.1f}**"] if "wall" in run else []
         seconds = [f"{run['seconds'].get(phase, 0.0):.1f}" for phase in phases]
-        peaks = [_gb(run["peak_device_bytes"]), _gb(run["peak_host_bytes"])]
+        peaks = _peaks(run)
         rows.append([name, *wall, *seconds, f"{later_layers(run):.2f}", *peaks])
     wall_head = ["command, s"] if "wall" in next(iter(runs.values())) else []
     head = ["", *wall_head, *(f"{phase}, s" for phase in phases), "s a layer", "peak GPU", "peak host"]
@@ -287,6 +296,21 @@ def _devices(part: dict[str, Any]) -> list[str]:
     ]
 
 
+def _backoff(part: dict[str, Any]) -> list[str]:
+    rows = [["none", f"{later_layers(part['whole']):.2f}", *_peaks(part["whole"]), "", "finished"]]
+    for run in part["limits"]:
+        limit, notes = _gb(run["limit_bytes"]), "; ".join(run["notes"])
+        if "failed" in run:
+            rows.append([limit, "", "", "", notes, run["failed"]])
+        else:
+            rows.append([limit, f"{later_layers(run):.2f}", *_peaks(run), notes, "finished"])
+    return [
+        "A process that may take only so much of the GPU's memory; the 7B's width, rounding to nearest.",
+        "",
+        *_table(["limit", "s a layer", "peak GPU", "peak host", "notes", "end"], rows),
+    ]
+
+
 _SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "speed": ("Time and memory of a layer", _speed),
     "full": ("A whole 7B, from disk to disk", _full),
@@ -294,4 +318,5 @@ _SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "cost": ("Cost against work", _cost),
     "quality": ("Quality of the embedded model", _quality),
     "devices": ("Two GPUs", _devices),
+    "backoff": ("Less memory than wanted", _backoff),
 }

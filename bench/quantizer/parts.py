@@ -16,16 +16,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from bench.quantizer import inputs
 from bench.quantizer.settings import Settings
 from toolkit.console import note
-from toolkit.errors import BenchError
+from toolkit.errors import BenchError, ResourceError
 
 __all__ = ["PART_FUNCTIONS"]
 
 #: Every run that is reported has these, what the command line's own defaults are or not.
-_OURS = {"search": "moments", "scaling": "plain", "rounding": "nearest"}
+_OURS = {"search": "moments", "scaling": "plain", "rounding": "compensated"}
 _GROUP = 128
 
 
@@ -39,8 +40,7 @@ def speed(settings: Settings) -> dict[str, Any]:
         tokens = [sample.inputs["input_ids"][0].tolist() for sample in inputs.prepared(model, manifest)]
         systems: dict[str, Any] = {}
         written: dict[str, Path] = {}
-        for rounding in ("nearest", "compensated"):
-            name = "ours" if rounding == "nearest" else "ours, compensated"
+        for name, rounding in (("ours", "compensated"), ("ours, nearest", "nearest")):
             written[name] = settings.work / f"{model.name}-{rounding}"
             note(f"{shape}: {name}")
             systems[name] = _quantize(model, written[name], manifest, settings.samples, {"rounding": rounding})
@@ -142,10 +142,10 @@ def quality(settings: Settings) -> dict[str, Any]:
             candidates.append((name, job["group_size"], made))
             about_stock = {key: report[key] for key in ("device", "versions")}
     ways: dict[str, dict[str, str]] = {
-        "AutoAWQ's search in our pipeline, duo": {"search": "autoawq", "scaling": "duo"},
-        "AutoAWQ's search in our pipeline, plain": {"search": "autoawq", "scaling": "plain"},
+        "AutoAWQ's search in our pipeline, duo": {"search": "autoawq", "scaling": "duo", "rounding": "nearest"},
+        "AutoAWQ's search in our pipeline, plain": {"search": "autoawq", "scaling": "plain", "rounding": "nearest"},
         "ours, nearest": {"rounding": "nearest"},
-        "ours, compensated": {"rounding": "compensated"},
+        "ours": {},
     }
     for name, options in ways.items():
         for group in groups:
@@ -185,7 +185,45 @@ def devices(settings: Settings) -> dict[str, Any]:
     return {"runs": runs, "identical": len(hashes) == 1}
 
 
-PART_FUNCTIONS = {"speed": speed, "full": full, "wide": wide, "cost": cost, "quality": quality, "devices": devices}
+def backoff(settings: Settings) -> dict[str, Any]:
+    """Quantize with less GPU memory than the first micro-batch wants, and hear what is said of it."""
+    import torch
+
+    from toolkit.quantize import pipeline
+
+    if not torch.cuda.is_available():
+        raise BenchError("a GPU is needed for this part: memory is taken from it")
+    model = inputs.random_model(settings, "7b", settings.layers, channels=True)
+    manifest = inputs.text_manifest(settings, model, settings.samples, seed=1)
+    # nearest: of compensated rounding the factor is what takes most, and no micro-batch makes it smaller
+    options = {"rounding": "nearest"}
+    whole = _quantize(model, settings.work / "whole", manifest, settings.samples, options)
+    told: list[str] = []
+    total = torch.cuda.get_device_properties(0).total_memory
+    limits = []
+    for less in (0.5e9, 1e9, 1.5e9, 2e9):
+        limit = whole["peak_device_bytes"] - less
+        torch.cuda.set_per_process_memory_fraction(limit / total)
+        told.clear()
+        try:
+            with mock.patch.object(pipeline, "note", told.append):
+                run = _quantize(model, settings.work / "less", manifest, settings.samples, options)
+        except ResourceError as error:
+            run = {"failed": str(error)}
+        limits.append({"limit_bytes": limit, "notes": [n for n in told if "out of memory" in n], **run})
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    return {"whole": whole, "limits": limits}
+
+
+PART_FUNCTIONS = {
+    "speed": speed,
+    "full": full,
+    "wide": wide,
+    "cost": cost,
+    "quality": quality,
+    "devices": devices,
+    "backoff": backoff,
+}
 
 
 def _quantize(
@@ -226,6 +264,7 @@ def _facts(out: Path) -> dict[str, Any]:
         "seconds": run["seconds"],
         "peak_device_bytes": run["peak_device_bytes"],
         "peak_host_bytes": run["peak_host_bytes"],
+        "planned": run["planned"],
         "calibration": {key: calibration[key] for key in ("samples", "tokens", "vision_tokens")},
         "output_bytes": sum(file.stat().st_size for file in out.iterdir()),
     }

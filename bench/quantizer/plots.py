@@ -49,7 +49,7 @@ def _speed(part: dict[str, Any]) -> Any:
         if "failed" not in run
     ]
     figure, (axis,) = _figure(1, 7.2, 0.9 + 0.42 * len(bars))
-    colours = {"stock": _COLOURS[5], "ours": _COLOURS[0], "ours, compensated": _COLOURS[6]}
+    colours = {"stock": _COLOURS[5], "ours": _COLOURS[0], "ours, nearest": _COLOURS[6]}
     axis.barh(range(len(bars)), [b[1] for b in bars], color=[colours[b[2]] for b in bars], height=0.62)
     for y, (_, seconds, _) in enumerate(bars):
         axis.annotate(f"{seconds:.2f} s", (seconds, y), (4, 0), textcoords="offset points", va="center", fontsize=9)

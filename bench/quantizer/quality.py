@@ -72,7 +72,7 @@ class Examiner:
         return {
             "right": right,
             "kl": divergence(self._reference, logits),
-            "chat_kl": [divergence([r], [c]) for r, c in zip(self._reference, logits, strict=True)],
+            "chat_kl": [float(f"{divergence([r], [c]):.4g}") for r, c in zip(self._reference, logits, strict=True)],
             "layer_errors": errors,
         }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 __all__ = ["PARTS", "Settings"]
 
 #: In the order in which they run.
-PARTS = ("speed", "full", "wide", "cost", "quality", "devices")
+PARTS = ("speed", "full", "wide", "cost", "quality", "devices", "backoff")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Settings:
     @property
     def chats_per_task(self) -> int:
         """Held-out chats a task that divergence is measured on."""
-        return 2 if self.tiny else 40
+        return 2 if self.tiny else 500
 
     def save(self) -> Path:
         """Write the settings into the work directory and return the file."""

@@ -35,6 +35,7 @@ def run(seconds: list[float], **more: Any) -> dict[str, Any]:
         "peak_device_bytes": 9_100_000_000,
         "peak_host_bytes": 500_000_000,
         "calibration": {"samples": 4, "tokens": 2048, "vision_tokens": 1000},
+        "planned": {"device_bytes": 9_500_000_000, "host_bytes": 600_000_000, "seconds": 2.0},
         "output_bytes": 7_000_000_000,
         **more,
     }
@@ -69,7 +70,7 @@ def quality_part() -> dict[str, Any]:
     methods = [
         method("round to nearest", 0.004, [1, 0, 1]),
         {"name": "stock AutoAWQ, duo", "group_size": 128, "failed": "AssertionError: nan"},
-        method("ours, nearest", 0.002, [1, 1, 1]),
+        method("ours", 0.002, [1, 1, 1]),
     ]
     source = {"right": {"a_task": [1, 1, 0]}, "questions": 3, "chats": 3, "answer_tokens": 9, "error_tokens": 90}
     calibration = {"samples": 4, "tokens": 400}
@@ -104,9 +105,16 @@ def test_the_page_is_made_of_the_results_alone(tmp_path: Path) -> None:
             "runs": {"0": run([4.0, 4.0], wall=20.0), "0,1": run([2.0, 2.0], wall=10.0)},
             "identical": True,
         },
+        "backoff": {
+            "about": ABOUT,
+            "whole": run([1.0, 1.0]),
+            "limits": [{"limit_bytes": 8e9, "notes": ["going on with 2048 tokens"], **run([1.0, 1.5])}],
+        },
     }
     text = render(parts, tmp_path).read_text()
-    assert "| 7B | ours | 0.60 | 3.00 | 50.0x | 9.1 GB | 0.50 GB |" in text  # medians of the later layers
+    assert (
+        "| 7B | ours | 0.60 | 3.00 | 50.0x | 9.1 GB (9.5 GB planned) | 0.50 GB (0.60 GB planned) |" in text
+    )  # medians of the later layers
     assert "| 7B | stock | 0.0000" not in text and "**0.6000**" in text and "autoawq 0.2.9" in text
     assert "41.2" in text
     assert "0.100 s + 390.62 s a million tokens, at most 0% off" in text
@@ -126,7 +134,7 @@ def test_the_page_says_what_is_missing(tmp_path: Path) -> None:
     del part["shapes"]["7b"]["systems"]["stock"]
     text = render({"speed": part}, tmp_path).read_text()
     assert "Stock AutoAWQ was left out" in text and "--tiny" in text
-    assert text.count("Not measured yet") == 5
+    assert text.count("Not measured yet") == 6
 
 
 def test_parts_are_merged_and_replaced(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ class _Run:
                 with journal:
                     self._fill(journal, prepared, plan, adapter, stamps)
                     self.seconds["total"] = time.perf_counter() - began
-                    self._finish(journal, calibration)
+                    self._finish(journal, calibration, plan)
             except BaseException:
                 if journal.kept:
                     warn(
@@ -442,7 +442,7 @@ class _Run:
         self.source["vision_sensitivity"] = [round(ratio, 6) for ratio in found]
         return tuple(found)
 
-    def _finish(self, journal: Journal, calibration: dict[str, Any]) -> None:
+    def _finish(self, journal: Journal, calibration: dict[str, Any], plan: Plan) -> None:
         """Write config, side files, qvl.json, what was measured, the model card and the layers' report."""
         recipe = self.recipe
         layers = journal.records()
@@ -479,6 +479,7 @@ class _Run:
             },
             "peak_device_bytes": max((end["peak_device_bytes"] for end in self.ends), default=0),
             "peak_host_bytes": max((end["peak_host_bytes"] for end in self.ends), default=0),
+            "planned": {"device_bytes": plan.device, "host_bytes": plan.host, "seconds": plan.seconds},
             "layers_of_earlier_runs": len(journal.done),
             "layers": self.layers,
         }
