@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -209,6 +210,7 @@ def in_process(share: Share, samples: Path, rank: int, queue: Queue[tuple[int, s
     """Run a share in a process of its own; ``samples`` is a file of model inputs. Everything told goes to ``queue``."""
     from toolkit.compat import patch_torchvision
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends all shares
     patch_torchvision()
     import torch
 
