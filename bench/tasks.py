@@ -1,4 +1,4 @@
-"""Questions about pictures with their right answers, and how an answer is scored.
+"""Questions about pictures with their right answers.
 
 A file of questions is JSON Lines, one object a line::
 
@@ -6,7 +6,15 @@ A file of questions is JSON Lines, one object a line::
     "relaxed"}
 
 ``image`` is a path relative to the file, an http(s) URL or a data URL; ``images`` takes a list of them (empty: text
-only).
+only). ``metric`` is one of `scoring.METRICS` (default ``exact``):
+
+- ``exact``, ``contains``, ``relaxed``, ``anls``: any of ``answers`` is right.
+- ``vqa``: ``answers`` is what several people answered, one entry a person (ten in VQA and TextVQA, four at least).
+- ``choice``: ``choices`` lists the options' texts, ``answers`` the right one: its letter (A is the first) or text.
+  The options are put under the question, one a line, with the request to answer with a letter.
+
+``cluster`` names what several questions share, such as a document; they are resampled together. Without it, questions
+on the same pictures are a cluster.
 """
 
 from __future__ import annotations
@@ -16,21 +24,34 @@ import binascii
 import hashlib
 import io
 import json
-import math
 import random
-import re
-import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from bench import scoring
+from bench.scoring import METRICS, RIGHT, Grade
 from toolkit.errors import ManifestError, MediaError
 
-__all__ = ["METRICS", "RIGHT", "Picture", "Question", "digest", "load_questions", "pick", "score"]
+__all__ = [
+    "METRICS",
+    "RIGHT",
+    "Picture",
+    "Question",
+    "check_picture",
+    "digest",
+    "grade",
+    "load_questions",
+    "pick",
+    "score",
+    "with_choices",
+]
 
-#: A graded score counts as right from here on: ANLS's own threshold.
-RIGHT = 0.5
+#: With fewer people no answer could reach a VQA score of 1.
+FEWEST_PEOPLE = 4
+LETTER_PLEASE = "Answer with the option's letter from the given choices directly."
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +87,15 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One line of the file. ``metric`` is a key of `METRICS`; any of ``answers`` is right."""
+    """One line of the file.
+
+    Attributes:
+        question: as it is asked, options included.
+        answers: see `scoring.grade`; the right options' letters for the metric ``choice``.
+        metric: one of `scoring.METRICS`.
+        choices: the options' texts, for ``choice`` alone.
+        cluster: what it shares with other questions; empty: its pictures.
+    """
 
     id: str
     task: str
@@ -74,79 +103,23 @@ class Question:
     answers: tuple[str, ...]
     metric: str = "exact"
     pictures: tuple[Picture, ...] = ()
+    choices: tuple[str, ...] = ()
+    cluster: str = ""
+
+    @property
+    def cluster_id(self) -> str:
+        """What questions are resampled together by: ``cluster``, else the pictures, else the question alone."""
+        return self.cluster or "+".join(picture.sha256 for picture in self.pictures) or f"question {self.id}"
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
-
-
-def normalise(text: str) -> str:
-    """Fold what should not decide: Unicode form (NFKC), case, runs of blanks, punctuation and quotes at the ends."""
-    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return folded.strip(" .,;:!?\"'`*")
-
-
-def exact(answer: str, gold: str) -> float:
-    """Exact match = 1 when answer and gold are equal after folding case, blanks, Unicode form and punctuation at the
-    ends."""
-    return float(normalise(answer) == normalise(gold))
-
-
-def contains(answer: str, gold: str) -> float:
-    """Contains = 1 when the gold answer stands in the answer as whole words (both folded as for exact match)."""
-    wanted = normalise(gold)
-    return float(re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", normalise(answer)) is not None)
-
-
-def _number(text: str) -> float | None:
-    text = normalise(text).replace(",", "")
-    try:
-        number = float(text.removesuffix("%")) / 100.0 if text.endswith("%") else float(text.removeprefix("$"))
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None  # "infinity" and "nan" are words
-
-
-def relaxed(answer: str, gold: str) -> float:
-    """Relaxed accuracy = 1 when both are numbers and |answer - gold| <= 5% of |gold|, else exact match (ChartQA, Masry
-    et al. 2022)."""
-    said, right = _number(answer), _number(gold)
-    if said is None or right is None:
-        return exact(answer, gold)
-    return float(abs(said - right) <= 0.05 * abs(right) + 1e-12)
-
-
-def anls(answer: str, gold: str) -> float:
-    """ANLS = 1 - d where d = Levenshtein distance / longer length (folded); 0 when d >= 0.5 (Biten et al. 2019)."""
-    said, right = normalise(answer), normalise(gold)
-    longest = max(len(said), len(right))
-    if longest == 0:
-        return 1.0
-    distance = _levenshtein(said, right) / longest
-    return 1.0 - distance if distance < 0.5 else 0.0
-
-
-def _levenshtein(a: str, b: str) -> int:
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        previous, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
-    return row[-1]
-
-
-#: name -> score of one answer against one gold answer, 0 to 1.
-METRICS: dict[str, Callable[[str, str], float]] = {
-    "exact": exact,
-    "relaxed": relaxed,
-    "contains": contains,
-    "anls": anls,
-}
+def grade(question: Question, answer: str) -> Grade:
+    """Score an answer and say what a reader should know about it (see `scoring.grade`)."""
+    return scoring.grade(question.metric, answer, question.answers, question.choices)
 
 
 def score(question: Question, answer: str) -> float:
-    """Return the best score of ``answer`` over the question's gold answers, 0 to 1. An empty answer is an answer, and
-    wrong."""
-    return max(METRICS[question.metric](answer, gold) for gold in question.answers)
+    """Return the score of ``answer``, 0 to 1. An empty answer is an answer, and wrong."""
+    return grade(question, answer).score
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -205,8 +178,18 @@ def digest(questions: Sequence[Question]) -> str:
     for question in sorted(questions, key=lambda question: question.id):
         pictures = [picture.sha256 for picture in question.pictures]
         fields = [question.id, question.task, question.question, question.answers, question.metric, pictures]
+        if question.choices:
+            fields.append(question.choices)
         state.update(json.dumps(fields).encode())
     return state.hexdigest()
+
+
+def with_choices(question: str, choices: Sequence[str]) -> str:
+    """Return the question with its options under it, a letter before each, as MMMU and lmms-eval ask it."""
+    options = "\n".join(
+        f"{letter}. {text}" for letter, text in zip(scoring.letters(len(choices)), choices, strict=True)
+    )
+    return f"{question}\n{options}\n\n{LETTER_PLEASE}"
 
 
 def _parse(line: str, base: Path, where: str, timeout_s: float) -> Question:
@@ -224,9 +207,21 @@ def _parse(line: str, base: Path, where: str, timeout_s: float) -> Question:
     answers = entry.get("answers")
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str | int | float) for a in answers):
         raise ManifestError(f'{where}: "answers" must be a list of at least one text')
+    texts = tuple(str(answer) for answer in answers)
     metric = entry.get("metric", "exact")
     if metric not in METRICS:
         raise ManifestError(f"{where}: unknown metric {metric!r}; choose one of {', '.join(METRICS)}")
+    if metric == "vqa" and len(texts) < FEWEST_PEOPLE:
+        raise ManifestError(
+            f'{where}: the metric vqa needs the "answers" of {FEWEST_PEOPLE} people or more, one entry each; '
+            "for a list of right answers take exact"
+        )
+    choices = _choices(entry, metric, where)
+    if metric == "choice":
+        texts = tuple(_letter(text, choices, where) for text in texts)
+    cluster = entry.get("cluster", "")
+    if not isinstance(cluster, str | int):
+        raise ManifestError(f'{where}: "cluster" must be a text or a number')
     if ("image" in entry) == ("images" in entry):
         raise ManifestError(f'{where}: give either "image" or "images" ("images": [] for a question without a picture)')
     references = entry["images"] if "images" in entry else [entry["image"]]
@@ -237,19 +232,44 @@ def _parse(line: str, base: Path, where: str, timeout_s: float) -> Question:
     return Question(
         id=entry["id"],
         task=entry["task"],
-        question=entry["question"],
-        answers=tuple(str(answer) for answer in answers),
+        question=with_choices(entry["question"], choices) if choices else entry["question"],
+        answers=texts,
         metric=metric,
         pictures=tuple(_picture(reference, base, where, timeout_s) for reference in references),
+        choices=choices,
+        cluster=str(cluster),
     )
+
+
+def _choices(entry: dict[str, Any], metric: str, where: str) -> tuple[str, ...]:
+    choices = entry.get("choices", [])
+    if not isinstance(choices, list) or not all(isinstance(c, str | int | float) and str(c).strip() for c in choices):
+        raise ManifestError(f'{where}: "choices" must be a list of texts that are not empty')
+    if metric == "choice" and not 2 <= len(choices) <= 26:
+        raise ManifestError(f'{where}: the metric choice needs "choices": a list of 2 to 26 texts')
+    if metric != "choice" and choices:
+        raise ManifestError(f'{where}: "choices" goes with "metric": "choice", not with {metric}')
+    return tuple(str(choice) for choice in choices)
+
+
+def _letter(gold: str, choices: Sequence[str], where: str) -> str:
+    known = scoring.letters(len(choices))
+    meant = [gold.upper()] if len(gold) == 1 and gold.upper() in known else []
+    meant = meant or [letter for letter, text in zip(known, choices, strict=True) if text == gold]
+    if len(meant) != 1:
+        raise ManifestError(
+            f"{where}: the answer {gold!r} is {'several' if meant else 'none'} of the choices; "
+            f"give a letter from A to {known[-1]}"
+        )
+    return meant[0]
 
 
 def _picture(reference: str, base: Path, where: str, timeout_s: float) -> Picture:
     if reference.startswith("data:"):
-        return _checked(_from_data_url(reference, where), where, "the data URL")
+        return check_picture(_from_data_url(reference, where), where, "the data URL")
     if reference.startswith(("http://", "https://")):
         # Fetched here, once: both systems see the same bytes, and no server needs to reach the address.
-        return _checked(_fetch(reference, where, timeout_s), where, reference)
+        return check_picture(_fetch(reference, where, timeout_s), where, reference)
     path = base / reference
     try:
         data = path.read_bytes()
@@ -257,7 +277,7 @@ def _picture(reference: str, base: Path, where: str, timeout_s: float) -> Pictur
         raise MediaError(f"{where}: image {reference} is missing (looked for {path})") from error
     except OSError as error:
         raise MediaError(f"{where}: image {reference} can't be read: {error.strerror}") from error
-    return _checked(data, where, reference, path)
+    return check_picture(data, where, reference, path)
 
 
 def _from_data_url(reference: str, where: str) -> bytes:
@@ -283,7 +303,18 @@ def _fetch(url: str, where: str, timeout_s: float) -> bytes:
     return response.content
 
 
-def _checked(data: bytes, where: str, shown: str, path: Path | None = None) -> Picture:
+def check_picture(data: bytes, where: str, shown: str, path: Path | None = None) -> Picture:
+    """Decode a picture once to prove that it can be.
+
+    Args:
+        data: the encoded bytes.
+        where: what an error names first, e.g. ``tasks.jsonl:3``.
+        shown: what an error calls the picture.
+        path: the file that ``data`` comes from; None keeps ``data``.
+
+    Raises:
+        MediaError: it is no picture, truncated, damaged or too large.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
