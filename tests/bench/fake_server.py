@@ -1,10 +1,18 @@
-"""An OpenAI-compatible server on 127.0.0.1 whose delays are known, so that what is measured can be checked."""
+"""An OpenAI-compatible server on 127.0.0.1 whose delays are known, so that what is measured can be checked.
+
+``python -m tests.bench.fake_server --first 0.02 --gap 0.01`` runs it in a process of its own until its input
+closes, so that it takes no time from the client that is measured.
+"""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
+import random
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +26,9 @@ class Behaviour:
     """What the server does. Seconds; a chunk carries ``per_chunk`` tokens."""
 
     first_s: float = 0.0
+    jitter_s: float = (
+        0.0  # added to first_s, uniformly from 0, so that requests sent together are not answered together
+    )
     gap_s: float = 0.0
     tokens: int = 8
     per_chunk: int = 1
@@ -28,9 +39,14 @@ class Behaviour:
     done: bool = True
     finish: bool = True
     status: int = 200
+    error: bytes | None = None  # the body of an error status, instead of JSON
     raw: bytes | None = None  # sent instead of the stream
     fail_after: int | None = None  # so many chat requests succeed, later ones get a 500
+    fail_every: int | None = None  # each so many-th request gets a 429
     close_after: int | None = None  # the connection is dropped after so many chunks
+    stall_after: int | None = None  # nothing more is sent after so many chunks
+    slots: int | None = None  # requests answered at a time; others wait in the server's queue
+    queue_time: bool = False  # usage says how long a request waited there
     obey_length: bool = True  # max_tokens under ignore_eos decides the length
 
 
@@ -42,13 +58,15 @@ class FakeServer:
     raw_bodies: list[bytes] = field(default_factory=list)
     in_flight: int = 0
     most_in_flight: int = 0
+    served: list[float] = field(default_factory=list)  # seconds from a request's last byte to its first token
+    slots: asyncio.Semaphore | None = None
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while await self._one(reader, writer):
                 pass
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass  # the client is gone, or the test is over
         finally:
             writer.close()
 
@@ -65,6 +83,9 @@ class FakeServer:
             await self._json(writer, 200, {"data": [{"id": want.model}]})
         elif path == "/version":
             await self._json(writer, 200, {"version": "9.9.9"})
+        elif path == "/served":
+            await self._json(writer, 200, self.served)
+            self.served = []
         elif path == "/v1/chat/completions" and method == "POST":
             return await self._chat(writer, body)
         else:
@@ -77,22 +98,37 @@ class FakeServer:
         await writer.drain()
 
     async def _chat(self, writer: asyncio.StreamWriter, data: bytes) -> bool:
+        arrived = time.perf_counter()
         want = self.behaviour
         body = json.loads(data)
         self.bodies.append(body)
         self.raw_bodies.append(data)
-        if want.status != 200 or (want.fail_after is not None and len(self.bodies) > want.fail_after):
-            await self._json(writer, want.status if want.status != 200 else 500, {"error": {"message": "out of luck"}})
+        count = len(self.bodies)
+        status = want.status
+        if want.fail_after is not None and count > want.fail_after:
+            status = 500
+        if want.fail_every is not None and count % want.fail_every == 0:
+            status = 429
+        if status != 200 and want.error is not None:
+            writer.write(f"HTTP/1.1 {status} X\r\ncontent-length: {len(want.error)}\r\n\r\n".encode() + want.error)
+            return True
+        if status != 200:
+            await self._json(writer, status, {"error": {"message": "out of luck"}})
             return True
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            return await self._stream(writer, body)
+            if want.slots is None:
+                return await self._stream(writer, body, arrived)
+            self.slots = self.slots or asyncio.Semaphore(want.slots)
+            async with self.slots:
+                return await self._stream(writer, body, arrived)
         finally:
             self.in_flight -= 1
 
-    async def _stream(self, writer: asyncio.StreamWriter, body: Body) -> bool:
+    async def _stream(self, writer: asyncio.StreamWriter, body: Body, arrived: float) -> bool:
         want = self.behaviour
+        queued = time.perf_counter() - arrived
         tokens = body["max_tokens"] if body.get("ignore_eos") and want.obey_length else want.tokens
         answer = want.text(body)
         pieces = [answer] if answer is not None else ["x" * want.per_chunk] * (tokens // want.per_chunk)
@@ -115,16 +151,23 @@ class FakeServer:
             return True
         await event(choice({"role": "assistant", "content": ""}))  # not a token
         for index, piece in enumerate(pieces):
-            await asyncio.sleep(want.gap_s if index else want.first_s)
+            await asyncio.sleep(want.gap_s if index else want.first_s + want.jitter_s * random.random())
+            if want.stall_after is not None and index >= want.stall_after:
+                await asyncio.sleep(3600)
             if want.close_after is not None and index >= want.close_after:
                 writer.transport.abort()
                 return False
+            if index == 0:
+                self.served.append(time.perf_counter() - arrived)
             await event(choice({"content": piece}))
         if want.finish:
             await event(choice({}, "stop"))
         if want.usage:
             count = len(answer.split()) if answer is not None else tokens
-            await event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": max(1, count)}})
+            usage: Body = {"prompt_tokens": 7, "completion_tokens": max(1, count)}
+            if want.queue_time:
+                usage["queue_time"] = queued
+            await event({"choices": [], "usage": usage})
         if want.done:
             await send(b"data: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")
@@ -164,3 +207,19 @@ def serving(behaviour: Behaviour | None = None) -> Iterator[FakeServer]:
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join(10)
+
+
+def main() -> None:
+    """Serve until standard input closes; the first line of output is the URL."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--first", type=float, default=0.0)
+    parser.add_argument("--jitter", type=float, default=0.0)
+    parser.add_argument("--gap", type=float, default=0.0)
+    options = parser.parse_args()
+    with serving(Behaviour(first_s=options.first, jitter_s=options.jitter, gap_s=options.gap)) as server:
+        print(server.url, flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -15,10 +15,10 @@ from bench.endpoint import http_client
 from tests.bench.fake_server import Behaviour, serving
 
 
-def one(url: str, request: ChatRequest | None = None, timeout_s: float = 10.0) -> Trace:
+def one(url: str, request: ChatRequest | None = None, timeout_s: float = 10.0, stall_s: float = 10.0) -> Trace:
     async def main() -> Trace:
         async with http_client(url, timeout_s=timeout_s) as http:
-            return await ask(http, (request or ChatRequest("hi")).body("fake"), timeout_s=timeout_s)
+            return await ask(http, (request or ChatRequest("hi")).body("fake"), timeout_s=timeout_s, stall_s=stall_s)
 
     return asyncio.run(main())
 
@@ -90,6 +90,48 @@ def test_any_text_survives_any_split_of_the_bytes(text: str, size: int) -> None:
     assert trace.text == "\u2028\x85" + text
 
 
+@given(st.lists(st.text(max_size=8), max_size=12), st.booleans())
+def test_every_chunk_is_read_as_json_reads_it(texts: list[str], escaped: bool) -> None:
+    """Chunks that look like the one before are not parsed; the text must be the same as if they were."""
+    pieces = [
+        b"data: "
+        + json.dumps({"id": "1", "choices": [{"delta": {"content": t}}]}, ensure_ascii=escaped).encode()
+        + b"\n\n"
+        for t in texts
+    ]
+    trace = mocked([*pieces, DONE])
+    assert trace.failure is None
+    assert trace.text == "".join(texts)
+    assert trace.chunks == tuple(float(i + 1) for i, text in enumerate(texts) if text)
+
+
+@pytest.mark.parametrize(
+    "tricky",
+    [
+        {"choices": [{"delta": {"content": "b"}, "logprobs": {"content": [{"token": "b"}]}}]},
+        {"choices": [{"logprobs": {"content": [{"token": "x"}]}, "delta": {"content": "b"}}]},
+        {"choices": [{"delta": {"role": "assistant", "reasoning_content": "hm", "content": "b"}}]},
+        {"choices": [{"delta": {"content": "b"}, "note": '"content":"z"'}]},
+        {"note": {"content": "z"}, "choices": [{"delta": {"content": "b"}}]},
+        {"choices": [{"delta": {"content": "b"}}, {"delta": {"content": None}}]},
+    ],
+)
+def test_text_is_found_where_it_belongs(tricky: dict[str, Any]) -> None:
+    for separators in ((",", ":"), (", ", ": ")):
+        line = b"data: " + json.dumps(tricky, separators=separators).encode() + b"\n\n"
+        # Other bytes around it than before, then the same with other text: remembered bytes must not mislead.
+        changed = line.replace(b'"content":"b"', b'"content":"cc"').replace(b'"content": "b"', b'"content": "cc"')
+        assert mocked([event("a"), line, line, changed, line, DONE]).text == "abbccb"
+
+
+def test_a_finish_or_an_error_in_a_chunk_with_text_is_not_missed() -> None:
+    trace = mocked([event("a"), event("b"), event("c", finish="length")])
+    assert (trace.text, trace.finish_reason, trace.failure) == ("abc", "length", None)
+    failure = mocked([event("a"), event("b"), event("c", error="dead")]).failure
+    assert failure is not None
+    assert (failure.kind, failure.message) == ("server", "dead")
+
+
 def test_the_decoder_takes_crlf_comments_and_data_in_lines() -> None:
     decoder = EventDecoder()
     assert decoder.feed(b": ping\r\n\r\nevent: x\r\ndata: one\r\ndata:two\r\n\r\nda") == [b"one\ntwo"]
@@ -105,6 +147,15 @@ def test_the_decoder_takes_crlf_comments_and_data_in_lines() -> None:
         ([b"data: 3\n\n"], "malformed", "not a chat chunk"),
         ([b'{"choices": []}'], "malformed", "without a single event"),
         ([], "malformed", "without a single event"),
+        ([b"data: " + b"[" * 100_000 + b"\n\n"], "malformed", "not a chat chunk"),
+        ([b'data: {"choices": 7}\n\n'], "malformed", "not a chat chunk"),
+        (
+            [event("a"), b'data: {"choices": [{"delta": {"content": "a\xff"}, "finish_reason": null}]}\n\n'],
+            "malformed",
+            "",
+        ),
+        ([event("a"), b"data: \xff\xfe\n\n"], "malformed", "not a chat chunk"),
+        ([b"<html>busy</html>"], "malformed", "<html>busy</html>"),
         ([event("a"), event("b")], "truncated", "before the answer was finished"),
         ([event("a"), b'data: {"error": {"message": "engine died"}}\n\n'], "server", "engine died"),
     ],
@@ -141,19 +192,103 @@ def test_a_server_without_usage_leaves_the_count_unknown() -> None:
     assert trace.completion_tokens is None
 
 
-def test_an_error_status_keeps_what_the_server_said() -> None:
-    with serving(Behaviour(status=429)) as server:
+def test_usage_says_what_was_cached_and_queued() -> None:
+    usage = b'data: {"choices": [], "usage": {"prompt_tokens": 11, "prompt_tokens_details": {"cached_tokens": 4}}}\n\n'
+    trace = mocked([event("a"), usage, DONE])
+    assert (trace.prompt_tokens, trace.completion_tokens, trace.cached_tokens) == (11, None, 4)
+    with serving(Behaviour(slots=1, first_s=0.05, queue_time=True)) as server:
+
+        async def two() -> list[Trace]:
+            async with http_client(server.url, connections=2) as http:
+                body = ChatRequest("hi").body("fake")
+                return await asyncio.gather(*(ask(http, body, timeout_s=10) for _ in range(2)))
+
+        waited = sorted(trace.queue_s or 0.0 for trace in asyncio.run(two()))
+    assert waited[0] < 0.02
+    assert waited[1] == pytest.approx(0.05, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "message"),
+    [
+        (429, None, "HTTP 429: out of luck"),
+        (429, b"<b>slow\ndown</b>", "HTTP 429: <b>slow down</b>"),
+        (500, b"", "HTTP 500"),
+        (503, b"\xff", "HTTP 503: \ufffd"),
+        (400, b'{"detail": "no"}', "HTTP 400: no"),
+        (422, b"[1]", "HTTP 422: [1]"),
+    ],
+)
+def test_an_error_status_keeps_what_the_server_said(status: int, error: bytes | None, message: str) -> None:
+    with serving(Behaviour(status=status, error=error)) as server:
         failure = one(server.url).failure
     assert failure is not None
-    assert (failure.kind, failure.message) == ("http", "HTTP 429: out of luck")
+    assert (failure.kind, failure.status, failure.message) == ("http", status, message)
 
 
-def test_a_stalled_stream_times_out() -> None:
+def test_a_stream_that_is_too_slow_times_out() -> None:
     with serving(Behaviour(gap_s=30.0)) as server:
         failure = one(server.url, timeout_s=0.3).failure
     assert failure is not None
     assert failure.kind == "timeout"
     assert "after 1 chunks" in failure.message
+
+
+def test_a_stream_that_falls_silent_has_stalled() -> None:
+    with serving(Behaviour(stall_after=3)) as server:
+        trace = one(server.url, stall_s=0.2)
+    assert trace.failure is not None
+    assert trace.failure.kind == "stalled"
+    assert "0.2 s after 3 chunks" in trace.failure.message
+    assert 0.2 <= trace.ended - trace.chunks[-1] < 1.0
+
+
+def test_a_slow_first_token_and_a_slow_steady_stream_are_no_stalls() -> None:
+    with serving(Behaviour(first_s=0.3, gap_s=0.06, tokens=5)) as server:
+        assert one(server.url, stall_s=0.2).failure is None
+
+
+def test_a_step_of_the_wall_clock_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = itertools.cycle([0.0, 1e9, -1e9])
+    monkeypatch.setattr("time.time", lambda: next(steps))
+    with serving(Behaviour(first_s=0.02, gap_s=0.005)) as server:
+        trace = one(server.url)
+    assert trace.failure is None
+    assert 0.02 <= trace.chunks[0] - trace.started < 1.0
+    assert list(trace.chunks) == sorted(trace.chunks)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("loop is gone"), OSError(24, "too many open files"), httpx.ReadError("")]
+)
+def test_no_fault_below_escapes(error: Exception) -> None:
+    class Broken(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            raise error
+
+    async def main() -> Trace:
+        async with http_client("http://127.0.0.1:1", transport=Broken()) as http:
+            return await ask(http, b"{}", timeout_s=5)
+
+    failure = asyncio.run(main()).failure
+    assert failure is not None
+    assert failure.kind == ("connect" if isinstance(error, httpx.HTTPError) else "client")
+    assert type(error).__name__ in failure.message
+
+
+def test_a_connection_lost_after_the_last_event_loses_nothing() -> None:
+    class Stream(httpx.AsyncByteStream):
+        async def __aiter__(self) -> Any:
+            yield event("a") + DONE
+            raise httpx.RemoteProtocolError("incomplete chunked read")
+
+    async def main() -> Trace:
+        transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Stream()))
+        async with http_client("http://127.0.0.1:1", transport=transport) as http:
+            return await ask(http, b"{}", timeout_s=5)
+
+    trace = asyncio.run(main())
+    assert (trace.text, trace.failure) == ("a", None)
 
 
 def test_a_server_that_says_nothing_times_out() -> None:
