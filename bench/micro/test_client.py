@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import statistics
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
+import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench import metrics
 from bench.client import ChatRequest, EventDecoder, Trace, ask
 from bench.endpoint import http_client
-from bench.inputs import SpeedInputs
+from bench.inputs import PRESETS, SpeedInputs
+from bench.load import Block, open_loop, schedule
 
+ROOT = Path(__file__).parents[2]
 TOKENS = 256
 
 
@@ -28,6 +37,17 @@ def events(count: int = TOKENS) -> list[bytes]:
     usage = {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": count, "total_tokens": count + 9}}
     lines = [json.dumps(chunk)] * count + [json.dumps(usage), "[DONE]"]
     return [f"data: {line}\n\n".encode() for line in lines]
+
+
+@contextmanager
+def mock_server(**delays: float) -> Iterator[str]:
+    """Run the tests' server in a process of its own, which takes no time of the client's; yield its URL."""
+    options = [f"--{name}={seconds}" for name, seconds in delays.items()]
+    command = [sys.executable, "-m", "tests.bench.fake_server", *options]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        yield process.stdout.readline().strip()
+        process.stdin.close()
 
 
 def test_decoding_a_stream(benchmark: BenchmarkFixture) -> None:
@@ -67,8 +87,71 @@ def test_one_streamed_request(benchmark: BenchmarkFixture) -> None:
         benchmark.extra_info["tokens_per_s"] = round(TOKENS / benchmark.stats.stats.median)
 
 
+@pytest.mark.parametrize("tokens_per_s", [2000, 4000])
+def test_added_latency_under_load(benchmark: BenchmarkFixture, tokens_per_s: int) -> None:
+    """A paced server streams so many tokens a second to one client: by how much its TTFT exceeds the server's own.
+
+    The server notes its time from a request's last byte to its first token; the rest of TTFT is the client's and the
+    socket's.
+    """
+    length, gap_s, seconds = 50, 0.02, 3.0
+    moments = schedule(tokens_per_s / length, duration_s=seconds, ramp_s=1.0, seed=1)
+    bodies = SpeedInputs("micro", ((448, 448),), length).bodies("load", len(moments), "fake")
+    added: list[float] = []
+    blocks: list[Block] = []
+
+    async def load(url: str) -> None:
+        async with http_client(url, connections=1024) as http:
+
+            async def send(body: bytes, due: float) -> Trace:
+                return await ask(http, body, timeout_s=60, scheduled=due)
+
+            block = await open_loop(send, bodies, moments)
+            served = (await http.get("/served")).json()
+            traces = [*block.ramp, *block.traces]
+            own = statistics.median(trace.chunks[0] - trace.scheduled for trace in traces)
+            added.append(1000 * (own - statistics.median(served)))
+            blocks.append(block)
+
+    with mock_server(first=0.05, jitter=0.02, gap=gap_s) as url:
+        benchmark.pedantic(lambda: asyncio.run(load(url)), rounds=3, warmup_rounds=1)  # type: ignore[no-untyped-call]
+    assert not blocks[-1].failed
+    figures = [metrics.summarise(block.traces, block.wall_s, loop_lag=block.loop_lag) for block in blocks]
+    rates = [metrics.steady([*b.ramp, *b.traces], b.begun, b.traces[-1].scheduled) for b in blocks]
+    benchmark.extra_info["added_ttft_p50_ms"] = round(statistics.median(added), 3)
+    benchmark.extra_info["streamed_tokens_per_s"] = [round(r.output_tokens_per_s or 0) for r in rates if r]
+    benchmark.extra_info["client_lag_p90_ms"] = [round(1000 * f.client_lag.p90, 3) for f in figures if f.client_lag]
+    benchmark.extra_info["loop_lag_p90_ms"] = [round(1000 * f.loop_lag.p90, 3) for f in figures if f.loop_lag]
+
+
+def test_most_tokens(benchmark: BenchmarkFixture) -> None:
+    """A server that sends as fast as it can: the most tokens a second that one client takes."""
+    streams = 8
+    body = ChatRequest("What is this?", max_tokens=TOKENS, fixed_length=True).body("fake")
+
+    async def take(http: httpx.AsyncClient) -> int:
+        traces = await asyncio.gather(*(ask(http, body, timeout_s=60) for _ in range(streams)))
+        return sum(len(trace.chunks) for trace in traces)
+
+    with mock_server() as url, asyncio.Runner() as runner:
+        http = http_client(url, connections=streams)
+        assert benchmark(lambda: runner.run(take(http))) == streams * TOKENS
+        runner.run(http.aclose())
+    if benchmark.stats is not None:
+        benchmark.extra_info["tokens_per_s"] = round(streams * TOKENS / benchmark.stats.stats.median)
+
+
 def test_making_a_picture_request(benchmark: BenchmarkFixture) -> None:
-    """Made before a block starts, not while it runs; still what a long sweep spends between blocks."""
+    """448x448, made before a block starts; at 100 requests/s it would take a part of the 10 ms even so."""
     inputs = SpeedInputs("micro", ((448, 448),), 128)
+    indices = iter(range(10**9))
+    assert benchmark(lambda: len(inputs.request("b", next(indices)).body("demo"))) > 1000
+    if benchmark.stats is not None:
+        benchmark.extra_info["requests_per_s"] = round(1 / benchmark.stats.stats.median)
+
+
+def test_making_a_page_request(benchmark: BenchmarkFixture) -> None:
+    """1092x1540, the largest picture of the presets."""
+    inputs = PRESETS["ocr-document"].inputs("micro")
     indices = iter(range(10**9))
     assert benchmark(lambda: len(inputs.request("b", next(indices)).body("demo"))) > 1000
