@@ -43,6 +43,27 @@ def test_clip_search(benchmark: BenchmarkFixture, weight: torch.Tensor) -> None:
     benchmark(lambda: best_clip(weight, group_moments(tokens, GROUP)))
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)],
+    ids=["7B qkv", "7B o", "7B gate+up", "7B down"],
+)
+def test_clip_search_on_a_gpu(benchmark: BenchmarkFixture, rows: int, columns: int) -> None:
+    """The same on a GPU, for what makes up a layer of the 7B."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    rng = torch.Generator("cuda").manual_seed(0)
+    weight = torch.randn(rows, columns, generator=rng, device="cuda")
+    moments = group_moments(torch.randn(4096, columns, generator=rng, device="cuda"), GROUP)
+
+    def call() -> None:
+        best_clip(weight, moments)
+        torch.cuda.synchronize()
+
+    call()  # compiles
+    benchmark(call)
+
+
 def test_clip_search_of_autoawq(benchmark: BenchmarkFixture) -> None:
     """The same grid as AutoAWQ searches it, on the 512 of 4,096 tokens that it takes; the embedded shape only."""
     from toolkit.quantize._awq import AwqQuantizer

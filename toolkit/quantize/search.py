@@ -7,6 +7,8 @@ AWQ (arXiv 2306.00978) chooses scales s for the inputs, W s rounded, s divided o
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from toolkit.formats import packing
@@ -116,15 +118,30 @@ def best_clip(
         [N, K/g, 1], the bounds.
     """
     groups, group, _ = moments.shape
+    tried = int(max_shrink * grid)
+    if _has_clip_kernel(weight, group):
+        from toolkit.quantize import _clip_kernel
+
+        return _clip_kernel.best_clip(weight, moments.contiguous(), bits, grid, tried, _MIN_RANGE)
     # a few rows at a time: what is tried is four times as large as what it is tried on
     chunks = weight.float().view(-1, groups, group).split(max(1, _CLIP_WEIGHTS // (groups * group)))
-    return torch.cat([_best_clip(w, moments, bits, grid, max_shrink) for w in chunks])
+    return torch.cat([_best_clip(w, moments, bits, grid, tried) for w in chunks])
 
 
-def _best_clip(w: torch.Tensor, moments: torch.Tensor, bits: int, grid: int, max_shrink: float) -> torch.Tensor:
+def _has_clip_kernel(weight: torch.Tensor, group: int) -> bool:
+    """Return whether the Triton kernel takes this weight: groups that fill its tiles, a GPU that multiplies in TF32."""
+    return (
+        weight.is_cuda
+        and group in (32, 64, 128)
+        and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
+def _best_clip(w: torch.Tensor, moments: torch.Tensor, bits: int, grid: int, tried: int) -> torch.Tensor:
     widest = w.abs().amax(-1, keepdim=True)
     best, least = widest.clone(), torch.full_like(widest, torch.inf)
-    for step in range(int(max_shrink * grid)):
+    for step in range(tried):
         bound = widest * (1 - step / grid)
         d = _snap(w.clamp(-bound, bound), bits).sub_(w).transpose(0, 1)
         loss = torch.bmm(d, moments).mul_(d).sum(-1).t().unsqueeze(-1)
