@@ -61,7 +61,7 @@ def _search(
     groups,
     row_stride,
     column_stride,
-    grid,
+    steps,
     tried,
     TOP: tl.constexpr,
     MIN_RANGE: tl.constexpr,
@@ -86,7 +86,7 @@ def _search(
     best = tl.full((ROWS,), 1.0, tl.float32)
     least = tl.full((ROWS,), float("inf"), tl.float32)
     for i in range(tried):
-        share = tl.div_rn((grid - i) * 1.0, grid * 1.0)
+        share = tl.div_rn((steps - i) * 1.0, steps * 1.0)
         bound = tl.maximum(-lowest, highest) * share
         # the range of clipped weights, with 0 in it
         low = tl.minimum(tl.maximum(lowest, -bound), 0.0)
