@@ -1,9 +1,13 @@
-"""Is a difference more than chance? Paired tests and intervals for two systems that answered the same questions."""
+"""Is a difference more than chance? Paired tests and intervals for two systems that answered the same questions.
+
+Questions about one picture succeed and fail together. ``clusters`` says which items those are, in the items' order; the
+functions that take it count pictures, not questions, as what was drawn at random. None: every item on its own.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,20 +18,28 @@ __all__ = [
     "CONFIDENCE",
     "Flips",
     "Interval",
+    "bounded_mean",
+    "design_effect",
     "flips",
+    "holm",
     "mcnemar",
     "mean_interval",
     "paired_bootstrap",
     "paired_proportions",
+    "ratio_of_means",
     "ratio_of_medians",
+    "sign_flip",
     "smallest_detectable",
     "wilson",
 ]
 
 CONFIDENCE = 0.95
-RESAMPLES = 5000
+RESAMPLES = 10_000
+#: See `design_effect`.
+ASSUMED_FLIPS = 4
 
 Floats = npt.NDArray[np.float64]
+Clusters = Sequence[Hashable] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +72,16 @@ def flips(before: Sequence[bool], after: Sequence[bool]) -> Flips:
     return Flips(lost=sum(b and not a for b, a in pairs), won=sum(a and not b for b, a in pairs), n=len(pairs))
 
 
-def wilson(right: int, n: int, confidence: float = CONFIDENCE) -> Interval:
-    """Wilson score interval of a proportion (Wilson 1927), which stays sensible near 0, near 1 and for few items."""
-    interval = stats.binomtest(right, n).proportion_ci(confidence, method="wilson")
-    return Interval(right / n, float(interval.low), float(interval.high))
+def wilson(right: float, n: float, confidence: float = CONFIDENCE) -> Interval:
+    """Wilson score interval of a proportion (Wilson 1927), which stays sensible near 0, near 1 and for few items.
+
+    Counts may be fractions: those of clustered items, divided by their `design_effect`.
+    """
+    z2 = float(stats.norm.ppf(0.5 + confidence / 2)) ** 2
+    share = right / n
+    middle = (share + z2 / (2.0 * n)) / (1.0 + z2 / n)
+    half = math.sqrt(z2 * (share * (1.0 - share) / n + z2 / (4.0 * n * n))) / (1.0 + z2 / n)
+    return Interval(share, min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half)))
 
 
 def mcnemar(lost: int, won: int) -> float:
@@ -74,10 +92,87 @@ def mcnemar(lost: int, won: int) -> float:
     return float(stats.binomtest(lost, lost + won, 0.5).pvalue) if lost + won else 1.0
 
 
-def paired_proportions(lost: int, won: int, n: int, confidence: float = CONFIDENCE) -> Interval:
+def sign_flip(
+    differences: Sequence[float] | Floats, clusters: Clusters = None, *, seed: int = 0, resamples: int = RESAMPLES
+) -> float:
+    """Two-sided sign-flip (randomisation) test of a mean paired difference, cluster by cluster.
+
+    If the systems are equal, each cluster's summed difference might as well have had the other sign. p is the share of
+    sign assignments whose total is at least as far from 0 as the observed one. For right/wrong scores it is exact, and
+    for items on their own it is the exact McNemar test: this is McNemar for questions that share pictures, where the
+    plain test takes five flips on one picture for five pieces of evidence. For graded scores ``resamples`` assignments
+    are drawn with ``seed`` and the observed one counts among them, so p never falls below its true level.
+
+    Source: Fisher's randomisation of matched pairs (The Design of Experiments, 1935), with the cluster as the unit as
+    in Durkalski et al., "Analysis of clustered matched-pair data", Statistics in Medicine 22 (2003), whose statistic
+    (sum D)^2 / sum D^2 is its normal approximation.
+    """
+    values: Floats = np.asarray(differences, dtype=np.float64)
+    sums = np.bincount(_codes(clusters, values.size), weights=values)
+    sums = sums[np.abs(sums) > 1e-12]
+    whole = np.rint(sums)
+    if np.allclose(sums, whole, rtol=0.0, atol=1e-9):
+        return _exact_sign_flip(whole.astype(np.int64))
+    sizes, total = np.abs(sums), abs(float(sums.sum()))
+    rng, beyond = np.random.default_rng(seed), 0
+    step = max(1, 2_000_000 // sizes.size)
+    for done in range(0, resamples, step):
+        rows = min(step, resamples - done)
+        bits = np.unpackbits(rng.integers(0, 256, (rows, -(-sizes.size // 8)), dtype=np.uint8), axis=1)
+        totals = 2.0 * (bits[:, : sizes.size] @ sizes) - sizes.sum()
+        beyond += int((np.abs(totals) >= total - 1e-9).sum())
+    return (1 + beyond) / (1 + resamples)
+
+
+def _exact_sign_flip(sums: npt.NDArray[np.int64]) -> float:
+    sizes = np.abs(sums)
+    if sizes.max(initial=0) <= 1:
+        return mcnemar(int((sums < 0).sum()), int((sums > 0).sum()))
+    reach = int(sizes.sum())
+    chance: Floats = np.zeros(2 * reach + 1)  # of each total from -reach to reach
+    chance[reach] = 1.0
+    for size in sizes:
+        chance = (np.roll(chance, size) + np.roll(chance, -size)) / 2.0
+    total = abs(int(sums.sum()))
+    return min(1.0, float(chance[np.abs(np.arange(-reach, reach + 1)) >= total].sum()))
+
+
+def design_effect(differences: Sequence[float] | Floats, clusters: Clusters = None) -> float:
+    """Return by how much clustering inflates the variance of a mean paired difference: n items are worth n / this many
+    independent ones (Kish 1965; used as in Rao & Scott, "A simple method for the analysis of clustered binary data",
+    Biometrics 48, 1992).
+
+    The numerator is the linearised variance over clusters that Obuchowski ("On the comparison of correlated
+    proportions for clustered data", Statistics in Medicine 17, 1998) uses, the denominator that of independent items. A
+    handful of flips can't show how much they go together, so to what was observed four typical ones are added that took
+    their whole cluster along: without flips this is the effect of complete agreement within clusters. (With fewer than
+    four, `no worse` was too frequent at the margin in simulations of rare losses.) Few clusters widen it by the square
+    of t over normal quantiles. At least 1, and exactly 1 for items on their own.
+    """
+    values: Floats = np.asarray(differences, dtype=np.float64)
+    codes = _codes(clusters, values.size)
+    sizes = np.bincount(codes).astype(np.float64)
+    groups = sizes.size
+    if groups == values.size:
+        return 1.0
+    if groups == 1:
+        return float(values.size)
+    centred = values - values.mean()
+    between = float((np.bincount(codes, weights=centred) ** 2).sum()) * groups / (groups - 1)
+    alone = float((centred**2).sum()) * values.size / (values.size - 1)
+    whole = float((sizes**2).sum()) / values.size
+    tail = 0.5 + CONFIDENCE / 2
+    few = float(stats.t.ppf(tail, groups - 1) / stats.norm.ppf(tail)) ** 2
+    changed = values[values != 0.0]
+    assumed = ASSUMED_FLIPS * (float((changed**2).mean()) if changed.size else 1.0)
+    return max(1.0, (between + assumed * whole) / (alone + assumed)) * few
+
+
+def paired_proportions(lost: float, won: float, n: float, confidence: float = CONFIDENCE) -> Interval:
     """Tango's score interval for a difference of paired proportions, (won - lost) / n.
 
     Unlike a bootstrap it has a width when nothing flipped: no flip among n items still allows +-z^2 / (n + z^2).
+    Counts may be fractions: those of clustered items, divided by their `design_effect`.
     Source: Tango, "Equivalence test and confidence interval for the difference in proportions for the paired-sample
     design", Statistics in Medicine 17 (1998).
     """
@@ -112,33 +207,158 @@ def paired_proportions(lost: int, won: int, n: int, confidence: float = CONFIDEN
     return Interval(value, min(value, root(z, -edge, value)), max(value, root(-z, value, edge)))
 
 
-def paired_bootstrap(
-    differences: Sequence[float], *, seed: int, confidence: float = CONFIDENCE, resamples: int = RESAMPLES
+def bounded_mean(
+    differences: Sequence[float] | Floats, n: float | None = None, confidence: float = CONFIDENCE
 ) -> Interval:
-    """Percentile bootstrap interval of the mean paired difference (Efron & Tibshirani 1993): items are resampled, pairs
-    stay together."""
-    return mean_interval(differences, seed=seed, confidence=confidence, resamples=resamples)
+    """Score interval of a mean difference of graded scores: Tango's interval for values between -1 and 1.
+
+    A mean is rejected when the observed one is z standard errors away, the variance being that of the likeliest
+    distribution *with that mean* over the observed values and the two extremes (the empirical likelihood: Owen 1988).
+    The extremes matter: hundreds of equal answers do not rule out a rare total loss, which no bootstrap can draw. For
+    right/wrong scores it equals `paired_proportions`.
+
+    Args:
+        differences: candidate - baseline, each -1 to 1.
+        n: effective number of items (see `design_effect`); None: as many as there are differences.
+    """
+    values, counts = np.unique(np.asarray(differences, dtype=np.float64), return_counts=True)
+    shares: Floats = counts / counts.sum()
+    items = float(counts.sum()) if n is None else n
+    mean = float(values @ shares)
+    z = float(stats.norm.ppf(0.5 + confidence / 2))
+
+    def score(assumed: float) -> float:
+        gaps = values - assumed
+
+        def pull(tilt: float) -> float:
+            return float((shares * gaps / np.maximum(1.0 + tilt * gaps, 1e-300)).sum())
+
+        # The tilt at which an extreme that was never seen begins to get mass, on the side where it is needed.
+        end = 1.0 / (1.0 + assumed) if mean > assumed else -1.0 / (1.0 - assumed)
+        inside = end * (1.0 - 1e-12)
+        beyond = pull(inside) > 0.0 if end > 0.0 else pull(inside) < 0.0
+        tilt = end if beyond else float(optimize.brentq(pull, 0.0, inside, xtol=1e-14)) if mean != assumed else 0.0
+        chances = shares / np.maximum(1.0 + tilt * gaps, 1e-300)
+        extreme = -1.0 - assumed if end > 0.0 else 1.0 - assumed
+        variance = float((chances * gaps**2).sum() + max(0.0, 1.0 - float(chances.sum())) * extreme**2)
+        return (mean - assumed) * math.sqrt(items / variance) if variance > 0.0 else math.copysign(1e9, mean - assumed)
+
+    edge = 1.0 - 1e-9
+
+    def root(target: float, towards: float) -> float:
+        def distance(assumed: float) -> float:
+            return score(assumed) - target if assumed != mean else -target
+
+        if abs(mean - towards) < 1e-9 or distance(towards) * -target > 0.0:
+            return towards
+        return float(optimize.brentq(distance, mean, towards, xtol=1e-9))
+
+    return Interval(mean, min(mean, root(z, -edge)), max(mean, root(-z, edge)))
+
+
+def paired_bootstrap(
+    differences: Sequence[float],
+    *,
+    seed: int,
+    clusters: Clusters = None,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+) -> Interval:
+    """Bootstrap interval of the mean paired difference: items, or whole clusters, are resampled and pairs stay
+    together. See `mean_interval`."""
+    return mean_interval(differences, seed=seed, clusters=clusters, confidence=confidence, resamples=resamples)
 
 
 def mean_interval(
-    values: Sequence[float], *, seed: int, confidence: float = CONFIDENCE, resamples: int = RESAMPLES
+    values: Sequence[float],
+    *,
+    seed: int,
+    clusters: Clusters = None,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
 ) -> Interval:
-    """Percentile bootstrap interval of a mean. A single or constant sample has no spread to resample: its interval is
-    the value."""
+    """Expanded percentile bootstrap interval of a mean over items (Efron & Tibshirani 1993; expanded for few items as
+    in Hesterberg, "What teachers should know about the bootstrap", The American Statistician 69, 2015).
+
+    With ``clusters``, whole clusters are drawn (Davison & Hinkley 1997, section 3.8) and the mean stays one over items.
+    A single or constant sample has no spread to resample: its interval is the value.
+    """
     array: Floats = np.asarray(values, dtype=np.float64)
+    codes = _codes(clusters, array.size)
+    sums, sizes = np.bincount(codes, weights=array), np.bincount(codes).astype(np.float64)
     mean = float(array.mean())
-    if array.size < 2 or np.ptp(array) == 0.0:
+    if sizes.size < 2 or np.ptp(array) == 0.0:
         return Interval(mean, mean, mean)
-    result = stats.bootstrap(
-        (array,),
-        np.mean,
-        confidence_level=confidence,
-        n_resamples=resamples,
-        batch=max(1, 2_000_000 // array.size),
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return Interval(mean, float(result.confidence_interval.low), float(result.confidence_interval.high))
+    totals = _resampled(np.column_stack([sums, sizes]), np.random.default_rng(seed), resamples)
+    low, high = _ends(totals[:, 0] / totals[:, 1], sizes.size, confidence)
+    return Interval(mean, min(mean, low), max(mean, high))
+
+
+def ratio_of_means(
+    candidate: Sequence[float],
+    baseline: Sequence[float],
+    *,
+    seed: int,
+    clusters: Clusters = None,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+) -> Interval | None:
+    """mean(candidate) / mean(baseline) of paired scores, with an expanded percentile bootstrap interval: items,
+    or whole clusters, are resampled with both their scores.
+
+    None when the baseline's scores add up to less than 10: a ratio to next to nothing says nothing.
+    """
+    above: Floats = np.asarray(candidate, dtype=np.float64)
+    below: Floats = np.asarray(baseline, dtype=np.float64)
+    if above.size != below.size:
+        raise ValueError(f"{above.size} and {below.size} scores are not pairs")
+    if float(below.sum()) < 10.0:
+        return None
+    codes = _codes(clusters, above.size)
+    pairs: Floats = np.column_stack([np.bincount(codes, weights=above), np.bincount(codes, weights=below)])
+    value = float(above.sum() / below.sum())
+    if len(pairs) < 2:
+        return Interval(value, value, value)
+    totals = _resampled(pairs, np.random.default_rng(seed), resamples)
+    low, high = _ends(totals[:, 0] / np.maximum(totals[:, 1], 1e-9), len(pairs), confidence)
+    return Interval(value, min(value, low), max(value, high))
+
+
+def _codes(clusters: Clusters, n: int) -> npt.NDArray[np.intp]:
+    """Number the clusters from 0 and return each item's, shape [n]."""
+    if clusters is None:
+        return np.arange(n)
+    if len(clusters) != n:
+        raise ValueError(f"{len(clusters)} clusters for {n} items")
+    numbers: dict[Hashable, int] = {}
+    return np.fromiter((numbers.setdefault(cluster, len(numbers)) for cluster in clusters), dtype=np.intp, count=n)
+
+
+def _resampled(rows: Floats, rng: np.random.Generator, resamples: int) -> Floats:
+    """Draw as many rows as there are, with replacement, ``resamples`` times; return the column sums [resamples, 2]."""
+    kinds, counts = np.unique(rows, axis=0, return_counts=True)
+    if len(kinds) <= max(32, len(rows) // 64):
+        # Rows of one kind are interchangeable: draw how many of each. The same distribution, without the indices.
+        return rng.multinomial(len(rows), counts / len(rows), size=resamples) @ kinds
+    totals: Floats = np.empty((resamples, rows.shape[1]))
+    columns = [np.ascontiguousarray(column) for column in rows.T]
+    index_type = np.uint16 if len(rows) <= 2**16 else np.uint32
+    step = max(1, 250_000 // len(rows))  # so that a block stays in the cache
+    for start in range(0, resamples, step):
+        stop = min(start + step, resamples)
+        picks = rng.integers(0, len(rows), (stop - start, len(rows)), dtype=index_type)
+        for at, column in enumerate(columns):
+            constant = column[0] == column[-1] and np.ptp(column) == 0.0
+            totals[start:stop, at] = column[0] * len(rows) if constant else column[picks].sum(axis=1)
+    return totals
+
+
+def _ends(draws: Floats, units: int, confidence: float) -> tuple[float, float]:
+    """Return the percentiles between which ``confidence`` lies, moved out as t and the factor n - 1 would do it."""
+    t = float(stats.t.ppf((1.0 - confidence) / 2.0, units - 1))
+    tail = float(stats.norm.cdf(math.sqrt(units / (units - 1)) * t))
+    low, high = np.quantile(draws, [tail, 1.0 - tail])
+    return float(low), float(high)
 
 
 def ratio_of_medians(
@@ -168,7 +388,7 @@ def ratio_of_medians(
     return Interval(float(np.median(above) / np.median(below)), float(low), float(high))
 
 
-def smallest_detectable(n: int, flip_rate: float, *, alpha: float = 1.0 - CONFIDENCE, power: float = 0.8) -> float:
+def smallest_detectable(n: float, flip_rate: float, *, alpha: float = 1.0 - CONFIDENCE, power: float = 0.8) -> float:
     """Smallest true difference of paired proportions that McNemar's test on n items would show with the given power.
 
     Solves n = (z_a sqrt(r) + z_b sqrt(r - d^2))^2 / d^2 for d, where r is the share of items that flip (Connor, "Sample
@@ -177,7 +397,7 @@ def smallest_detectable(n: int, flip_rate: float, *, alpha: float = 1.0 - CONFID
     all flips one way, the fewest that reach alpha.
 
     Args:
-        n: questions.
+        n: questions; of clustered ones, their number divided by the `design_effect`.
         flip_rate: share of questions whose answer changed between right and wrong, as observed.
 
     Returns:
@@ -193,3 +413,14 @@ def smallest_detectable(n: int, flip_rate: float, *, alpha: float = 1.0 - CONFID
     if n <= fewest or missing(1.0) > 0.0:
         return 1.0
     return max(float(optimize.brentq(missing, 1e-6, 1.0)), fewest / n)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return the p-values adjusted for there being several, in their order: the chance of even one false alarm among
+    them stays below the level that they are held against (Holm 1979, step-down Bonferroni)."""
+    order = sorted(range(len(p_values)), key=lambda at: p_values[at])
+    adjusted, floor = [0.0] * len(p_values), 0.0
+    for rank, at in enumerate(order):
+        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[at]))
+        adjusted[at] = floor
+    return adjusted
