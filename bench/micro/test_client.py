@@ -129,7 +129,7 @@ def test_added_latency_under_load(benchmark: BenchmarkFixture, client: str, toke
     and with `bench.wire`. Read it on a machine that does nothing else.
     """
     length = 50
-    moments = schedule(tokens_per_s / length, duration_s=1.6, ramp_s=0.4, seed=1)
+    moments = schedule(tokens_per_s / length, duration_s=3.0, ramp_s=1.0, seed=1)
     bodies = SpeedInputs("micro", ((448, 448),), length).bodies("load", len(moments), "fake")
     above: list[float] = []
     busy: list[float] = []
@@ -152,7 +152,7 @@ def test_added_latency_under_load(benchmark: BenchmarkFixture, client: str, toke
             blocks.append(block)
 
     with mock_server(first=0.05, gap=0.02) as url:
-        benchmark.pedantic(lambda: asyncio.run(load(url)), rounds=2)  # type: ignore[no-untyped-call]
+        benchmark.pedantic(lambda: asyncio.run(load(url)), rounds=1)  # type: ignore[no-untyped-call]
     assert not blocks[-1].failed
     figures = [metrics.summarise(block.traces, block.wall_s, loop_lag=block.loop_lag) for block in blocks]
     rates = [metrics.steady([*b.ramp, *b.traces], b.begun, b.traces[-1].scheduled) for b in blocks]
