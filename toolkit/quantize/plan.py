@@ -50,21 +50,26 @@ _BASE_HOST = {"cpu": 0.9e9, "cuda": 1.6e9}
 _BASE_DEVICE = 0.6e9
 
 
+#: Scales that a search tries on some rows, and that it tries in full, no scaling among them.
+_CANDIDATES, _FINALISTS = 30, 4
+#: How much slower a GPU factors a matrix than it multiplies: 30 against some 400 TFLOP/s on an H100.
+_CHOLESKY = 13
+
+
 @dataclass(frozen=True)
 class Plan:
     """Bytes and seconds that a run will need, and where hidden states wait.
 
     ``disk``: the output. ``host``: peak resident memory, mapped files not counted. ``device``: peak memory of a GPU
     (0 on a CPU, where everything is host memory). ``store_on_device``: hidden states stay on the GPU; else they wait in
-    host memory. ``seconds``: from the first layer to the last, on ``devices`` GPUs; None for a CPU, whose speed is not
-    measured.
+    host memory. ``seconds``: from the first layer to the last, on ``devices`` of the kind.
     """
 
     disk: int
     host: int
     device: int
     store_on_device: bool
-    seconds: float | None
+    seconds: float
     devices: int = 1
 
     def check(self, out: Path, device: torch.device) -> list[str]:
@@ -95,8 +100,6 @@ class Plan:
 
     def told_time(self) -> str:
         """Return the time that the layers will take, in words."""
-        if self.seconds is None:
-            return "time: not foretold for this device"
         return f"time: about {self.seconds:.0f} s for the layers, after loading and the vision tower"
 
 
@@ -154,19 +157,18 @@ def make_plan(
     sample_bytes = sum(value.nbytes for sample in samples for value in sample.inputs.values())
     needs = _Needs(checkpoint, recipe, tokens, max(sample.tokens for sample in samples))
     writing = 2 * packed  # one layer is written, the next waits; what is not quantized is copied from the mapped file
+    seconds = _seconds(checkpoint, recipe, tokens, device) * layers
+    if devices > 1:
+        seconds *= max(map(len, divide(range(layers), devices))) / layers
     if device.type == "cpu":
         host = int(devices * (_BASE_HOST["cpu"] + needs.peak(True)) + sample_bytes + writing)
-        return Plan(disk, host, 0, False, None, devices)
+        return Plan(disk, host, 0, False, seconds, devices)
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)
     reading_ahead = layer_bytes
     on_device, off_device = (int(_BASE_DEVICE + reading_ahead + needs.peak(on)) for on in (True, False))
     host = int(devices * _BASE_HOST["cuda"] + sample_bytes + writing)
-    seconds = _seconds(checkpoint, recipe, tokens, device) * layers
-    if devices > 1:
-        longest = max(layers_of for layers_of in map(len, divide(range(layers), devices)))
-        seconds *= longest / layers
     if on_device <= free:
         return Plan(disk, host, on_device, True, seconds, devices)
     return Plan(disk, int(host + devices * needs.states), off_device, False, seconds, devices)
@@ -212,49 +214,64 @@ class _Needs:
 
 
 def _seconds(checkpoint: Checkpoint, recipe: Recipe, tokens: int, device: torch.device) -> float:
-    """Return the seconds that a layer will take: its multiplications and its bytes over the device's measured rates.
+    """Return the seconds that a layer will take: its multiplications and its memory traffic over the device's rates.
 
-    The counts are those of :mod:`toolkit.quantize.layer`; how far they hold is in docs/results/quantizer.
+    The counts are those of :mod:`toolkit.quantize.layer`; how far they hold is in docs/results.
     """
     flops_rate, bytes_rate = _rates(device)
-    shapes = checkpoint.linear_shapes()
-    weights = sum(k * n for k, n in shapes.values())
     text = checkpoint.text_config
     hidden, inner = int(text["hidden_size"]), int(text["intermediate_size"])
+    shapes = checkpoint.linear_shapes()
+    weights = sum(k * n for k, n in shapes.values())
     squares = 3 * hidden**2 + inner**2
+    held = min(HELD_TOKENS, tokens // 10 + 1)
+    kernels = device.type == "cuda"  # Triton's, which read a weight once where torch reads it ten times
+
     flops = 2.0 * tokens * weights  # the forward pass
-    flops += 1.1 * tokens * squares  # moments, a good half of each
-    flops += 45 * 2 * SCREEN_ROWS * squares  # screening
-    flops += 5 * 2 * hidden * (hidden**2 + inner**2)  # finalists of o and down by moments
-    flops += 5 * 2 * HELD_TOKENS * weights  # of the others by the module's output; and the checks
-    options = 2 * (2 if recipe.clip else 1)
-    flops += (options + 1) * 2 * HELD_TOKENS * weights
-    passes = 40.0 * options  # over the weights, for clips and rounding
+    flops += 1.1 * tokens * squares  # moments: a good half of each
+    traffic = 12.0 * tokens * (8 * hidden + 4 * inner)
+    if recipe.search == "autoawq":  # twenty forwards of each module, weights restored each time
+        flops += 20 * 2.0 * tokens * weights
+        traffic += 20 * _FLOAT * (6 * weights + 4 * tokens * inner)
+    else:
+        rows = 1.3 * SCREEN_ROWS  # of each unit's weight, on average
+        flops += _CANDIDATES * 2 * rows * squares
+        traffic += _CANDIDATES * 10 * _FLOAT * rows * (3 * hidden + inner)
+        flops += _FINALISTS * 2 * hidden * (hidden**2 + inner**2)  # of o and down, exactly
+        flops += (_FINALISTS + 4) * 2 * held * weights  # of the others; and what checks them
+        traffic += 30 * _FLOAT * weights
+    if recipe.clip:
+        traffic += (2 if kernels else 100) * _FLOAT * weights
     if recipe.rounding == "compensated":
-        flops += options * (hidden**2 * 2 * (weights / hidden - inner) + inner**2 * hidden) + squares * inner / 3
-        passes += 20 * options
-    traffic = passes * weights * _FLOAT + 12 * tokens * (8 * hidden + 4 * inner)
+        triangles = (3 * hidden**3 + inner**3) / 3
+        flops += 2 * (hidden * (weights - hidden * inner) + inner * hidden * inner)
+        flops += triangles * (_CHOLESKY if kernels else 2)
+        traffic += (8 if kernels else 40) * _FLOAT * weights
     return flops / flops_rate + traffic / bytes_rate
 
 
 def _rates(device: torch.device) -> tuple[float, float]:
-    """Measure a device: multiplications a second in float32 as the search uses it, bytes a second of a copy."""
+    """Measure a device: operations a second of a float32 product as the search does it, bytes a second of a copy."""
     import torch
 
+    cuda = device.type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = True
-    a = torch.randn(4096, 4096, device=device)
+    size = 8192 if cuda else 1024
+    a = torch.randn(size, size, device=device)
     b = torch.empty_like(a)
 
-    def rate(work: float, repeats: int, call: Callable[[], object]) -> float:
-        call()
-        torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize(device)
-        return work * repeats / (time.perf_counter() - began)
+    def rate(work: float, call: Callable[[], object]) -> float:
+        best = 0.0
+        for _ in range(3):
+            began = time.perf_counter()
+            for _ in range(10):
+                call()
+            if cuda:
+                torch.cuda.synchronize(device)
+            best = max(best, 10 * work / (time.perf_counter() - began))
+        return best
 
-    return rate(2.0 * 4096**3, 20, lambda: torch.mm(a, a, out=b)), rate(8.0 * 4096**2, 50, lambda: b.copy_(a))
+    return rate(2.0 * size**3, lambda: torch.mm(a, a, out=b)), rate(8.0 * size**2, lambda: b.copy_(a))
 
 
 def _packed_bytes(inputs: int, outputs: int, group_size: int) -> int:
