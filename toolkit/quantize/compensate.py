@@ -13,13 +13,14 @@ what that leaves. Columns are rounded from the last to the first.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
+
+from toolkit.quantize.kernels import trusted
 
 __all__ = ["BLOCK", "Factor", "Rounding", "compensate", "factor", "round_block"]
 
@@ -97,13 +98,21 @@ def compensate(weight: Tensor, scales: Tensor, zeros: Tensor, factor: Factor, bi
     Returns:
         values, uint8 [N, K] in 0..2^bits-1; the weight they stand for is (value - zero) x scale.
     """
+    return _compensate(weight, scales, zeros, factor, bits, *_rounder(weight))
+
+
+Rounder = Callable[["Rounding", int, Tensor, Tensor], None]
+
+
+def _compensate(
+    weight: Tensor, scales: Tensor, zeros: Tensor, factor: Factor, bits: int, width: int, rounder: Rounder
+) -> Tensor:
     rows, columns = weight.shape
     groups = factor.order // (columns // scales.shape[1])
     # transposed, so that a column is contiguous
     grid_scales, grid_zeros = (part.t().to(weight.dtype).contiguous() for part in (scales, zeros))
     values = torch.empty((columns, rows), dtype=torch.uint8, device=weight.device)
     rounding = Rounding(weight.t(), grid_scales, grid_zeros, factor.order, groups, 2**bits - 1, values)
-    width, rounder = _rounder(weight)
     _feed_forward(weight.t()[factor.order], factor.feedback, width, partial(rounder, rounding))
     return values.t().contiguous()
 
@@ -176,11 +185,33 @@ def round_block(rounding: Rounding, start: int, targets: Tensor, feedback: Tenso
     rounding.values[channels] = levels.to(torch.uint8)
 
 
-def _rounder(weight: Tensor) -> tuple[int, Callable[[Rounding, int, Tensor, Tensor], None]]:
+def _rounder(weight: Tensor) -> tuple[int, Rounder]:
     """Return what rounds a weight [N, K] fastest, and how many columns at a time."""
-    if weight.is_cuda and weight.dtype == torch.float32 and importlib.util.find_spec("triton") is not None:
+    device = weight.device
+    if weight.dtype == torch.float32 and trusted("compensated rounding", device, lambda: _kernel_agrees(device)):
         from toolkit.quantize import _compensate_kernel as kernel
 
         if weight.shape[1] % kernel.SUB_BLOCK == 0:
             return kernel.BLOCK, kernel.round_block
     return BLOCK, round_block
+
+
+def _kernel_agrees(device: torch.device) -> bool:
+    """Round a small weight with the kernel and without; sums in another order may turn a value here and there."""
+    from toolkit.quantize import _compensate_kernel as kernel
+
+    rng = torch.Generator().manual_seed(0)
+    x = (torch.randn(2048, 512, generator=rng) @ torch.randn(512, 512, generator=rng)).to(device)
+    weight = torch.randn(100, 512, generator=rng).to(device)
+    scales = weight.new_full((100, 4), 0.4).half()
+    zeros = torch.full((100, 4), 8, dtype=torch.uint8, device=device)
+    made = factor(x.t() @ x / len(x), len(x))
+
+    def rounded(width: int, rounder: Rounder) -> tuple[Tensor, float]:
+        values = _compensate(weight, scales, zeros, made, 4, width, rounder)
+        error = x @ ((values.float() - 8) * scales[:, :1].float() - weight).t()
+        return values, float(error.square().sum())
+
+    ours, error = rounded(kernel.BLOCK, kernel.round_block)
+    theirs, limit = rounded(BLOCK, round_block)
+    return float((ours == theirs).float().mean()) > 0.9 and error <= 1.02 * limit

@@ -7,12 +7,11 @@ AWQ (arXiv 2306.00978) chooses scales s for the inputs, W s rounded, s divided o
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 from toolkit.formats import packing
 from toolkit.formats.packing import QuantizedLinear
+from toolkit.quantize.kernels import trusted
 
 __all__ = [
     "Moments",
@@ -130,12 +129,31 @@ def best_clip(
 
 def _has_clip_kernel(weight: torch.Tensor, group: int) -> bool:
     """Return whether the Triton kernel takes this weight: groups that fill its tiles, a GPU that multiplies in TF32."""
+    device = weight.device
     return (
         weight.is_cuda
         and group in (32, 64, 128)
-        and torch.cuda.get_device_capability(weight.device) >= (8, 0)
-        and importlib.util.find_spec("triton") is not None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and trusted(f"clips of {group}", device, lambda: _clip_kernel_agrees(device, group))
     )
+
+
+def _clip_kernel_agrees(device: torch.device, group: int) -> bool:
+    """Search the clips of a small weight with the kernel and without; near ties may fall either way."""
+    from toolkit.quantize import _clip_kernel
+
+    rng = torch.Generator().manual_seed(0)
+    weight = (torch.randn(100, 2 * group, generator=rng) ** 3).to(device)
+    x = (torch.randn(500, 2 * group, generator=rng) @ torch.randn(2 * group, 2 * group, generator=rng)).to(device)
+    moments = group_moments(x, group)
+    w = weight.view(100, 2, group)
+
+    def loss(bounds: torch.Tensor) -> float:
+        d = (_snap(w.clamp(-bounds, bounds), 4) - w).transpose(0, 1)
+        return float((torch.bmm(d, moments) * d).sum())
+
+    ours = loss(_clip_kernel.best_clip(weight, moments, 4, 20, 10, _MIN_RANGE))
+    return ours <= 1.01 * loss(_best_clip(w, moments, 4, 20, 10))
 
 
 def _best_clip(w: torch.Tensor, moments: torch.Tensor, bits: int, grid: int, tried: int) -> torch.Tensor:
