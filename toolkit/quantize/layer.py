@@ -16,7 +16,7 @@ from torch import nn
 from toolkit.formats.packing import QuantizedLinear
 from toolkit.quantize.compensate import Factor, compensate, factor
 from toolkit.quantize.mixed import FUSED
-from toolkit.quantize.plan import SCREEN_ROWS
+from toolkit.quantize.plan import CHUNK_TOKENS, SCREEN_ROWS
 from toolkit.quantize.search import (
     Moments,
     best_clip,
@@ -226,14 +226,15 @@ class LayerSearch:
         return torch.stack(losses)
 
     def _module_output(self, unit: str) -> torch.Tensor:
-        x = self.held.inputs[unit].unsqueeze(0)
-        if unit == "mlp.gate_up_proj":
-            output: torch.Tensor = self.layer.get_submodule("mlp")(x)
-            return output
-        states = self.held.states
-        arguments = states.inputs(states.batch(0, x.shape[1]), x.device)
-        output, _ = self.layer.get_submodule("self_attn")(**{**arguments, "hidden_states": x})
-        return output
+        states, outputs = self.held.states, []
+        for batch in states.batches(CHUNK_TOKENS):
+            x = self.held.inputs[unit][batch.start : batch.stop].unsqueeze(0)
+            if unit == "mlp.gate_up_proj":
+                outputs.append(self.layer.get_submodule("mlp")(x))
+            else:
+                arguments = {**states.inputs(batch, x.device), "hidden_states": x}
+                outputs.append(self.layer.get_submodule("self_attn")(**arguments)[0])
+        return torch.cat(outputs, dim=1)
 
     # --- rounding -----------------------------------------------------------------------------------------------
 

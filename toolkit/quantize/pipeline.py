@@ -18,15 +18,15 @@ from toolkit.errors import AlreadyQuantized, CheckpointError, ManifestError, Res
 from toolkit.quantize.card import model_card, versions
 from toolkit.quantize.journal import Journal, source_identity
 from toolkit.quantize.mixed import Linear, choose, describe, modules_to_not_convert, skipped
+from toolkit.quantize.plan import Plan, check_settings, divide, make_plan
 from toolkit.quantize.progress import RunProgress
 from toolkit.quantize.recipe import Recipe
-from toolkit.quantize.share import Share, divide, in_process, run
+from toolkit.quantize.share import Share, in_process, run
 
 if TYPE_CHECKING:
     import torch
 
     from toolkit.calibration import CalibrationSample, PreparedSample
-    from toolkit.quantize.plan import Plan
 
 __all__ = ["quantize"]
 
@@ -114,8 +114,6 @@ def quantize(
         max_pixels,
         seed,
     )
-    from toolkit.quantize.plan import check_settings
-
     out = Path(out)
     checkpoint = Checkpoint.open(resolve(model, revision))
     if checkpoint.quantization is not None:
@@ -308,8 +306,6 @@ class _Run:
 
     def _plan(self, prepared: Sequence[PreparedSample]) -> Plan:
         """Work out disk, memory and time before anything is loaded."""
-        from toolkit.quantize.plan import make_plan
-
         return make_plan(self.checkpoint, self.recipe, prepared, self._torch_device(), len(self.devices))
 
     def _torch_device(self) -> torch.device:

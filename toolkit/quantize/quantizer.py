@@ -155,11 +155,12 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
         try:
             while first < len(states.lengths):
                 batch = states.batch(first, self.chunk_tokens)
-                try:
+                output = None
+                with contextlib.suppress(torch.OutOfMemoryError):
                     output = layer(**states.inputs(batch, self.device))
-                except torch.OutOfMemoryError as error:
+                if output is None:
                     seen.clear()
-                    self._back_off(error, batch.stop - batch.start if len(batch.lengths) == 1 else None)
+                    self._back_off(batch.stop - batch.start if len(batch.lengths) == 1 else None)
                     continue
                 tokens = slice(batch.start, batch.stop)
                 states.hidden[:, tokens] = output.to(states.hidden.device)
@@ -173,8 +174,11 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
                 handle.remove()
         return states.hidden
 
-    def _back_off(self, error: torch.OutOfMemoryError, alone: int | None = None) -> None:
-        """Halve the micro-batch, or say why that can't help: ``alone`` is the length of a sample on its own."""
+    def _back_off(self, alone: int | None = None) -> None:
+        """Halve the micro-batch, or say why that can't help: ``alone`` is the length of a sample on its own.
+
+        To be called when the error is gone, for as long as it lives it holds on to what the failed pass allocated.
+        """
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if alone is not None:
@@ -182,12 +186,12 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
                 f"out of memory on {self.device}: one sample of {alone} tokens does not fit. Leave such samples "
                 f"out with --max-tokens {self._tokens_that_fit(alone)}, use smaller pictures with --max-pixels, "
                 "or free memory"
-            ) from error
+            )
         if self.chunk_tokens // 2 < _MIN_CHUNK_TOKENS:
             raise ResourceError(
                 f"out of memory on {self.device} even with {self.chunk_tokens} tokens at a time: "
                 "free memory on the device, or choose a larger one (`qvl quantize --dry-run` says what is needed)"
-            ) from error
+            )
         self.chunk_tokens //= 2
         self.on_note(f"{self.device} is out of memory: going on with {self.chunk_tokens} tokens at a time")
 
@@ -384,8 +388,8 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
         outputs: list[torch.Tensor] = []
         done, first = 0, 0
         while done < x.shape[1]:
-            alone = None
-            try:
+            alone, part = None, None
+            with contextlib.suppress(torch.OutOfMemoryError):
                 if hasattr(module, "q_proj"):
                     batch = self.inps.batch(first, self.chunk_tokens)
                     alone = batch.stop - batch.start if len(batch.lengths) == 1 else None
@@ -395,8 +399,8 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
                     first += len(batch.lengths)
                 else:
                     part = module(x[:, done : done + self.chunk_tokens].to(self.device)).to(self.store)
-            except torch.OutOfMemoryError as error:
-                self._back_off(error, alone)
+            if part is None:
+                self._back_off(alone)
                 continue
             outputs.append(part)
             done += part.shape[1]

@@ -6,7 +6,6 @@ pass through the layers before its own.
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import time
@@ -31,10 +30,7 @@ if TYPE_CHECKING:
     from toolkit.calibration import PreparedSample
     from toolkit.quantize.quantizer import LayerResult
 
-__all__ = ["Share", "divide", "in_process", "run"]
-
-#: What a forward pass through a layer costs beside the whole work on it; measured, docs/results/quantizer.
-_FORWARD_SHARE = 0.3
+__all__ = ["Share", "in_process", "run"]
 
 Tell = Callable[[str, Any], None]
 
@@ -57,13 +53,6 @@ class Share:
     wanted: tuple[int, ...]
     balance: tuple[float, ...] | None = None
     report: bool = False
-
-
-def divide(layers: Sequence[int], devices: int) -> list[tuple[int, ...]]:
-    """Share layers out so that all devices end together: a later share is smaller, for it takes time to get there."""
-    weights = [(1 - _FORWARD_SHARE) ** i for i in range(devices)]
-    bounds = [round(len(layers) * sum(weights[:i]) / sum(weights)) for i in range(devices + 1)]
-    return [tuple(layers[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def run(share: Share, samples: Sequence[PreparedSample], tell: Tell) -> None:
