@@ -171,7 +171,7 @@ class _Pass:
 
     def _backward(self, index: int, gradient: torch.Tensor) -> None:
         """Replace the gradient with respect to layer ``index``'s output by that with respect to its input."""
-        layer = self.layers.load(index)
+        layer = self.layers.load(index, then=index - 1)
         for batch in self.states.batches(_TOKENS):
             part = gradient[:, batch.start : batch.stop]
             arguments = self.states.inputs(batch, self.device)
