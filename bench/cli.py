@@ -58,6 +58,7 @@ def register(app: typer.Typer) -> None:
     """Add this package's verbs to ``app``."""
     app.command(rich_help_panel=_PANEL)(bench)
     app.command(rich_help_panel=_PANEL)(compare)
+    app.command(rich_help_panel=_PANEL)(schema)
 
 
 def bench(
@@ -70,7 +71,13 @@ def bench(
     ] = False,
     fail_if: Annotated[list[str] | None, typer.Option(metavar="CONDITION", help=FAIL_IF)] = None,
     tasks: Annotated[
-        str, typer.Option(help="Questions: demo, FILE.jsonl, or none to measure speed alone.", rich_help_panel=ACCURACY)
+        str,
+        typer.Option(
+            metavar="QUESTIONS",
+            help="demo, FILE.jsonl, or none to measure speed alone; docvqa, chartqa, textvqa or mmmu, from the hub or "
+            "as NAME:DIR_OR_HUB_ID@SPLIT.",
+            rich_help_panel=ACCURACY,
+        ),
     ] = "demo",
     per_task: Annotated[
         int | None, typer.Option(min=1, help=f"Questions of each task ({_both('per_task')}).", rich_help_panel=ACCURACY)
@@ -80,7 +87,7 @@ def bench(
     ] = None,
     question_concurrency: Annotated[int, typer.Option(help="Questions in flight.", rich_help_panel=ACCURACY)] = 4,
     margin: Annotated[
-        float, typer.Option(min=0.0, help="Loss, in points, that would not matter.", rich_help_panel=ACCURACY)
+        float, typer.Option(help="Loss, in points, that would not matter.", rich_help_panel=ACCURACY)
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling questions and of resampling.", rich_help_panel=ACCURACY)] = 0,
     concurrency: Annotated[
@@ -200,9 +207,10 @@ def compare(
 ) -> None:
     """Compare the candidate of report A with the candidate of report B; changes are B relative to A.
 
-    Exits 1 on a regression: a --fail-if condition that is met or, without any, an accuracy worse beyond chance.
+    Exits 1 on a regression: a --fail-if condition that is met or, without any, an accuracy worse beyond chance, over
+    all questions or in one task.
 
-    Worse beyond chance: paired by question, the 95% interval lies below zero and reaches past the margin.
+    Worse beyond chance: paired by question, the 95% interval lies below zero and reaches past the margin, and p < 5%.
 
     Exits 2 when the two can't be compared.
     """
@@ -213,13 +221,24 @@ def compare(
     from toolkit.console import warn
 
     conditions = [parse_condition(text) for text in fail_if or []]
-    found = compare_sides(Side(json.read(a), "candidate"), Side(json.read(b), "candidate"), conditions, anyway=anyway)
+    reports = {path: json.read(path) for path in (a, b)}
+    for path, report in reports.items():
+        if json.UPGRADED in report.warnings:
+            warn(f"{path}: {json.UPGRADED}")
+    found = compare_sides(Side(reports[a], "candidate"), Side(reports[b], "candidate"), conditions, anyway=anyway)
     for difference in found.differences:
         warn(f"the reports differ: {difference}")
     terminal.show_comparison(found, stdout, every=every)
-    if not conditions and found.verdict == "worse":
-        _exit_on(["accuracy is worse beyond chance"])
-    _exit_on(found.regressions)
+    worse = [] if conditions or found.accuracy is None else [*found.tasks, found.accuracy]
+    losses = [f"accuracy ({row.task}) is worse beyond chance" for row in worse if row.verdict == "worse"]
+    _exit_on([*found.regressions, *losses])
+
+
+def schema() -> None:
+    """Print the JSON schema of report.json."""
+    from bench.report import json
+
+    typer.echo(json.schema(), nl=False)
 
 
 def _exit_on(regressions: list[str]) -> None:

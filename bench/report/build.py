@@ -4,53 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Literal, get_args
+from typing import get_args
 
 from bench import environment, metrics, resources, stats, tasks
 from bench.client import Trace
 from bench.load import Block
-from bench.report import words
+from bench.report import accuracy, words
 from bench.report.model import (
     Accuracy,
-    Answer,
-    Difference,
     Distribution,
     Environment,
     Failed,
-    Item,
     Report,
     Role,
-    Share,
     SpeedPoint,
     SpeedRatio,
     SystemInfo,
-    TaskAccuracy,
     Verdict,
     Workload,
 )
 from bench.run import Measurements, Plan
-from bench.tasks import RIGHT, Question
+from bench.tasks import Question
 
-__all__ = ["build", "compare_answers", "judge", "task_rows", "workload"]
+__all__ = ["build", "workload"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
-ALL = "all"
 
-STATISTICS = {
-    "accuracy": (
-        "Accuracy = mean score of a task's questions; over all tasks, mean over all questions. Interval: Wilson for "
-        "right/wrong scores, bootstrap for graded ones. A failed request is never a wrong answer: it fails the run."
-    ),
-    "difference": (
-        "Difference = candidate - baseline on the same questions. Interval: Tango's score interval for paired "
-        "right/wrong scores, paired bootstrap for graded ones. p: exact McNemar over the items that flipped."
-    ),
-    "smallest_detectable": (
-        "Smallest detectable = smallest true difference that McNemar's test on so many questions, flipping as often as "
-        "observed, shows with 80% power at 5% (Connor 1987)."
-    ),
-    "ratio": "Ratio = candidate's median / baseline's median over all requests of a point, interval by bootstrap.",
-}
+RATIO = "Ratio = candidate's median / baseline's median over all requests of a point, interval by bootstrap."
 
 
 def workload(
@@ -85,28 +65,37 @@ def build(
     command: str,
     warnings: Sequence[str] = (),
 ) -> Report:
-    """Score and judge what was measured. With any failed request the report is ``failed`` and holds no figure."""
+    """Score and judge what was measured. With any failed request the report is ``failed`` and holds no figure.
+
+    Args:
+        margin: the loss of accuracy that would not matter, as a fraction of 1, above 0.
+    """
     failed = bool(measured.failures)
-    accuracy = None if failed or not questions else _accuracy(measured, questions, work.seed)
+    found: Accuracy | None = None
+    doubts: list[str] = []
+    if questions and not failed:
+        found, doubts = accuracy.answers(questions, measured.answers, seed=work.seed, margin=margin)
     speed = [] if failed else [_point(role, c, blocks) for (role, c), blocks in sorted(measured.blocks.items())]
     labels: dict[Role, str] = {role: system.label for role, system in systems.items()}
-    overall = accuracy.overall if accuracy else None
-    judged = judge(overall.difference, margin) if overall else None
     report = Report(
         status="failed" if failed else "ok",
         created=datetime.now(UTC).replace(microsecond=0),
         duration_s=round(duration_s, 1),
-        verdict=Verdict(accuracy=judged, margin=margin, sentence=words.sentence(overall, judged, margin, labels)),
+        verdict=Verdict(
+            accuracy=found.overall.verdict if found else None,
+            margin=margin,
+            sentence=words.sentence(found, margin, labels),
+        ),
         systems=systems,
         workload=work,
-        accuracy=accuracy,
+        accuracy=found,
         speed=speed,
         speed_ratios=[] if failed else _ratios(measured, work),
         failures=[
             Failed(role=role, phase=phase, kind=failure.kind, message=failure.message, count=count)
             for (role, phase, failure), count in measured.failures.most_common()
         ],
-        warnings=[*warnings, *([] if failed else _doubts(measured, work, accuracy))],
+        warnings=[*warnings, *doubts, *([] if failed else _doubts(measured, work, found))],
         environment=Environment(
             platform=environment.system_name(),
             cpu=environment.cpu_name(),
@@ -116,7 +105,8 @@ def build(
         ),
         definitions={
             **metrics.definitions(),
-            **STATISTICS,
+            **accuracy.DEFINITIONS,
+            "ratio": RATIO,
             "disk": resources.DISK_DEFINITION,
             "host_memory": resources.HOST_DEFINITION,
             "gpu_memory": resources.GPU_DEFINITION,
@@ -126,94 +116,6 @@ def build(
         sentence = words.failure_sentence(report)
         report = report.model_copy(update={"verdict": Verdict(accuracy=None, margin=margin, sentence=sentence)})
     return report
-
-
-# --- accuracy ---------------------------------------------------------------------------------------------------------
-
-
-def judge(difference: Difference, margin: float) -> Literal["no worse", "worse", "can't tell"]:
-    """``no worse`` when the interval lies above -margin, else ``worse`` when it lies below 0, else ``can't tell``."""
-    if difference.low > -margin:
-        return "no worse"
-    return "worse" if difference.high < 0 else "can't tell"
-
-
-def _accuracy(measured: Measurements, questions: Sequence[Question], seed: int) -> Accuracy:
-    items = []
-    for question in questions:
-        answers = {role: _answer(question, measured.answers[role][question.id]) for role in ROLES}
-        items.append(
-            Item(
-                id=question.id,
-                task=question.task,
-                question=question.question,
-                answers=list(question.answers),
-                metric=question.metric,
-                **answers,
-            )
-        )
-    overall, rows = task_rows(items, seed)
-    return Accuracy(
-        overall=overall,
-        tasks=rows,
-        items=items,
-        cut_answers={role: sum(getattr(item, role).finish_reason == "length" for item in items) for role in ROLES},
-    )
-
-
-def _answer(question: Question, trace: Trace) -> Answer:
-    return Answer(text=trace.text, score=tasks.score(question, trace.text), finish_reason=trace.finish_reason)
-
-
-def task_rows(items: Sequence[Item], seed: int) -> tuple[TaskAccuracy, list[TaskAccuracy]]:
-    """Return the row over all items and one row a task, in order of first appearance."""
-    by_task: dict[str, list[Item]] = {}
-    for item in items:
-        by_task.setdefault(item.task, []).append(item)
-    return _row(ALL, items, seed), [_row(task, group, seed) for task, group in by_task.items()]
-
-
-def _row(task: str, items: Sequence[Item], seed: int) -> TaskAccuracy:
-    before = [item.baseline.score for item in items]
-    after = [item.candidate.score for item in items]
-    kinds = sorted({item.metric for item in items})
-    return TaskAccuracy(
-        task=task,
-        metric=" + ".join(kinds),
-        n=len(items),
-        baseline=_share(before, seed),
-        candidate=_share(after, seed),
-        difference=compare_answers(before, after, seed),
-    )
-
-
-def _binary(scores: Iterable[float]) -> bool:
-    return all(score in (0.0, 1.0) for score in scores)
-
-
-def _share(scores: Sequence[float], seed: int) -> Share:
-    found = stats.wilson(round(sum(scores)), len(scores)) if _binary(scores) else stats.mean_interval(scores, seed=seed)
-    return Share(value=found.value, low=found.low, high=found.high)
-
-
-def compare_answers(before: Sequence[float], after: Sequence[float], seed: int) -> Difference:
-    """Compare the scores (0 to 1) of two systems on the same items, in the same order."""
-    flips = stats.flips([score >= RIGHT for score in before], [score >= RIGHT for score in after])
-    binary = _binary(before) and _binary(after)
-    if binary:
-        found = stats.paired_proportions(flips.lost, flips.won, flips.n)
-    else:
-        found = stats.paired_bootstrap([a - b for b, a in zip(before, after, strict=True)], seed=seed)
-    return Difference(
-        value=found.value,
-        low=found.low,
-        high=found.high,
-        method="tango" if binary else "bootstrap",
-        p_value=stats.mcnemar(flips.lost, flips.won),
-        lost=flips.lost,
-        won=flips.won,
-        smallest_detectable=stats.smallest_detectable(flips.n, (flips.lost + flips.won) / flips.n),
-    )
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
@@ -279,7 +181,7 @@ def _ratios(measured: Measurements, work: Workload) -> list[SpeedRatio]:
     return ratios
 
 
-def _doubts(measured: Measurements, work: Workload, accuracy: Accuracy | None) -> list[str]:
+def _doubts(measured: Measurements, work: Workload, found: Accuracy | None) -> list[str]:
     """What a reader should know before trusting a figure."""
     doubts = []
     for role in ROLES:
@@ -302,8 +204,8 @@ def _doubts(measured: Measurements, work: Workload, accuracy: Accuracy | None) -
             )
     if work.requests and min(work.requests) < 100:
         doubts.append(f"{min(work.requests)} requests a point: p99 is close to the slowest request, read it as such")
-    if accuracy:
-        for role, cut in accuracy.cut_answers.items():
+    if found:
+        for role, cut in found.cut_answers.items():
             if cut:
                 doubts.append(
                     f"{cut} of the {role}'s answers were cut at {work.answer_tokens} tokens; raise --answer-tokens"

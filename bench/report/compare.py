@@ -19,8 +19,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench.report.build import compare_answers, judge
-from bench.report.model import Difference, Report, Role
+from bench.report.accuracy import Pair, rows
+from bench.report.model import Item, Report, Role, TaskAccuracy
 from toolkit.errors import BenchError
 
 __all__ = ["Comparison", "Condition", "Metric", "Side", "compare", "parse_condition", "snapshot"]
@@ -161,8 +161,9 @@ class Comparison:
 
     Attributes:
         rows: metric, its value in A and in B; those both have.
-        accuracy: paired by item, when both answered the same questions.
-        verdict: of ``accuracy`` against the margin.
+        accuracy: over all items, paired, when both answered the same questions; A is its baseline, B its candidate,
+            and its verdict goes by B's margin.
+        tasks: the same for each task.
         differences: in what was measured or on what; empty when the two can be compared without a doubt.
         regressions: a line for each condition that is met.
     """
@@ -170,15 +171,34 @@ class Comparison:
     a: Side
     b: Side
     rows: list[tuple[Metric, float, float]]
-    accuracy: Difference | None
-    verdict: str | None
+    accuracy: TaskAccuracy | None
+    tasks: list[TaskAccuracy]
     differences: list[str]
     regressions: list[str]
 
 
-def _scores(side: Side) -> dict[str, float]:
+def _items(side: Side) -> dict[str, Item]:
     accuracy = side.report.accuracy
-    return {item.id: getattr(item, side.role).score for item in accuracy.items} if accuracy else {}
+    return {item.id: item for item in accuracy.items} if accuracy else {}
+
+
+def _pairs(a: Side, b: Side) -> list[Pair]:
+    """Pair the scores of two systems that answered the same questions; none when they did not."""
+    before, after = _items(a), _items(b)
+    if before.keys() != after.keys():
+        return []
+    # A report of schema version 1 knows no clusters; then the other's count.
+    known = min((before, after), key=lambda items: len({item.cluster for item in items.values()}))
+    return [
+        Pair(
+            task=item.task,
+            metric=item.metric,
+            cluster=known[item.id].cluster,
+            before=getattr(item, a.role).score,
+            after=getattr(after[item.id], b.role).score,
+        )
+        for item in before.values()
+    ]
 
 
 def _differences(a: Report, b: Report) -> tuple[list[str], list[str], list[str]]:
@@ -242,17 +262,17 @@ def compare(a: Side, b: Side, conditions: Sequence[Condition] = (), *, anyway: b
             for metric in tested
             if condition.met(before[metric], after[metric])
         ]
-    scores = _scores(a), _scores(b)
-    accuracy = None
-    if scores[0] and scores[0].keys() == scores[1].keys() and not questions:
-        ids = list(scores[0])
-        accuracy = compare_answers([scores[0][i] for i in ids], [scores[1][i] for i in ids], a.report.workload.seed)
+    overall: TaskAccuracy | None = None
+    by_task: list[TaskAccuracy] = []
+    pairs = [] if questions else _pairs(a, b)
+    if pairs:
+        overall, by_task = rows(pairs, seed=a.report.workload.seed, margin=b.report.verdict.margin)
     return Comparison(
         a=a,
         b=b,
         rows=[(metric, before[metric], after[metric]) for metric in shared],
-        accuracy=accuracy,
-        verdict=judge(accuracy, b.report.verdict.margin) if accuracy else None,
+        accuracy=overall,
+        tasks=by_task,
         differences=questions + load + machine,
         regressions=regressions,
     )

@@ -8,11 +8,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from bench.report import markdown, plots, words
-from bench.report.model import Report, Role
+from bench.report.model import Item, Report, Role
 
 __all__ = ["render"]
 
-FLIPS_SHOWN = 30
 ROLES: tuple[Role, ...] = ("baseline", "candidate")
 
 #: verdict -> CSS class, sign, heading. The sign and the words carry the meaning, colour only repeats it.
@@ -80,6 +79,31 @@ def cards(report: Report) -> list[Card]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Flips:
+    """The answers of one task that flipped, the lost ones first."""
+
+    task: str
+    lost: list[Item]
+    won: list[Item]
+
+
+def flips(report: Report) -> list[Flips]:
+    """The answers that flipped by task, in the report's order; tasks without any are left out."""
+    if not report.accuracy:
+        return []
+    flipped = report.accuracy.flipped
+    groups = [
+        Flips(
+            row.task,
+            [item for item in flipped if (item.task, item.flip) == (row.task, "lost")],
+            [item for item in flipped if (item.task, item.flip) == (row.task, "won")],
+        )
+        for row in report.accuracy.tasks
+    ]
+    return [group for group in groups if group.lost or group.won]
+
+
 def render(report: Report) -> str:
     """Return the report as one self-contained HTML page."""
     environment = Environment(
@@ -97,19 +121,21 @@ def render(report: Report) -> str:
         "number": words.number,
         "ratio": words.ratio,
         "gib": words.gib,
+        "limit": words.limit,
+        "questions": words.questions,
+        "golds": words.golds,
+        "picture_of": (report.accuracy.thumbnails if report.accuracy else {}).get,
     }
-    flipped = []
-    if report.accuracy:
-        flipped = [i for i in report.accuracy.items if (i.baseline.score >= 0.5) != (i.candidate.score >= 0.5)]
-    badge = BADGES["failed" if report.status == "failed" else report.verdict.accuracy]
+    tasks = report.accuracy.tasks if report.accuracy else []
     return environment.get_template("report.html.j2").render(
         report=report,
         roles=ROLES,
-        badge=badge,
+        badges=BADGES,
+        badge=BADGES["failed" if report.status == "failed" else report.verdict.accuracy],
+        worse_tasks=[row.task for row in tasks if row.verdict == "worse"] if len(tasks) > 1 else [],
         cards=[] if report.status == "failed" else cards(report),
-        flipped=flipped[:FLIPS_SHOWN],
-        flips_left_out=max(0, len(flipped) - FLIPS_SHOWN),
-        accuracy_plot=Markup(plots.accuracy_plot(report.accuracy.tasks)) if report.accuracy else None,
+        flips=flips(report),
+        accuracy_plot=Markup(plots.accuracy_plot(tasks)) if report.accuracy else None,
         speed_plots=[(title, reading, Markup(svg)) for title, reading, svg in plots.speed_plots(report)],
         workload_text=markdown.workload_text(report),
     )

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
-from bench.report.model import SCHEMA_VERSION, Report
+from bench.report.model import SCHEMA_VERSION, Accuracy, Item, Report, Role
 from toolkit.errors import BenchError
 
-__all__ = ["FILE", "read", "render"]
+__all__ = ["FILE", "UPGRADED", "read", "render", "schema"]
 
 FILE = "report.json"
+#: Among the warnings of a report that was read from schema version 1.
+UPGRADED = (
+    "the report is of schema version 1: its answers were scored and judged anew, and which questions share a picture "
+    "is not known, so each counts by itself"
+)
+ROLES: tuple[Role, ...] = ("baseline", "candidate")
 
 
 def render(report: Report) -> str:
@@ -20,8 +28,15 @@ def render(report: Report) -> str:
     return report.model_dump_json(indent=1) + "\n"
 
 
+def schema() -> str:
+    """Return the JSON schema (draft 2020-12) of report.json."""
+    found = Report.model_json_schema(mode="serialization")
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema"} | found, indent=2) + "\n"
+
+
 def read(path: Path) -> Report:
-    """Read a report from its directory or file.
+    """Read a report from its directory or file. One of schema version 1 is brought up to date, and says so in its
+    warnings.
 
     Raises:
         BenchError: no such report, not JSON, another schema version, or not a report.
@@ -38,16 +53,47 @@ def read(path: Path) -> Report:
     version = data.get("schema_version") if isinstance(data, dict) else None
     if not isinstance(version, int):
         raise BenchError(f"{file}: not a report of `qvl bench` (no schema_version)")
-    if version != SCHEMA_VERSION:
+    if version not in (1, SCHEMA_VERSION):
         raise BenchError(
-            f"{file}: schema version {version}, this qvl reads {SCHEMA_VERSION}; "
+            f"{file}: schema version {version}, this qvl reads 1 and {SCHEMA_VERSION}; "
             "use the qvl that wrote it, or measure again"
         )
     try:
-        return Report.model_validate(data)
+        return Report.model_validate(_upgraded(data) if version == 1 else data)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise BenchError(f"{file}: not a valid report of schema version 1: {error!r}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise BenchError(
             f"{file}: not a valid report: {where}: {first['msg']} ({error.error_count()} problems)"
         ) from error
+
+
+def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
+    """Bring a report of schema version 1 up to date: score its answers and judge its tasks as it is done now."""
+    from bench.report import accuracy, words
+    from bench.scoring import grade
+
+    data = copy.deepcopy(old) | {"schema_version": SCHEMA_VERSION, "warnings": [*old["warnings"], UPGRADED]}
+    if not data["accuracy"]:
+        return data
+    items = []
+    for item in data["accuracy"]["items"]:
+        for role in ROLES:
+            again = grade(item["metric"], item[role]["text"], item["answers"])
+            item[role] |= {"score": again.score, "note": again.note}
+        alone = {"choices": [], "cluster": f"question {item['id']}", "pictures": []}
+        items.append(Item.model_validate(item | alone))
+    pairs = [accuracy.pair(item) for item in items]
+    margin = data["verdict"]["margin"]
+    overall, tasks = accuracy.rows(pairs, seed=data["workload"]["seed"], margin=margin)
+    cut = data["accuracy"]["cut_answers"]
+    found = Accuracy(overall=overall, tasks=tasks, items=items, thumbnails={}, cut_answers=cut)
+    labels: dict[Role, str] = {role: data["systems"][role]["label"] for role in ROLES}
+    judged = {"accuracy": overall.verdict, "sentence": words.sentence(found, margin, labels)}
+    return data | {
+        "accuracy": found.model_dump(),
+        "verdict": data["verdict"] | judged,
+        "definitions": data["definitions"] | accuracy.DEFINITIONS,
+    }

@@ -9,12 +9,16 @@ from bench.report.model import Distribution, Report, Role, SystemInfo
 
 __all__ = ["render"]
 
+#: Rows and characters a cell: a comment on a pull request holds 65,536.
+FLIPS_SHOWN, BRIEF = 60, 160
 ROLES: tuple[Role, ...] = ("baseline", "candidate")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        # An answer may hold anything; it must neither end a cell nor be taken for a tag.
+        plain = (cell.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for cell in cells)
+        return "| " + " | ".join(plain) + " |"
 
     return "\n".join([line(head), line(["---", *["---:"] * (len(head) - 1)]), *map(line, rows)])
 
@@ -36,8 +40,12 @@ def render(report: Report) -> str:
         parts += [
             "## Accuracy",
             accuracy_table(report),
-            "Intervals are 95%. Lost: right before, wrong now; won: the other way.",
+            "Intervals are 95%. Lost: right before, wrong now; won: the other way. "
+            "p is adjusted for the number of tasks; verdicts are against a margin of "
+            f"{words.limit(report.verdict.margin)}.",
         ]
+        if report.accuracy.flipped:
+            parts += ["## Answers that changed between right and wrong", *flips(report)]
     if report.speed:
         parts += ["## Speed", speed_table(report), "Each cell: p50 / p90 / p99."]
     if base.booted or cand.booted:
@@ -60,16 +68,44 @@ def accuracy_table(report: Report) -> str:
         rows.append(
             [
                 row.task,
-                str(row.n),
+                row.verdict + (f" (needs {words.questions(row.items_needed)})" if row.items_needed else ""),
+                str(row.n) + (f" in {row.clusters} clusters" if row.clusters < row.n else ""),
                 f"{words.percent(row.baseline.value)} ({words.interval(row.baseline)})",
                 f"{words.percent(row.candidate.value)} ({words.interval(row.candidate)})",
                 f"{words.points(d.value)} ({words.interval(d)})",
+                f"{words.percent(row.recovery.value)} ({words.interval(row.recovery)})" if row.recovery else "–",
                 f"{d.lost} / {d.won}",
-                words.p_value(d.p_value),
+                words.p_value(row.p_adjusted),
             ]
         )
     base, cand = report.systems["baseline"].label, report.systems["candidate"].label
-    return _table(["task", "n", base, cand, "difference, points", "lost / won", "p"], rows)
+    return _table(["task", "verdict", "n", base, cand, "difference, points", "recovery", "lost / won", "p"], rows)
+
+
+def flips(report: Report) -> list[str]:
+    """The answers that flipped, as a table, and how many more there are."""
+    assert report.accuracy
+    flipped = report.accuracy.flipped
+    rows = [
+        [
+            item.flip or "",
+            item.id,
+            _brief(item.question),
+            _brief(words.golds(item)),
+            *(_brief(words.answer(getattr(item, role))) for role in ROLES),
+        ]
+        for item in flipped[:FLIPS_SHOWN]
+    ]
+    labels = [report.systems[role].label for role in ROLES]
+    parts = [_table(["", "item", "question", "right answer", *labels], rows)]
+    if len(flipped) > FLIPS_SHOWN:
+        parts.append(f"{len(flipped) - FLIPS_SHOWN} more, and the pictures, are in report.html.")
+    return parts
+
+
+def _brief(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= BRIEF else f"{text[: BRIEF - 1]}…"
 
 
 def _three(distribution: Distribution | None) -> str:

@@ -1,7 +1,10 @@
 """The schema of a report. Everything shown in markdown, HTML and the terminal is read from here.
 
 Units are in the names: ``_ms`` milliseconds, ``_s`` seconds, ``_bytes`` bytes. Accuracies and their differences are
-fractions of 1. ``schema_version`` grows when a reader of the old shape would misread the new one.
+fractions of 1. ``schema_version`` grows when a reader of the old shape would misread the new one:
+
+- 2: clusters, recovery, and a verdict for each task; grades with notes; pictures of the answers that flipped.
+- 1: the first. `bench.report.json` reads it by scoring its answers anew.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from datetime import datetime
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from bench.scoring import RIGHT
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -20,6 +25,7 @@ __all__ = [
     "Environment",
     "Failed",
     "Item",
+    "Judgement",
     "Memory",
     "Report",
     "Role",
@@ -33,9 +39,10 @@ __all__ = [
 ]
 
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 
 Role = Literal["baseline", "candidate"]
+Judgement = Literal["no worse", "worse", "can't tell"]
 
 
 class Model(BaseModel):
@@ -83,7 +90,7 @@ class SpeedRatio(Model):
 
 
 class Share(Model):
-    """A mean score as a fraction of 1 with its 95% interval."""
+    """A mean score as a fraction of 1, or the share of the baseline's that the candidate keeps; a 95% interval."""
 
     value: float
     low: float
@@ -95,9 +102,10 @@ class Difference(Model):
 
     Attributes:
         method: ``tango`` for right/wrong scores, ``bootstrap`` for graded ones.
-        p_value: exact McNemar over right and wrong.
-        lost: items right before and wrong now.
+        p_value: of the sign-flip test by cluster: exact McNemar for right/wrong scores when no items share a cluster.
+        lost: items right before and wrong now (right: a score of at least 0.5).
         won: items wrong before and right now.
+        design_effect: n items tell as much as n / design_effect independent ones; 1 when none share a cluster.
         smallest_detectable: what this number of items could have shown (80% power), as a fraction of 1.
     """
 
@@ -108,38 +116,75 @@ class Difference(Model):
     p_value: float
     lost: int
     won: int
+    design_effect: float
     smallest_detectable: float
 
 
 class TaskAccuracy(Model):
-    """One task, or all of them together under the name ``all``."""
+    """One task, or all of them together under the name ``all``.
+
+    Attributes:
+        clusters: groups of items that share a picture or document; n when every item stands alone.
+        recovery: candidate's mean score / baseline's; None when the baseline scored next to nothing.
+        verdict: against the report's margin; see `Verdict.accuracy`.
+        p_adjusted: the p-value of the difference, adjusted by Holm for there being several tasks; ``all`` is not one of
+            them and keeps its own.
+        items_needed: with ``can't tell``: how many items like these would settle it with 80% power.
+    """
 
     task: str
     metric: str
     n: int
+    clusters: int
     baseline: Share
     candidate: Share
     difference: Difference
+    recovery: Share | None
+    verdict: Judgement
+    p_adjusted: float
+    items_needed: int | None
 
 
 class Answer(Model):
-    """What a system answered to one question."""
+    """What a system answered to one question.
+
+    Attributes:
+        note: what to know about the score, such as an answer that names several options.
+    """
 
     text: str
     score: float
+    note: str | None
     finish_reason: str | None
 
 
 class Item(Model):
-    """One question with both answers."""
+    """One question with both answers, and all it takes to score them again.
+
+    Attributes:
+        question: as it was asked, options included.
+        answers: the right ones; letters for multiple choice.
+        choices: the options' texts, for multiple choice alone.
+        cluster: equal for items that are resampled together.
+        pictures: SHA-256 of each as it was sent.
+    """
 
     id: str
     task: str
     question: str
     answers: list[str]
     metric: str
+    choices: list[str]
+    cluster: str
+    pictures: list[str]
     baseline: Answer
     candidate: Answer
+
+    @property
+    def flip(self) -> Literal["lost", "won"] | None:
+        """``lost``: right in the baseline, wrong in the candidate; ``won``: the other way."""
+        before, after = self.baseline.score >= RIGHT, self.candidate.score >= RIGHT
+        return None if before == after else "lost" if before else "won"
 
 
 class Accuracy(Model):
@@ -148,7 +193,15 @@ class Accuracy(Model):
     overall: TaskAccuracy
     tasks: list[TaskAccuracy]
     items: list[Item]
+    thumbnails: dict[str, str] = Field(
+        description="data URLs of the pictures of items that flipped, scaled down, by the SHA-256 of the original"
+    )
     cut_answers: dict[Role, int] = Field(description="answers that hit max_tokens before they ended")
+
+    @property
+    def flipped(self) -> list[Item]:
+        """The items that changed between right and wrong, in the order they were asked."""
+        return [item for item in self.items if item.flip]
 
 
 class Memory(Model):
@@ -219,13 +272,13 @@ class Verdict(Model):
     """The answer in a sentence.
 
     Attributes:
-        accuracy: ``no worse``: the interval of the difference lies above -margin; ``worse``: it lies below 0; ``can't
-            tell``: neither; None when accuracy was not measured.
+        accuracy: over all items. ``no worse``: the 95% interval of the difference lies above -margin; ``worse``: not
+            so, it lies below 0, and p is below 5%; ``can't tell``: neither; None when accuracy was not measured.
         margin: the loss that would not matter, as a fraction of 1.
         sentence: what a reader should take away.
     """
 
-    accuracy: Literal["no worse", "worse", "can't tell"] | None
+    accuracy: Judgement | None
     margin: float
     sentence: str
 
@@ -233,7 +286,7 @@ class Verdict(Model):
 class Report(Model):
     """Everything one `qvl bench` found out. A failed run has no figures: neither accuracy nor speed, only failures."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     status: Literal["ok", "failed"]
     created: datetime
     duration_s: float

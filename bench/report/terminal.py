@@ -22,10 +22,10 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def show(report: Report, console: Console) -> None:
-    """Print verdict, accuracy by task, speed by concurrency, and size."""
+    """Print accuracy and verdict by task, speed by concurrency, size, and the verdict over all."""
     base, cand = (report.systems[role].label for role in ROLES)
     if report.accuracy:
-        table = _table("Accuracy", "task", "n", base, cand, "points", "95% interval", "lost/won", "p")
+        table = _table("Accuracy", "task", "n", base, cand, "points", "95% interval", "lost/won", "verdict")
         for row in [*report.accuracy.tasks, report.accuracy.overall]:
             d = row.difference
             table.add_row(
@@ -36,7 +36,7 @@ def show(report: Report, console: Console) -> None:
                 words.points(d.value),
                 words.interval(d),
                 f"{d.lost}/{d.won}",
-                words.p_value(d.p_value),
+                row.verdict,
                 style="bold" if row is report.accuracy.overall else None,
             )
         console.print(table, "")
@@ -95,9 +95,17 @@ def show_comparison(comparison: Comparison, console: Console, *, every: bool = F
         table.add_row(str(metric), _shown(metric, before), _shown(metric, after), change)
     console.print(table, "")
     if comparison.accuracy:
-        d = comparison.accuracy
-        console.print(
-            f"accuracy, item by item: {words.points(d.value)} points (95% interval {words.interval(d)}), "
-            f"{d.lost} lost, {d.won} won, p = {words.p_value(d.p_value)}: {comparison.verdict}",
-            highlight=False,
-        )
+        table = _table("Accuracy, item by item", "task", "n", "points", "95% interval", "lost/won", "p", "verdict")
+        for row in [*comparison.tasks, comparison.accuracy]:
+            d = row.difference
+            table.add_row(
+                row.task,
+                str(row.n),
+                words.points(d.value),
+                words.interval(d),
+                f"{d.lost}/{d.won}",
+                words.p_value(row.p_adjusted),
+                row.verdict,
+                style="bold" if row is comparison.accuracy else None,
+            )
+        console.print(table)

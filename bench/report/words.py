@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-from bench.report.model import Difference, Report, Role, Share, TaskAccuracy
+from collections import Counter
 
-__all__ = ["change", "gib", "interval", "milliseconds", "number", "p_value", "percent", "points", "ratio", "sentence"]
+from bench.report.model import Accuracy, Answer, Difference, Item, Report, Role, Share
+
+__all__ = [
+    "answer",
+    "change",
+    "failure_sentence",
+    "gib",
+    "golds",
+    "interval",
+    "limit",
+    "milliseconds",
+    "number",
+    "p_value",
+    "percent",
+    "points",
+    "questions",
+    "ratio",
+    "sentence",
+]
 
 MINUS = "\u2212"
 
@@ -67,24 +85,54 @@ def change(before: float, after: float) -> str:
     return text.replace("-", MINUS)
 
 
-def sentence(overall: TaskAccuracy | None, accuracy_verdict: str | None, margin: float, labels: dict[Role, str]) -> str:
-    """The verdict on accuracy in one sentence."""
-    if overall is None or accuracy_verdict is None:
+def questions(count: int) -> str:
+    """A number of questions that was estimated: two significant digits, rounded up."""
+    step = 10 ** max(0, len(str(count)) - 2)
+    return f"{-(-count // step) * step:,}"
+
+
+def limit(margin: float) -> str:
+    """A margin, a fraction of 1, as ``1 point`` or ``0.5 points``."""
+    return f"{100 * margin:g} point{'' if 100 * margin == 1 else 's'}"
+
+
+def golds(item: Item) -> str:
+    """The right answers of an item; what several people said is counted."""
+    if item.metric != "vqa":
+        return " / ".join(item.answers)
+    return ", ".join(f"{said} (×{count})" for said, count in Counter(item.answers).most_common())
+
+
+def answer(given: Answer) -> str:
+    """What a system answered, with what there is to know about it."""
+    text = given.text.strip() or "(empty)"
+    remarks = [given.note] if given.note else []
+    remarks += ["cut at the token limit"] if given.finish_reason == "length" else []
+    return f"{text} [{'; '.join(remarks)}]" if remarks else text
+
+
+def sentence(found: Accuracy | None, margin: float, labels: dict[Role, str]) -> str:
+    """The verdict on accuracy in a sentence or two."""
+    if found is None:
         return "Accuracy was not measured."
-    d = overall.difference
-    scores = (
-        f"{labels['candidate']} scores {percent(overall.candidate.value)}, {labels['baseline']} "
-        f"{percent(overall.baseline.value)}, on {overall.n} questions "
-        f"({points(d.value)} points, 95% interval {interval(d)})"
+    row = found.overall
+    d = row.difference
+    text = (
+        f"{labels['candidate']} scores {percent(row.candidate.value)}, {labels['baseline']} "
+        f"{percent(row.baseline.value)}, on {row.n} questions ({points(d.value)} points, 95% interval {interval(d)}): "
     )
-    if accuracy_verdict == "worse":
-        return f"{scores}: a loss beyond chance."
-    if accuracy_verdict == "no worse":
-        return f"{scores}: a loss of more than {100 * margin:g} points is ruled out."
-    if d.smallest_detectable >= 1:
-        return f"{scores}: so few questions can show no loss at all."
-    shown = 100 * d.smallest_detectable
-    return f"{scores}: no loss shown, none ruled out; this many questions show losses from about {shown:.1f} points on."
+    if row.verdict == "worse":
+        text += "a loss beyond chance."
+    elif row.verdict == "no worse":
+        text += f"a loss of more than {limit(margin)} is ruled out{', a smaller one is there' * (d.high < 0)}."
+    else:
+        text += f"no loss is shown, and one of more than {limit(margin)} is not ruled out."
+        if row.items_needed:
+            text += f" About {questions(row.items_needed)} questions like these would tell."
+    worse = [task.task for task in found.tasks if task.verdict == "worse"]
+    if worse and len(found.tasks) > 1:
+        text += f" Worse by {'itself' if len(worse) == 1 else 'themselves'}: {', '.join(worse)}."
+    return text
 
 
 def failure_sentence(report: Report) -> str:

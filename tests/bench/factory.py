@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Sequence
 from typing import Any
+
+from PIL import Image
 
 from bench.client import Failure, Trace
 from bench.load import Block
 from bench.report.build import build, workload
 from bench.report.model import Memory, Report, Role, SystemInfo
 from bench.run import Measurements, Plan
-from bench.tasks import Question
+from bench.tasks import Picture, Question, check_picture
 
 PLAN = Plan(concurrencies=(1, 4), requests=8, rounds=2, output_tokens=5, image_sizes=((56, 56),), nonce="n")
 
@@ -22,6 +26,22 @@ def trace(text: str = "x", ttft: float = 0.1, gap: float = 0.02, n: int = 5, cou
 
 def questions(per_task: int, tasks: Sequence[str] = ("red", "blue"), metric: str = "exact") -> list[Question]:
     return [Question(f"{task}-{i}", task, "Which?", ("yes",), metric) for task in tasks for i in range(per_task)]
+
+
+def picture(number: int, width: int = 48, height: int = 32) -> Picture:
+    """A picture that differs from those of other numbers."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (number % 256, number // 256, 90)).save(buffer, "PNG")
+    return check_picture(buffer.getvalue(), "test", "picture")
+
+
+def pictured(pictures: int, each: int, task: str = "scans") -> list[Question]:
+    """Questions, ``each`` of them about one of so many pictures, in turn."""
+    known = [picture(number) for number in range(pictures)]
+    return [
+        Question(f"{task}-{i}", task, "Which?", ("yes",), pictures=(known[i % pictures],))
+        for i in range(pictures * each)
+    ]
 
 
 def system(role: Role, **changes: Any) -> SystemInfo:
@@ -72,3 +92,19 @@ def report(
         duration_s=1.0,
         command="qvl bench",
     )
+
+
+def first_version(found: Report) -> dict[str, Any]:
+    """What a report looked like in schema version 1."""
+    data: dict[str, Any] = json.loads(found.model_dump_json()) | {"schema_version": 1}
+    del data["accuracy"]["thumbnails"]
+    for row in [data["accuracy"]["overall"], *data["accuracy"]["tasks"]]:
+        for name in ("clusters", "recovery", "verdict", "p_adjusted", "items_needed"):
+            del row[name]
+        del row["difference"]["design_effect"]
+    for item in data["accuracy"]["items"]:
+        for name in ("choices", "cluster", "pictures"):
+            del item[name]
+        for role in ("baseline", "candidate"):
+            del item[role]["note"]
+    return data

@@ -5,7 +5,7 @@ import pytest
 from bench.client import Failure
 from bench.report.compare import Side, compare, parse_condition, snapshot
 from bench.report.model import Report
-from tests.bench.factory import questions, report, system
+from tests.bench.factory import pictured, questions, report, system
 from toolkit.errors import BenchError
 
 
@@ -113,14 +113,43 @@ def test_without_a_concurrency_any_one_counts() -> None:
 def test_accuracies_are_paired_by_item() -> None:
     found = compare(*sides(report({"candidate": {"red-1"}}), report({"candidate": {"red-2", "red-3"}})))
     assert found.accuracy is not None
-    assert (found.accuracy.lost, found.accuracy.won) == (2, 1)
-    assert found.verdict == "can't tell"
+    assert (found.accuracy.difference.lost, found.accuracy.difference.won) == (2, 1)
+    assert found.accuracy.verdict == "can't tell"
+    assert [(row.task, row.difference.lost, row.difference.won) for row in found.tasks] == [
+        ("red", 2, 1),
+        ("blue", 0, 0),
+    ]
+
+
+def test_clusters_are_counted_as_in_one_report() -> None:
+    asked = pictured(8, each=5)
+    lost = {q.id for q in asked if q.pictures == asked[0].pictures}
+    found = compare(*sides(report(asked=asked), report({"candidate": lost}, asked=asked))).accuracy
+    assert found is not None
+    assert (found.clusters, found.difference.lost, found.difference.p_value) == (8, 5, 1.0)
+
+
+def test_one_side_that_knows_the_clusters_is_enough() -> None:
+    new = report(asked=pictured(8, each=5))
+    assert new.accuracy is not None
+    alone = [item.model_copy(update={"cluster": f"question {item.id}"}) for item in new.accuracy.items]
+    old = new.model_copy(update={"accuracy": new.accuracy.model_copy(update={"items": alone})})
+    for pair in ((old, new), (new, old)):
+        found = compare(*sides(*pair)).accuracy
+        assert found is not None and found.clusters == 8
+
+
+def test_verdicts_go_by_the_margin_of_the_report_that_is_judged() -> None:
+    fine = compare(*sides(report(margin=0.01), report(margin=0.2))).accuracy
+    strict = compare(*sides(report(margin=0.2), report(margin=0.01))).accuracy
+    assert fine is not None and strict is not None
+    assert (fine.verdict, strict.verdict) == ("no worse", "can't tell")
 
 
 def test_the_baseline_can_be_compared_with_the_candidate_of_one_report() -> None:
     both = report({"candidate": {f"red-{i}" for i in range(10)}})
     found = compare(Side(both, "baseline"), Side(both, "candidate"), [parse_condition("accuracy<-1pt")])
-    assert found.regressions and found.verdict == "worse"
+    assert found.regressions and found.accuracy is not None and found.accuracy.verdict == "worse"
 
 
 def test_failed_reports_cannot_be_compared() -> None:

@@ -4,6 +4,7 @@ import json as stdlib_json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -12,10 +13,12 @@ from bench import report as reports
 from bench.client import Failure
 from bench.report import html, json, markdown, terminal, words
 from bench.report.compare import Side, compare
-from bench.report.model import Report
+from bench.report.model import SCHEMA_VERSION, Report, Role
 from bench.tasks import Question
-from tests.bench.factory import report
+from tests.bench.factory import first_version, pictured, questions, report
 from toolkit.errors import BenchError
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,51 @@ def test_json_survives_a_round_trip(tmp_path: Path) -> None:
 
 
 def test_the_schema_has_a_version() -> None:
-    assert stdlib_json.loads(json.render(report()))["schema_version"] == 1
+    assert stdlib_json.loads(json.render(report()))["schema_version"] == SCHEMA_VERSION == 2
+
+
+def test_the_printed_schema_describes_what_is_written() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    check = jsonschema.Draft202012Validator(stdlib_json.loads(json.schema()))
+    asked = pictured(4, each=2)
+    for found in (
+        report({"candidate": {"scans-1"}}, asked=asked),
+        report(failure=Failure("http", "no")),
+        report(asked=[]),
+    ):
+        data = stdlib_json.loads(json.render(found))
+        assert list(check.iter_errors(data)) == []
+    data["accuracy"] = {"overall": "fine"}
+    assert list(check.iter_errors(data))
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*/report.json")), ids=lambda file: file.parent.name)
+def test_the_committed_reports_can_be_read(file: Path) -> None:
+    data = stdlib_json.loads(file.read_text())
+    found = json.read(file)
+    assert (json.UPGRADED in found.warnings) == (data["schema_version"] == 1)
+    if data["schema_version"] == SCHEMA_VERSION:
+        assert stdlib_json.loads(json.render(found)) == data
+
+
+def test_a_report_of_the_first_version_is_judged_anew(tmp_path: Path) -> None:
+    new = report({"candidate": {f"red-{i}" for i in range(10)}})
+    old = first_version(new)
+    old["accuracy"]["items"][30]["candidate"]["score"] = 0.0  # the rules of that day, not today's
+    old["verdict"]["accuracy"] = "no worse"
+    (tmp_path / "report.json").write_text(stdlib_json.dumps(old))
+    found = json.read(tmp_path)
+    assert found.accuracy is not None and new.accuracy is not None
+    assert found.accuracy.model_dump() == new.accuracy.model_dump()
+    assert found.verdict == new.verdict
+    assert found.warnings == [*new.warnings, json.UPGRADED]
+
+
+@pytest.mark.parametrize("damage", [{"accuracy": 7}, {"accuracy": {"items": [{"id": "x"}]}}, {"verdict": None}])
+def test_a_damaged_report_of_the_first_version_is_said(tmp_path: Path, damage: dict[str, Any]) -> None:
+    (tmp_path / "report.json").write_text(stdlib_json.dumps(first_version(report()) | damage))
+    with pytest.raises(BenchError, match="not a valid report of schema version 1"):
+        json.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -40,8 +87,9 @@ def test_the_schema_has_a_version() -> None:
         ("{", "can't be read as JSON"),
         ("[]", "no schema_version"),
         ("{}", "no schema_version"),
-        ('{"schema_version": 99}', "schema version 99, this qvl reads 1"),
+        ('{"schema_version": 99}', "schema version 99, this qvl reads 1 and 2"),
         ('{"schema_version": 1}', "not a valid report"),
+        ('{"schema_version": 2}', "not a valid report"),
     ],
 )
 def test_what_is_no_report_is_said(tmp_path: Path, text: str | None, words: str) -> None:
@@ -158,11 +206,120 @@ def test_the_pages_figures_are_the_reports(page: str) -> None:
         assert figure in text
 
 
+def flipping() -> tuple[Report, set[str], set[str]]:
+    """A report with many flips over two tasks, and the ids that were lost and won."""
+    asked = pictured(40, each=2) + pictured(30, each=2, task="signs")
+    lost = {f"scans-{i}" for i in range(0, 70, 2)} | {"signs-1"}
+    won = {f"scans-{i}" for i in range(1, 30, 2)}
+    return report({"candidate": lost, "baseline": won}, asked=asked), lost, won
+
+
+def test_the_page_shows_every_flip_with_its_picture() -> None:
+    found, lost, won = flipping()
+    page = html.render(found)
+    shown = re.findall(
+        r'<article class="card flip (lost|won) .*?<img src="(.*?)" alt="Picture 1 of (.*?)"', page, re.DOTALL
+    )
+    assert {name for kind, _, name in shown if kind == "lost"} == lost
+    assert {name for kind, _, name in shown if kind == "won"} == won
+    assert len(shown) == page.count("<article") == len(lost) + len(won)
+    assert found.accuracy is not None
+    pictures = {item.id: found.accuracy.thumbnails[item.pictures[0]] for item in found.accuracy.flipped}
+    assert {name: url for _, url, name in shown} == pictures
+    text = " ".join(" ".join(parsed(page).text).split())
+    assert "scans 35 lost, 15 won" in text and "signs 1 lost, 0 won" in text
+    assert "All 51" in text and "Lost 36" in text and "Won 15" in text
+
+
+def test_flips_can_be_told_apart_without_colour_and_filtered_without_a_script() -> None:
+    page = html.render(flipping()[0])
+    for article in re.findall(r"<article.*?</article>", page, re.DOTALL):
+        word = "Lost" if "flip lost" in article else "Won"
+        assert f"</span> {word}</b>" in article and "· right" in article and "· wrong" in article
+    assert "<script" not in page
+    for control in ("show-all", "show-lost", "show-won"):
+        assert f'type="radio" name="flips" id="{control}"' in page and f'<label for="{control}">' in page
+
+
+def test_a_flip_says_what_there_is_to_know() -> None:
+    asked = [
+        Question("c", "quiz", "Which?\nA. x\nB. yes", ("B",), "choice", choices=("x", "yes")),
+        Question("v", "people", "What?", ("yes",) * 7 + ("yeah",) * 3, "vqa"),
+    ]
+    page = html.render(report({"candidate": {"c", "v"}}, asked=asked))
+    assert "wrong; names none of the options" in page
+    assert "yes (×7), yeah (×3)" in page
+    assert "wrong; names none of the options" not in markdown.render(report(asked=asked))
+    assert "no [names none of the options]" in markdown.render(report({"candidate": {"c"}}, asked=asked))
+
+
+def test_every_figure_of_the_accuracy_table_is_the_reports(page: str) -> None:
+    found = report({"candidate": {"red-1"}}, speed={"candidate": 0.8})
+    assert found.accuracy is not None
+    table = next(t for t in re.findall(r"<table.*?</table>", page, re.DOTALL) if "Verdict" in t)
+    body = re.findall(r"<tr.*?</tr>", table, re.DOTALL)[1:]
+    rows = [*found.accuracy.tasks, found.accuracy.overall]
+    assert len(body) == len(rows)
+    for text, row in zip(body, rows, strict=True):
+        cells = [
+            " ".join(re.sub(r"<[^>]+>", " ", cell).split())
+            for cell in re.findall(r"<t[dh].*?</t[dh]>", text, re.DOTALL)
+        ]
+        d = row.difference
+        assert row.items_needed and row.recovery
+        assert cells == [
+            row.task if row.task == "all" else f"{row.task} {row.metric}",
+            f"? {row.verdict} needs {words.questions(row.items_needed)}".replace("'", "&#39;"),
+            f"{row.n}",
+            f"{words.percent(row.baseline.value)} {words.interval(row.baseline)}",
+            f"{words.percent(row.candidate.value)} {words.interval(row.candidate)}",
+            " ".join(f"{words.points(d.value)} {words.interval(d)}".split()),
+            f"{words.percent(row.recovery.value)} {words.interval(row.recovery)}",
+            f"{d.lost} · {d.won}",
+            words.p_value(row.p_adjusted),
+        ]
+
+
+def test_each_verdict_stands_in_all_formats() -> None:
+    wrong: dict[Role, set[str]] = {"candidate": {f"red-{i}" for i in range(12)}}
+    asked = [*questions(30, tasks=["red"]), *questions(500, tasks=["blue"]), *questions(20, tasks=["green"])]
+    found = report(wrong, asked=asked)
+    assert found.accuracy is not None
+    verdicts = {row.task: row.verdict for row in found.accuracy.tasks}
+    assert verdicts == {"red": "worse", "blue": "no worse", "green": "can't tell"}
+    console = Console(record=True, width=120)
+    terminal.show(found, console)
+    lines = console.export_text().splitlines()
+    page, text = html.render(found).replace("&#39;", "'"), markdown.render(found)
+    for task, word in verdicts.items():
+        assert any(line.startswith(task) and line.rstrip().endswith(f" {word}") for line in lines)
+        assert re.search(rf'<th scope="row">{task}<.*?</span> <b>{word}</b>', page, re.DOTALL)
+        assert re.search(rf"^\| {task} \| {word}(?: \(needs [\d,]+\))? \|", text, re.MULTILINE)
+
+
+def test_a_task_that_is_worse_is_said_first() -> None:
+    asked = [*questions(20, tasks=["red"]), *questions(600, tasks=["blue"])]
+    page = html.render(report({"candidate": {f"red-{i}" for i in range(10)}}, asked=asked, margin=0.05))
+    assert "<strong>No worse over all, worse in red</strong>" in page
+
+
+def test_markdown_lists_the_flips() -> None:
+    found, lost, won = flipping()
+    text = markdown.render(found)
+    assert set(re.findall(r"^\| (?:lost|won) \| ([\w-]+) \|", text, re.MULTILINE)) == lost | won
+    asked = questions(80)
+    text = markdown.render(report({"candidate": {q.id for q in asked[:100]}}, asked=asked))
+    assert text.count("| lost |") == markdown.FLIPS_SHOWN
+    assert f"{100 - markdown.FLIPS_SHOWN} more, and the pictures, are in report.html" in text
+
+
 def test_what_is_printed_is_escaped() -> None:
     asked = [Question("<b>id", "<i>task", "<script>alert(1)</script>", ("yes",))]
-    page = html.render(report({"candidate": {"<b>id"}}, asked=asked))
+    found = report({"candidate": {"<b>id"}}, asked=asked)
+    page = html.render(found)
     assert "<script" not in page and "<i>task" not in page
     parsed(page)
+    assert "<script" not in markdown.render(found)
 
 
 @pytest.mark.parametrize(
