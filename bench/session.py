@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -14,14 +15,15 @@ from urllib.parse import urlsplit
 
 from bench import resources, tasks
 from bench.boot import Abort, Server, Start, booted
+from bench.datasets import LAYOUTS, load_dataset
 from bench.endpoint import discover, normalise_url, public_url
 from bench.report.build import build, workload
 from bench.report.model import Memory, Report, Role, SystemInfo
 from bench.run import Measurements, Plan, Progress, System, measure, merge
 from bench.tasks import Question
-from toolkit.errors import BenchError
+from toolkit.errors import BenchError, ManifestError
 
-__all__ = ["Settings", "is_url", "run"]
+__all__ = ["Dataset", "Settings", "dataset", "is_url", "run"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 DEMO = "demo"
@@ -34,9 +36,9 @@ class Settings:
 
     Attributes:
         sources: of each system a directory, a hub id, ``demo``, or the URL of a server.
-        tasks: ``demo``, ``none`` or a file of questions.
+        tasks: ``demo``, ``none``, a file of questions, or a set of `datasets.LAYOUTS` as ``NAME[:SOURCE][@SPLIT]``.
         per_task: at most so many questions of each task; None takes all.
-        margin: a loss of accuracy that would not matter, as a fraction of 1.
+        margin: a loss of accuracy that would not matter, as a fraction of 1, above 0.
         seed: of sampling questions and of resampling.
         side_by_side: whether servers that this run starts live at the same time.
         serve_arguments: passed on to the servers.
@@ -52,6 +54,13 @@ class Settings:
     api_key: str | None
     serve_arguments: tuple[str, ...]
     command: str
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.margin < 1.0:
+            raise BenchError(
+                f"--margin {100 * self.margin:g}: must be above 0 and below 100 points; no number of questions rules "
+                "out every loss"
+            )
 
 
 def is_url(source: str) -> bool:
@@ -118,17 +127,18 @@ def run(
                 break
         for role in ROLES:  # a run that failed at the first system never met the second
             infos.setdefault(role, _unmet(role, settings))
-    infos = _distinct(infos)
-    return build(
-        merge(parts),
-        questions,
-        {role: infos[role] for role in ROLES},
-        workload(settings.plan, questions, source=source, interleaved=together, seed=settings.seed),
-        margin=settings.margin,
-        duration_s=time.monotonic() - begun,
-        command=settings.command,
-        warnings=_warnings(settings, infos),
-    )
+        infos = _distinct(infos)
+        # Here, for it reads pictures, which the demo's questions have in a directory that goes with the stack.
+        return build(
+            merge(parts),
+            questions,
+            {role: infos[role] for role in ROLES},
+            workload(settings.plan, questions, source=source, interleaved=together, seed=settings.seed),
+            margin=settings.margin,
+            duration_s=time.monotonic() - begun,
+            command=settings.command,
+            warnings=_warnings(settings, infos),
+        )
 
 
 def _questions(settings: Settings, stack: ExitStack, write_demo: WriteDemo) -> tuple[Sequence[Question], str | None]:
@@ -137,11 +147,50 @@ def _questions(settings: Settings, stack: ExitStack, write_demo: WriteDemo) -> t
     if settings.tasks == DEMO:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qvl-questions-")))
         return tasks.load_questions(write_demo(directory, settings.per_task)), DEMO
+    chosen = dataset(settings.tasks)
+    if chosen:
+        shown = f"{chosen.name}, split {chosen.split} of {chosen.source}"
+        found = load_dataset(
+            chosen.name, chosen.source, split=chosen.split, per_task=settings.per_task, seed=settings.seed
+        )
+        return found, shown
     file = Path(settings.tasks)
+    if not file.exists():
+        raise ManifestError(
+            f"--tasks {settings.tasks!r}: no such file of questions; pass FILE.jsonl, demo, none, or one of "
+            f"{', '.join(LAYOUTS)} (alone, or as {next(iter(LAYOUTS))}:DIR@SPLIT)"
+        )
     questions = tasks.load_questions(file)
     if settings.per_task is not None:
         questions = tasks.pick(questions, settings.per_task, settings.seed)
     return questions, file.name
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A set of questions, where it is read from, and its split."""
+
+    name: str
+    source: str
+    split: str
+
+
+def dataset(text: str) -> Dataset | None:
+    """Read ``NAME[:SOURCE][@SPLIT]`` with NAME in `datasets.LAYOUTS`; None when it is something else.
+
+    Raises:
+        ManifestError: nothing stands after the colon or the @.
+    """
+    match = re.match(rf"({'|'.join(LAYOUTS)})(?=[:@]|$)", text)
+    if not match:
+        return None
+    layout, rest = LAYOUTS[match[1]], text[match.end() :]
+    source, at, split = rest, "", layout.split
+    if "@" in rest and not (rest.startswith(":") and Path(rest[1:]).is_dir()):  # an @ may be part of a directory's name
+        source, at, split = rest.rpartition("@")
+    if source == ":" or (at and not split):
+        raise ManifestError(f"--tasks {text!r}: write {match[1]}[:DIR or hub id][@SPLIT]")
+    return Dataset(match[1], source[1:] or layout.hub_id, split)
 
 
 def _system(role: Role, settings: Settings, server: Server | None) -> System:

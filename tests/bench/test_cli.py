@@ -8,7 +8,7 @@ import pytest
 
 from bench.report.json import render
 from bench.report.model import Report
-from tests.bench.factory import report
+from tests.bench.factory import first_version, questions, report
 from tests.bench.fake_server import Behaviour, FakeServer, serving
 from toolkit import cli
 
@@ -90,6 +90,10 @@ def test_failed_requests_mark_the_report_and_exit_2(
         (["--output-tokens", "1"], "at least 2"),
         (["--tasks", "none", "--concurrency", "none"], "nothing to measure"),
         (["--tasks", "missing.jsonl"], "no such file"),
+        (["--tasks", "docvq"], "one of docvqa, chartqa, textvqa, mmmu"),
+        (["--tasks", "docvqa:"], "write docvqa[:DIR or hub id][@SPLIT]"),
+        (["--tasks", f"mmmu:{Path(__file__).parent}"], "no files data/validation-*.parquet in it"),
+        (["--margin", "0"], "--margin 0: must be above 0"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_asked(
@@ -146,6 +150,36 @@ def test_compare_exits_by_what_it_finds(
     assert qvl(monkeypatch, "compare", good, worse, "--fail-if", "accuracy<-50pt") == 0  # only what was asked for
     assert qvl(monkeypatch, "compare", good, tmp_path / "none") == 2
     assert qvl(monkeypatch, "compare", good, worse, "--fail-if", "accuracy<1") == 2
+
+
+def test_compare_finds_one_task_that_is_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [*questions(20, tasks=["red"]), *questions(600, tasks=["blue"])]
+    for name, wrong in (("a", set[str]()), ("b", {f"red-{i}" for i in range(10)})):
+        (tmp_path / name).mkdir()
+        found = report({"candidate": wrong}, asked=asked, margin=0.05)
+        (tmp_path / name / "report.json").write_text(render(found))
+    assert qvl(monkeypatch, "compare", tmp_path / "a", tmp_path / "b") == 1
+    said = capsys.readouterr()
+    assert "accuracy (red) is worse beyond chance" in said.err and "(all)" not in said.err
+    assert [line.split()[0] for line in said.out.splitlines() if line.rstrip().endswith("  worse")] == ["red"]
+
+
+def test_compare_says_that_a_report_is_of_the_first_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "report.json"
+    old.write_text(json.dumps(first_version(report())))
+    assert qvl(monkeypatch, "compare", old, old) == 0
+    assert "of schema version 1" in capsys.readouterr().err
+
+
+def test_the_schema_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert qvl(monkeypatch, "schema") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["$schema"].endswith("2020-12/schema") and "TaskAccuracy" in found["$defs"]
+    assert found["$defs"]["TaskAccuracy"]["properties"]["verdict"]["enum"] == ["no worse", "worse", "can't tell"]
 
 
 def test_the_help_names_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,9 @@ import pytest
 from bench.boot import Abort, Start
 from bench.report.model import Report
 from bench.run import Plan
-from bench.session import Settings, run
+from bench.session import Dataset, Settings, dataset, run
 from tests.bench.fake_server import Behaviour, FakeServer, serving
+from tests.bench.test_datasets import docvqa, picture, write
 from toolkit.errors import BenchError, ManifestError, ServerError
 
 PLAN = Plan(concurrencies=(1, 2), requests=4, rounds=2, output_tokens=4, image_sizes=((56, 56),), timeout_s=5.0)
@@ -206,6 +207,75 @@ def test_the_demo_writes_its_own_questions(tmp_path: Path, dirs: tuple[Path, Pat
 def test_a_file_is_sampled_per_task(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
     report = go(settings(*dirs, questions(tmp_path, 20), per_task=2), Booter(tmp_path))
     assert report.workload.questions == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "split"),
+    [
+        ("docvqa", "lmms-lab/DocVQA", "validation"),
+        ("docvqa@test", "lmms-lab/DocVQA", "test"),
+        ("docvqa:someone/docs", "someone/docs", "validation"),
+        ("docvqa:someone/docs@dev", "someone/docs", "dev"),
+        ("docvqa:sets/docs@v2", "sets/docs@v2", "validation"),  # a directory of that name is there
+        ("docvqa:sets/docs@v2@dev", "sets/docs@v2", "dev"),
+    ],
+)
+def test_sets_are_named_with_source_and_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, source: str, split: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sets/docs@v2").mkdir(parents=True)
+    Path("test").mkdir()  # has nothing to do with the split
+    assert dataset(text) == Dataset("docvqa", source, split)
+
+
+@pytest.mark.parametrize("text", ["demo", "none", "docvqa.jsonl", "docvqas", "sets/docvqa", "my docvqa:x"])
+def test_other_names_are_no_sets(text: str) -> None:
+    assert dataset(text) is None
+
+
+@pytest.mark.parametrize("text", ["docvqa:", "docvqa@", "docvqa:@test", "docvqa:x/y@"])
+def test_half_a_name_of_a_set_is_refused(text: str) -> None:
+    with pytest.raises(ManifestError, match=r"write docvqa\[:DIR or hub id\]\[@SPLIT\]"):
+        dataset(text)
+
+
+def test_a_set_is_read_from_a_directory_asked_and_shown(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
+    rows = [docvqa(number, ["red", "blue"][number % 2], answers=["yes"]) for number in range(6)]
+    source = write(tmp_path / "docs", "docvqa", rows, split="dev")
+    says = {
+        name: Behaviour(text=lambda body, t=text: None if body.get("ignore_eos") else t, model=name)
+        for name, text in (("fp16", "yes"), ("awq", "no"))
+    }
+    found = go(settings(*dirs, f"docvqa:{source}@dev", per_task=4), Booter(tmp_path, **says))
+    assert found.status == "ok" and found.accuracy is not None
+    assert found.workload.tasks_source == f"docvqa, split dev of {source}"
+    assert [row.task for row in found.accuracy.tasks] == ["docvqa"]
+    assert (found.accuracy.overall.n, found.accuracy.overall.difference.lost) == (4, 4)
+    assert {item.cluster for item in found.accuracy.items} <= {f"docvqa {14000 + doc}" for doc in range(3)}
+    assert set(found.accuracy.thumbnails) == {sha for item in found.accuracy.items for sha in item.pictures}
+
+
+def test_the_demos_pictures_are_there_when_the_report_is_written(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
+    def write_demo(directory: Path, per_task: int | None) -> Path:
+        (directory / "a.png").write_bytes(picture("red")["bytes"])
+        line = {"id": "1", "task": "t", "image": "a.png", "question": "What?", "answers": ["nothing it says"]}
+        (directory / "t.jsonl").write_text(json.dumps(line))
+        return directory / "t.jsonl"
+
+    booter = Booter(
+        tmp_path,
+        fp16=Behaviour(text=lambda body: None if body.get("ignore_eos") else "nothing it says", model="fp16"),
+        awq=Behaviour(text=echo, model="awq"),
+    )
+    found = go(settings(*dirs, "demo"), booter, write_demo=write_demo)
+    assert found.accuracy is not None and len(found.accuracy.thumbnails) == 1
+
+
+@pytest.mark.parametrize("margin", [0.0, -0.01, 1.0])
+def test_a_margin_is_above_nothing(tmp_path: Path, margin: float) -> None:
+    with pytest.raises(BenchError, match="--margin"):
+        settings("a", "b", "none", margin=margin)
 
 
 @pytest.mark.parametrize(("pair", "words"), [((0, 0), "the same model"), (None, "one server")])
