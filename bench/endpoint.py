@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
+from bench.wire import Wire
 from toolkit.errors import BenchError, ServerError
 
 __all__ = ["Endpoint", "discover", "http_client", "normalise_url", "public_url"]
@@ -63,19 +65,33 @@ def http_client(
 ) -> httpx.AsyncClient:
     """Return a client whose base is ``url``, with one kept-alive connection for each request in flight.
 
-    Proxies from the environment are used for remote hosts only: a proxy between the clock and a server on this machine
-    would be part of what is measured.
+    It speaks through `bench.wire` unless ``transport`` is given or the environment names a proxy for the host, which
+    httpx's own transport then uses. Servers on this machine have none: a proxy would be part of what is measured.
+
+    Args:
+        timeout_s: seconds between two pieces of an answer; `bench.client.ask` times requests on its own.
+        connections: most that are open at once, where httpx's own transport is used.
     """
-    host = urlsplit(url).hostname or ""
+    proxied = _proxied(url)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     return httpx.AsyncClient(
         base_url=url,
         headers=headers,
         timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
         limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=600),
-        trust_env=host not in ("localhost", "::1") and not host.startswith("127."),
-        transport=transport,
+        trust_env=proxied,
+        transport=transport or (None if proxied else Wire()),
     )
+
+
+def _proxied(url: str) -> bool:
+    """Whether the environment names a proxy for what lies at ``url``."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if host in ("localhost", "::1") or host.startswith("127."):
+        return False
+    proxies = getproxies()
+    return (parts.scheme in proxies or "all" in proxies) and not proxy_bypass(host)
 
 
 async def discover(
