@@ -136,6 +136,9 @@ def render(report: Report) -> str:
         cards=[] if report.status == "failed" else cards(report),
         flips=flips(report),
         accuracy_plot=Markup(plots.accuracy_plot(tasks)) if report.accuracy else None,
+        difference_plot=Markup(plots.difference_plot(report.accuracy, report.verdict.margin))
+        if report.accuracy
+        else None,
         speed_plots=[(title, reading, Markup(svg)) for title, reading, svg in plots.speed_plots(report)],
         workload_text=markdown.workload_text(report),
     )

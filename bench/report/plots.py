@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.report.model import Report, Role, SpeedPoint, TaskAccuracy
+from bench.report.model import Accuracy, Judgement, Report, Role, SpeedPoint, TaskAccuracy
 
-__all__ = ["accuracy_plot", "speed_plots"]
+__all__ = ["accuracy_plot", "difference_plot", "speed_plots"]
 
 # Colours that stand for CSS variables; matplotlib only takes real ones.
 INK, MUTED, GRID, BASELINE, CANDIDATE, PAPER = (f"#0a0b0{n}" for n in range(1, 7))
@@ -68,6 +68,14 @@ def _svg(figure: Any, label: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{escaped}"', 1)
 
 
+#: verdict -> marker: the shape tells, not a colour.
+MARKERS: dict[Judgement, dict[str, Any]] = {
+    "no worse": {"marker": "o"},
+    "worse": {"marker": "x", "markeredgewidth": 2.2, "markersize": 7},
+    "can't tell": {"marker": "o", "markerfacecolor": PAPER, "markeredgewidth": 1.6},
+}
+
+
 def accuracy_plot(rows: Sequence[TaskAccuracy]) -> str:
     """Accuracy by task: a marker for each system with its 95% interval."""
     figure, axes = _figure(5.6, 0.5 + 0.36 * len(rows))
@@ -91,6 +99,27 @@ def accuracy_plot(rows: Sequence[TaskAccuracy]) -> str:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}%")
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     return _svg(figure, "Accuracy by task with 95% intervals")
+
+
+def difference_plot(accuracy: Accuracy, margin: float) -> str:
+    """Candidate - baseline by task and over all with 95% intervals, 0 and the margin as lines."""
+    rows = [*accuracy.tasks, accuracy.overall]
+    figure, axes = _figure(5.6, 0.5 + 0.36 * len(rows))
+    axes.axvline(0.0, color=MUTED, linewidth=1.0)
+    axes.axvline(-100 * margin, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+    for index, row in enumerate(rows):
+        d = row.difference
+        axes.plot(
+            [100 * d.low, 100 * d.high], [index] * 2, color=CANDIDATE, linewidth=1.6, solid_capstyle="round", zorder=2
+        )
+        look = {"markersize": 5.5, "color": CANDIDATE, "linestyle": "none"} | MARKERS[row.verdict]
+        axes.plot([100 * d.value], [index], zorder=3, **look)
+    axes.set_yticks(range(len(rows)), [row.task for row in rows])
+    axes.tick_params(axis="y", labelsize=10, colors=INK)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}".replace("-", "\u2212") if value else "0")
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    return _svg(figure, "Difference by task with 95% intervals")
 
 
 _Pick = Callable[[SpeedPoint], tuple[float, float | None] | None]

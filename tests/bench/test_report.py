@@ -195,7 +195,7 @@ def test_ids_are_unique(page: str) -> None:
 
 
 def test_plots_take_the_pages_colours(page: str) -> None:
-    assert page.count('<svg role="img"') == 5  # accuracy, TTFT, TPOT, E2E, throughput
+    assert page.count('<svg role="img"') == 6  # accuracy, difference, TTFT, TPOT, E2E, throughput
     assert "var(--candidate)" in page
     assert "#0a0b0" not in page
 
