@@ -20,12 +20,9 @@ on the same pictures are a cluster.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
-import io
 import json
 import random
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +30,7 @@ from typing import Any
 
 from bench import scoring
 from bench.scoring import METRICS, RIGHT, Grade
+from toolkit import media
 from toolkit.errors import ManifestError, MediaError
 
 __all__ = [
@@ -265,42 +263,10 @@ def _letter(gold: str, choices: Sequence[str], where: str) -> str:
 
 
 def _picture(reference: str, base: Path, where: str, timeout_s: float) -> Picture:
-    if reference.startswith("data:"):
-        return check_picture(_from_data_url(reference, where), where, "the data URL")
-    if reference.startswith(("http://", "https://")):
-        # Fetched here, once: both systems see the same bytes, and no server needs to reach the address.
-        return check_picture(_fetch(reference, where, timeout_s), where, reference)
-    path = base / reference
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise MediaError(f"{where}: image {reference} is missing (looked for {path})") from error
-    except OSError as error:
-        raise MediaError(f"{where}: image {reference} can't be read: {error.strerror}") from error
-    return check_picture(data, where, reference, path)
-
-
-def _from_data_url(reference: str, where: str) -> bytes:
-    head, comma, payload = reference.partition(",")
-    try:
-        if not comma or not head.endswith(";base64"):
-            raise ValueError("not base64")
-        return base64.b64decode(payload, validate=True)
-    except (ValueError, binascii.Error) as error:
-        raise MediaError(f"{where}: the data URL is broken; write data:image/png;base64,...") from error
-
-
-def _fetch(url: str, where: str, timeout_s: float) -> bytes:
-    import httpx
-
-    try:
-        response = httpx.get(url, timeout=timeout_s, follow_redirects=True)
-        response.raise_for_status()
-    except httpx.HTTPStatusError as error:
-        raise MediaError(f"{where}: image {url} answers HTTP {error.response.status_code}") from error
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise MediaError(f"{where}: image {url} can't be fetched ({type(error).__name__})") from error
-    return response.content
+    # A URL is fetched here, once: both systems see the same bytes, and no server needs to reach the address.
+    data = media.read(reference, base, where, timeout_s)
+    inside = reference.startswith("data:") or media.is_url(reference)
+    return check_picture(data, where, media.shorten(reference), None if inside else media.local_path(reference, base))
 
 
 def check_picture(data: bytes, where: str, shown: str, path: Path | None = None) -> Picture:
@@ -315,18 +281,5 @@ def check_picture(data: bytes, where: str, shown: str, path: Path | None = None)
     Raises:
         MediaError: it is no picture, truncated, damaged or too large.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                mime = Image.MIME.get(image.format or "", "application/octet-stream")
-                image.load()  # the header alone says nothing about truncation
-    except UnidentifiedImageError as error:
-        raise MediaError(f"{where}: image {shown} is not a picture that can be read") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise MediaError(f"{where}: image {shown} is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise MediaError(f"{where}: image {shown} is truncated or damaged ({error})") from error
+    mime = media.decode(data, where, shown).get_format_mimetype() or "application/octet-stream"
     return Picture(mime=mime, sha256=hashlib.sha256(data).hexdigest(), path=path, data=data if path is None else None)

@@ -6,7 +6,7 @@ import base64
 import io
 from pathlib import Path
 
-from toolkit.errors import MediaError
+from toolkit import media
 
 __all__ = ["image_url", "sample_picture"]
 
@@ -17,33 +17,11 @@ def image_url(source: str) -> str:
     A file is decoded once, whole, and sent as it is under the MIME type of its content, whatever its name says.
     Raises MediaError for a file that is missing, truncated or not a picture.
     """
-    if source.startswith(("http://", "https://", "data:image/")):
+    if media.is_url(source) or source.startswith("data:image/"):
         return source
-    path = Path(source.removeprefix("file://")).expanduser()
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise MediaError(f"no such image: {path}. Give a file or an http(s) URL.") from error
-    except OSError as error:
-        raise MediaError(f"{path} can't be read: {error.strerror}.") from error
-    return f"data:{_mime_type(content, path)};base64,{base64.b64encode(content).decode()}"
-
-
-def _mime_type(content: bytes, path: Path) -> str:
-    from PIL import Image, UnidentifiedImageError
-
-    if not content:
-        raise MediaError(f"{path} is empty: there is no picture in it.")
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()  # verify() would let a truncated JPEG through
-            return Image.MIME[image.format or ""]
-    except UnidentifiedImageError as error:
-        raise MediaError(f"{path} is not a picture that can be read (PNG, JPEG, WebP, GIF, BMP, TIFF).") from error
-    except Image.DecompressionBombError as error:
-        raise MediaError(f"{path} is too large a picture: {error}. Scale it down first.") from error
-    except (OSError, SyntaxError, ValueError, KeyError) as error:
-        raise MediaError(f"{path} is a truncated or damaged picture ({error}). Copy or download it again.") from error
+    content = media.read(source, Path(), "--image")
+    mime = media.decode(content, "--image", source).get_format_mimetype()
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
 def sample_picture() -> str:

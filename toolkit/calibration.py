@@ -8,25 +8,22 @@ ever weighs in; all tokens of a sample count the same, whoever said them: calibr
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
-import io
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlparse
 
+from toolkit import media
 from toolkit.errors import ManifestError, MediaError
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-__all__ = ["CalibrationSample", "PreparedSample", "digest", "load_image", "prepare", "read_manifest"]
+__all__ = ["CalibrationSample", "PreparedSample", "digest", "prepare", "read_manifest"]
 
 #: Keys of a vision part that qwen-vl-utils understands and that are passed through.
 _VISION_SETTINGS = (
@@ -147,72 +144,21 @@ def _read_part(part: Any, where: str) -> dict[str, Any]:
     )
 
 
-def load_image(reference: str, base: Path, where: str) -> Image:
-    """Open an image from a path, URL or data URL and decode it wholly.
-
-    Raises:
-        MediaError: it is missing, truncated or not an image; the message names the place that asked for it.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    short = reference if len(reference) <= 100 else f"{reference[:60]}... ({len(reference)} characters)"
-    try:
-        image = Image.open(io.BytesIO(_read_bytes(reference, base, where)))
-        image.load()
-    except UnidentifiedImageError:
-        raise MediaError(f"{where}: {short} is not an image") from None
-    except MediaError:
-        raise
-    except Exception as error:  # each of PIL's plugins raises errors of its own on damaged files
-        raise MediaError(f"{where}: {short} can't be decoded, it looks truncated or damaged ({error})") from None
-    return image
-
-
-def _read_bytes(reference: str, base: Path, where: str) -> bytes:
-    if reference.startswith("data:"):
-        header, _, body = reference.partition(",")
-        if not header.endswith(";base64"):
-            raise MediaError(f"{where}: only base64 data URLs are read")
-        try:
-            return base64.b64decode(body, validate=True)
-        except binascii.Error as error:
-            raise MediaError(f"{where}: a data URL's base64 is damaged ({error})") from None
-    if reference.startswith(("http://", "https://")):
-        import httpx
-
-        try:
-            answer = httpx.get(reference, follow_redirects=True, timeout=30)
-            answer.raise_for_status()
-        except httpx.HTTPError as error:
-            raise MediaError(f"{where}: {reference} can't be fetched ({error})") from None
-        return answer.content
-    path = local_path(reference, base)
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise MediaError(f"{where}: no file at {path}") from None
-    except OSError as error:
-        raise MediaError(f"{where}: {path} can't be read ({error.strerror})") from None
-
-
-def local_path(reference: str, base: Path) -> Path:
-    """Return the file that a path or ``file://`` URL means; relative ones start from ``base``."""
-    if reference.startswith("file://"):
-        return Path(unquote(urlparse(reference).path))
-    return base / Path(reference).expanduser()
+def _load_image(reference: str, base: Path, where: str) -> Image:
+    return media.decode(media.read(reference, base, where), where, media.shorten(reference))
 
 
 def _load_video(part: dict[str, Any], base: Path, where: str) -> dict[str, Any]:
     """Return the part with its frames decoded: a list of PIL images at ``sample_fps`` frames a second."""
     video = part["video"]
     if isinstance(video, list):
-        return {**part, "video": [load_image(frame, base, where) for frame in video]}
+        return {**part, "video": [_load_image(frame, base, where) for frame in video]}
     import cv2
     from PIL import Image
 
     if video.startswith(("http://", "https://", "data:")):
         raise MediaError(f"{where}: a video must be a local file or a list of frames")
-    path = local_path(video, base)
+    path = media.local_path(video, base)
     if not path.is_file():
         raise MediaError(f"{where}: no file at {path}")
     wanted = float(part.get("sample_fps", 2.0))
@@ -245,7 +191,7 @@ def _with_media(sample: CalibrationSample, bounds: dict[str, int]) -> list[dict[
         content = []
         for part in message["content"]:
             if part["type"] == "image":
-                image = load_image(part["image"], sample.base, sample.where)
+                image = _load_image(part["image"], sample.base, sample.where)
                 if max(image.size) > MAX_RATIO * min(image.size):
                     raise MediaError(
                         f"{sample.where}: an image of {image.size} is over the model's 1:{MAX_RATIO} ratio"

@@ -467,7 +467,7 @@ def test_directories_that_hold_no_pictures(tmp_path: Path) -> None:
         items_from_images(tmp_path)
     Image.new("RGB", (64, 64)).save(tmp_path / "ok.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "ok.png").read_bytes()[:60])
-    with pytest.raises(MediaError, match=r"cut\.png is truncated"):
+    with pytest.raises(MediaError, match=r"cut\.png is a truncated"):
         items_from_images(tmp_path)
     (tmp_path / "cut.png").write_text("text")
     with pytest.raises(MediaError, match=r"cut\.png is not a picture"):

@@ -71,7 +71,7 @@ def test_status_and_stop(start: Start) -> None:
         (["serve", "demo", "--dtype", "int3"], "one of float16"),
         (["serve", "demo", "--", "--port", "1"], "use qvl's own --port"),
         (["ask", "--url", "http://127.0.0.1:18149", "Why?"], "no server answers"),
-        (["ask", "--image", "nowhere.png", "Why?"], "no such image"),
+        (["ask", "--image", "nowhere.png", "Why?"], "no file at nowhere.png"),
     ],
 )
 def test_mistakes_are_one_message_and_exit_2(arguments: list[str], message: str) -> None:

@@ -33,7 +33,7 @@ def test_urls_stay(url: str) -> None:
 
 
 def test_missing() -> None:
-    with pytest.raises(MediaError, match=r"no such image: nowhere\.png"):
+    with pytest.raises(MediaError, match=r"--image: no file at nowhere\.png"):
         image_url("nowhere.png")
 
 
@@ -42,31 +42,10 @@ def test_directory(tmp_path: Path) -> None:
         image_url(str(tmp_path))
 
 
-def test_empty(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(MediaError, match="is empty"):
-        image_url(str(tmp_path / "a.png"))
-
-
-def test_not_a_picture(tmp_path: Path) -> None:
+def test_what_is_no_picture_is_not_sent(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("hello, I am text")
-    with pytest.raises(MediaError, match="not a picture"):
+    with pytest.raises(MediaError, match=r"--image: .*a\.png is not a picture"):
         image_url(str(tmp_path / "a.png"))
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_truncated(tmp_path: Path, kind: str) -> None:
-    path = picture(tmp_path / "a", kind, (256, 256))
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(MediaError, match="truncated or damaged"):
-        image_url(str(path))
-
-
-def test_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = picture(tmp_path / "a.png", "PNG")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(MediaError, match="too large"):
-        image_url(str(path))
 
 
 def test_sample_picture_is_one() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from toolkit.calibration import digest, load_image, prepare, read_manifest
+from toolkit.calibration import digest, prepare, read_manifest
 from toolkit.demo import checkpoint_dir
 from toolkit.errors import ManifestError, MediaError
 
@@ -188,22 +188,6 @@ def test_no_manifest_or_an_empty_one(tmp_path: Path) -> None:
     (tmp_path / "calib.jsonl").write_bytes(picture())
     with pytest.raises(ManifestError, match="not UTF-8"):
         read_manifest(tmp_path / "calib.jsonl")
-
-
-def test_broken_images_are_named(tmp_path: Path) -> None:
-    (tmp_path / "cut.png").write_bytes(picture()[:100])
-    (tmp_path / "text.png").write_text("not a picture")
-    for name, message in [
-        ("absent.png", "no file at"),
-        ("cut.png", "truncated or damaged"),
-        ("text.png", "is not an image"),
-        (".", "can't be read"),
-        ("data:image/png;base64,$$$", "base64 is damaged"),
-        ("data:image/png,abc", "only base64"),
-    ]:
-        with pytest.raises(MediaError, match=message) as error:
-            load_image(name, tmp_path, "m.jsonl:7")
-        assert str(error.value).startswith("m.jsonl:7: ")
 
 
 def test_a_broken_video_is_named(tmp_path: Path, processor: Any) -> None:
