@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from bench.cli import register as register_bench
+from bench.compare_cli import register as register_compare
 from bench.quantizer.cli import register as register_quant_bench
 from bench.tour import register as register_tour
 from serve.cli import register as register_serve
@@ -25,6 +26,7 @@ app = typer.Typer(
 register_toolkit(app)
 register_serve(app)
 register_bench(app)
+register_compare(app)
 register_tour(app)
 register_quant_bench(app)
 
