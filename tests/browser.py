@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,8 +60,14 @@ class Tab:
         return self.page.evaluate(expression, argument)
 
     def wait(self, condition: str, seconds: float = 30) -> None:
-        """Wait until a JavaScript expression holds. Raises Playwright's TimeoutError."""
-        self.page.wait_for_function(condition, timeout=seconds * 1000)
+        """Wait until a JavaScript expression holds; one that does not in time fails the test.
+
+        Asked from outside: Playwright's own waiting calls eval, which a content security policy may forbid.
+        """
+        deadline = time.monotonic() + seconds
+        while not self.page.evaluate(condition):
+            assert time.monotonic() < deadline, f"not within {seconds:g} s: {condition}; problems: {self.problems}"
+            self.page.wait_for_timeout(50)
 
     def viewport(self, width: int, height: int) -> None:
         """Set the size of the window's inside in CSS pixels."""
