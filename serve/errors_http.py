@@ -6,7 +6,37 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["error_body", "error_response"]
+__all__ = ["Refusal", "error_body", "error_response"]
+
+_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error", 504: "timeout_error"}
+
+
+class Refusal(Exception):
+    """A request that is not let through.
+
+    Args:
+        status: HTTP status.
+        reason: one of `serve.limits.REASONS`; becomes the error's code.
+        message: what was wrong and what to do. Nothing of a prompt, a picture or a key.
+        param: the request's field that is at fault.
+        headers: further headers of the response, names in lower case.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        reason: str,
+        message: str,
+        param: str | None = None,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status, self.reason, self.message, self.param, self.headers = status, reason, message, param, headers
+
+    def sends(self, headers: Iterable[tuple[bytes, bytes]] = ()) -> list[dict[str, Any]]:
+        """Return the ASGI messages that say so."""
+        type = _TYPES.get(self.status, "invalid_request_error")
+        return error_response(self.status, self.message, type, self.reason, self.param, [*self.headers, *headers])
 
 
 def error_body(message: str, type: str, code: str | int, param: str | None = None) -> bytes:
