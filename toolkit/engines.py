@@ -6,14 +6,16 @@ The rules are those of vLLM 0.32, AutoAWQ 0.2.9 and AutoAWQ's CUDA kernels, read
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from toolkit.checkpoint import LINEARS, Checkpoint, QuantizationInfo
 from toolkit.quantize.mixed import UNITS
 
-__all__ = ["Engine", "engines", "tensor_parallel", "vision_is_whole"]
+__all__ = ["Engine", "engines", "obstacle", "padding", "tensor_parallel", "vision_is_whole"]
 
 _TP_SIZES = (1, 2, 4, 8)
+#: Groups that a checkpoint in 16 bits is padded for: those of `qvl quantize`.
+_DEFAULT_GROUP = 128
 #: vLLM's marlin_utils.MARLIN_SUPPORTED_GROUP_SIZES, and machete_utils.query_machete_supported_group_sizes for 16 bits.
 _MARLIN_GROUPS, _MACHETE_GROUPS = (-1, 32, 64, 128), (-1, 64, 128)
 #: Machete's prepacked block, K x N.
@@ -32,6 +34,8 @@ class Engine:
     tensor_parallel: list[int] = field(default_factory=list)
     #: Why not on more GPUs.
     limit: str | None = None
+    #: What lets more GPUs share the weights, if anything does.
+    advice: str | None = None
 
 
 def engines(checkpoint: Checkpoint) -> list[Engine]:
@@ -47,7 +51,24 @@ def tensor_parallel(checkpoint: Checkpoint) -> dict[int, str | None]:
     Columns are split in words of eight. Linears in 16 bits have neither groups nor words. Where `vision_is_whole`, the
     vision tower needs an option too.
     """
-    return {size: _obstacle(checkpoint, size) for size in _TP_SIZES}
+    return {size: obstacle(checkpoint, size) for size in _TP_SIZES}
+
+
+def padding(checkpoint: Checkpoint, size: int) -> int | None:
+    """Return the intermediate size, padded with zeros, from which on ``size`` GPUs can share the weights.
+
+    The smallest multiple of group_size x GPUs that is no less than the checkpoint's own, and equal to it where nothing
+    stands in the way. In 16 bits, where groups are still to come, they are taken for 128 wide. None: padding the MLP
+    does not help, `obstacle` says what stands in the way.
+    """
+    info = checkpoint.quantization
+    group = info.group_size if info else _DEFAULT_GROUP
+    if group == -1:
+        return None
+    inner, unit = int(checkpoint.text_config["intermediate_size"]), group * size
+    padded = -(-inner // unit) * unit
+    wider = replace(checkpoint, text_config={**checkpoint.text_config, "intermediate_size": padded})
+    return padded if obstacle(wider, size) is None else None
 
 
 def vision_is_whole(checkpoint: Checkpoint, size: int) -> bool:
@@ -58,7 +79,8 @@ def vision_is_whole(checkpoint: Checkpoint, size: int) -> bool:
     return int(checkpoint.vision_config.get("num_heads", 16)) % size != 0
 
 
-def _obstacle(checkpoint: Checkpoint, size: int) -> str | None:
+def obstacle(checkpoint: Checkpoint, size: int) -> str | None:
+    """Return what prevents vLLM from splitting the weights over ``size`` GPUs, None when it can; `tensor_parallel`."""
     if size == 1:
         return None
     text, info = checkpoint.text_config, checkpoint.quantization
@@ -89,12 +111,24 @@ def _vllm_gpu(checkpoint: Checkpoint) -> Engine:
     if info is not None and not info.zero_point:
         return Engine(name, "no", "its AWQ reader expects zero points, and the config says zero_point: false")
     obstacles = tensor_parallel(checkpoint)
-    sizes = [size for size, obstacle in obstacles.items() if obstacle is None]
-    limit = next((f"{size} GPUs: {obstacle}" for size, obstacle in obstacles.items() if obstacle), None)
+    sizes = [size for size, reason in obstacles.items() if reason is None]
+    limit = next((f"{size} GPUs: {reason}" for size, reason in obstacles.items() if reason), None)
     split = [size for size in sizes if vision_is_whole(checkpoint, size)]
     option = f"{split[0]} GPUs or more need --mm-encoder-tp-mode data" if split else ""
     runs, how = ("yes", "") if info is None else _awq_kernels(checkpoint, info)
-    return Engine(name, runs, "; ".join(filter(None, (how, option))), sizes, limit)
+    return Engine(name, runs, "; ".join(filter(None, (how, option))), sizes, limit, _padding_advice(checkpoint))
+
+
+def _padding_advice(checkpoint: Checkpoint) -> str | None:
+    """Say what padding the MLP is good for: the most GPUs that it lets share the weights, where they can't yet."""
+    if checkpoint.quantization is None:
+        return None
+    for size in reversed(_TP_SIZES):
+        padded = padding(checkpoint, size)
+        if padded is not None and obstacle(checkpoint, size) is not None:
+            inner = checkpoint.text_config["intermediate_size"]
+            return f"{size} GPUs can with `qvl convert --pad-tp {size}`: zeros widen the MLP from {inner} to {padded}"
+    return None
 
 
 def _awq_kernels(checkpoint: Checkpoint, info: QuantizationInfo) -> tuple[str, str]:

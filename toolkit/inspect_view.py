@@ -78,8 +78,17 @@ def _made(made: dict[str, object]) -> str:
     if isinstance(source, dict) and source.get("model"):
         told.append(f"by qvl from {source['model']}")
     if isinstance(conversions, list) and conversions:
-        told.append("repacked " + ", ".join(f"{c.get('from')} to {c.get('to')}" for c in conversions))
+        told += [_conversion(conversion) for conversion in conversions]
     return "; ".join(told)
+
+
+def _conversion(done: dict[str, object]) -> str:
+    """Say what one `qvl convert` did."""
+    padded = done.get("intermediate_size")
+    parts = [f"repacked {done.get('from')} to {done.get('to')}"] if done.get("from") != done.get("to") else []
+    if isinstance(padded, list):
+        parts.append("its MLP padded from {} to {}".format(*padded))
+    return ", ".join(parts)
 
 
 def _parts(inspection: Inspection) -> Table:
@@ -102,7 +111,8 @@ def _engines(engines: list[Engine]) -> RenderableType:
     limits = [
         Text(f"{engine.name}: can't be split over {engine.limit}", style="dim") for engine in engines if engine.limit
     ]
-    return Group(table, *limits)
+    advice = [Text(f"{engine.name}: {engine.advice}", style="dim") for engine in engines if engine.advice]
+    return Group(table, *limits, *advice)
 
 
 def _problems(problems: list[Problem]) -> RenderableType:

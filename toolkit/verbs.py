@@ -139,18 +139,23 @@ def merge(
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="Directory or hub id (org/name) of an AWQ checkpoint.")],
+    model: Annotated[str, typer.Argument(help="Directory or hub id (org/name) of a checkpoint.")],
     out: OutOption,
-    to: Annotated[str, typer.Option(help="gemm (what vLLM runs) or gemv.")],
+    to: Annotated[str | None, typer.Option(help="Layout of an AWQ checkpoint: gemm (what vLLM runs) or gemv.")] = None,
+    pad_tp: Annotated[
+        int | None,
+        typer.Option(metavar="GPUS", help="Widen the MLP with zeros, so that so many GPUs can share the weights."),
+    ] = None,
     revision: RevisionOption = None,
     force: ForceOption = False,
 ) -> None:
-    """Repack an AWQ checkpoint in the other layout, GEMM or GEMV: the same values, bit for bit."""
+    """Repack an AWQ checkpoint in the other layout, GEMM or GEMV, bit for bit; or pad a checkpoint for more GPUs."""
     from toolkit.checkpoint import resolve
     from toolkit.console import out as stdout
     from toolkit.formats.convert import convert as run
 
-    stdout.print(str(run(resolve(model, revision), out, to, force)), highlight=False, markup=False)
+    written = run(resolve(model, revision), out, to, force, pad_tp=pad_tp)
+    stdout.print(str(written), highlight=False, markup=False)
 
 
 def inspect(
