@@ -17,6 +17,7 @@ REPORT     ?= out/report#                  directory of bench's report
 A          ?= docs/results/demo-cpu#       compare: the older report
 B          ?= $(REPORT)#                   compare: the newer report
 FAIL_IF    ?= accuracy<-1%#                compare: what counts as a regression
+MICRO_LIMIT ?= median:25%#                 microbench-compare: min|max|mean|median:PERCENT% or :SECONDS
 ARGS       ?=#                             further options for any target's qvl call
 
 VENV := .venv
@@ -26,10 +27,10 @@ DONE := $(VENV)/.installed-$(BACKEND)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo quantize convert inspect serve stop status ask bench compare test lint format microbench \
-        gpu-bench quant-bench demo-model clean
+        microbench-compare gpu-bench quant-bench demo-model clean
 
 help: ## show this
-	@printf 'Targets:\n'; sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 16
+	@printf 'Targets:\n'; sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 20
 	@printf '\nVariables (make TARGET NAME=VALUE):\n'
 	@sed -nE 's/^([A-Z_]+) +\?= ?([^#]*)# *(.*)/  \1\t\2\t\3/p' Makefile | expand -t 16,56
 
@@ -78,8 +79,12 @@ lint: setup ## ruff and mypy --strict
 format: setup ## ruff's formatting and fixes
 	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
 
-microbench: setup ## pytest-benchmark suites: search, packing, client overhead
-	$(PY) -m pytest bench/micro --benchmark-only -p no:cacheprovider $(ARGS)
+microbench: setup ## pytest-benchmark suites (packing, search, pictures, SSE, client); the times are saved in .benchmarks
+	$(PY) -m pytest bench/micro --benchmark-only --benchmark-autosave -p no:cacheprovider $(ARGS)
+
+microbench-compare: setup ## the suites again beside the last saved times; fails where one is past MICRO_LIMIT
+	@ls .benchmarks/*/*.json >/dev/null 2>&1 || { echo 'nothing saved to compare with: run make microbench first, on the code to compare with' >&2; exit 2; }
+	$(PY) -m pytest bench/micro --benchmark-only --benchmark-compare --benchmark-compare-fail='$(MICRO_LIMIT)' -p no:cacheprovider $(ARGS)
 
 gpu-bench: setup ## on a GPU: a Qwen2-VL-2B of random weights, quantized, served, measured against fp16
 	$(QVL) gpu-bench $(ARGS)

@@ -1,4 +1,5 @@
-"""What quantizing a layer costs: rounding, clipping, packing, on random weights of the embedded model's shape."""
+"""What quantizing a layer costs: moments, scales, clips, rounding, packing, on random weights of the embedded model's
+shape and of a larger one."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from toolkit.formats.packing import gemm_to_gemv, pack_gemm
-from toolkit.quantize.search import best_clip, group_moments, round_to_grid
+from toolkit.quantize.search import Moments, best_clip, group_moments, round_to_grid, scale_candidates, screen
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -35,6 +36,30 @@ def test_packing(benchmark: BenchmarkFixture, weight: torch.Tensor) -> None:
 def test_repacking(benchmark: BenchmarkFixture, weight: torch.Tensor) -> None:
     """GEMM to GEMV."""
     benchmark(gemm_to_gemv, pack_gemm(round_to_grid(weight, GROUP)))
+
+
+def test_summing_moments(benchmark: BenchmarkFixture, weight: torch.Tensor) -> None:
+    """The second moments of a linear's inputs over 4,096 tokens, in batches of 512."""
+    tokens = torch.randn(8, 512, weight.shape[1], generator=torch.Generator().manual_seed(1))
+
+    def add() -> Moments:
+        moments = Moments(weight.shape[1], torch.device("cpu"))
+        for batch in tokens:
+            moments.add(batch)
+        moments.finish()
+        return moments
+
+    assert benchmark(add).tokens == 4096
+
+
+def test_scale_search(benchmark: BenchmarkFixture, weight: torch.Tensor) -> None:
+    """Ten of AWQ's scales, held against the moments."""
+    tokens = torch.randn(4096, weight.shape[1], generator=torch.Generator().manual_seed(1))
+    moments = Moments(weight.shape[1], torch.device("cpu"))
+    moments.add(tokens)
+    moments.finish()
+    candidates = scale_candidates(moments.sizes, None, torch.arange(10) / 10)
+    assert benchmark(screen, weight, moments.second, candidates, GROUP).shape == (10,)
 
 
 def test_clip_search(benchmark: BenchmarkFixture, weight: torch.Tensor) -> None:
