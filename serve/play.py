@@ -160,6 +160,10 @@ class Beside:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward one marked request, or pass it on."""
+        if scope["type"] == "lifespan":  # lasts as long as the server
+            async with self._client:
+                await self._app(scope, receive, send)
+            return
         if scope["type"] != "http" or not scope.get("qvl", {}).get("beside"):
             await self._app(scope, receive, send)
             return

@@ -105,7 +105,7 @@ class Browser:
         *,
         dark: bool = False,
         scale: float = 1,
-        touch: bool = False,
+        phone: bool = False,
         reduced_motion: bool = False,
         offline: bool = False,
     ) -> Iterator[Tab]:
@@ -114,7 +114,8 @@ class Browser:
             viewport={"width": width, "height": height},
             color_scheme="dark" if dark else "light",
             device_scale_factor=scale,
-            has_touch=touch,
+            has_touch=phone,
+            is_mobile=phone,
             reduced_motion="reduce" if reduced_motion else "no-preference",
             offline=offline,
         )

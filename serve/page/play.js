@@ -316,13 +316,13 @@ function show(turn) {
   const places = sides.map((server, index) => make("section", { className: index ? "answer second" : "answer" },
     make("h3", {}, server.model ?? capital(server.role))));
   places.forEach((place, index) => place.setAttribute("aria-label", `Answer of ${sides[index].model ?? sides[index].role}`));
-  const article = make("article", { className: "turn" }, make("h2", {}, turn.question));
+  const asked = make("div", { className: "question" }, make("h2", {}, turn.question));
   if (turn.pictures.length) {
     const pictures = make("ul", { className: "pictures" }, ...turn.pictures.map((picture) => card(picture, picture.caption)));
     pictures.setAttribute("aria-label", "Pictures");
-    article.append(pictures);
+    asked.append(pictures);
   }
-  article.append(make("div", { className: "answers" }, ...places));
+  const article = make("article", { className: "turn" }, asked, make("div", { className: "answers" }, ...places));
   at("turns").append(article);
   const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
   article.scrollIntoView({ block: "start", behavior: calm ? "auto" : "smooth" });
