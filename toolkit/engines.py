@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from toolkit.checkpoint import LINEARS, Checkpoint, QuantizationInfo
 from toolkit.quantize.mixed import UNITS
 
-__all__ = ["Engine", "engines", "obstacle", "padding", "tensor_parallel", "vision_is_whole"]
+__all__ = ["Engine", "cpu_obstacle", "engines", "obstacle", "padding", "tensor_parallel", "vision_is_whole"]
 
 _TP_SIZES = (1, 2, 4, 8)
 #: Groups that a checkpoint in 16 bits is padded for: those of `qvl quantize`.
@@ -145,18 +145,18 @@ def _awq_kernels(checkpoint: Checkpoint, info: QuantizationInfo) -> tuple[str, s
 
 def _vllm_cpu(checkpoint: Checkpoint) -> Engine:
     info, name = checkpoint.quantization, "vLLM on CPUs"
+    sizes = [
+        size for size in _TP_SIZES if obstacle(checkpoint, size) is None and cpu_obstacle(checkpoint, size) is None
+    ]
     if info is None:
-        return Engine(name, "yes", "", [1])
+        return Engine(name, "yes", "", sizes)
     if not info.zero_point:
         return Engine(name, "no", "its AWQ reader expects zero points, and the config says zero_point: false")
-    odd = next((shape for shape in _fused_shapes(checkpoint) if shape[0] % 32 or shape[1] % 32), None)
-    if odd is not None:
-        return Engine(
-            name, "no", f"its kernel takes multiples of 32, and a layer has {odd[0]} inputs, {odd[1]} outputs"
-        )
+    if (odd := cpu_obstacle(checkpoint, 1)) is not None:
+        return Engine(name, "no", odd)
     if info.version == "gemv":
-        return Engine(name, "repack", "reads GEMM only; qvl serve repacks by itself", [1])
-    return Engine(name, "yes", "CPUWNA16 kernel", [1])
+        return Engine(name, "repack", "reads GEMM only; qvl serve repacks by itself", sizes)
+    return Engine(name, "yes", "CPUWNA16 kernel", sizes)
 
 
 def _autoawq(checkpoint: Checkpoint) -> Engine:
@@ -183,10 +183,26 @@ def _autoawq(checkpoint: Checkpoint) -> Engine:
     return Engine(name, "yes", "GEMM kernel")
 
 
+def cpu_obstacle(checkpoint: Checkpoint, size: int) -> str | None:
+    """Return what keeps vLLM's CPU kernel from the packed weights when ``size`` processes split them; None: nothing."""
+    row_parallel = ("self_attn.o_proj", "mlp.down_proj")
+    for (inputs, outputs), unit in zip(_fused_shapes(checkpoint), _fused_units(checkpoint), strict=True):
+        k, n = (inputs // size, outputs) if unit[0] in row_parallel else (inputs, outputs // size)
+        if k % 32 or n % 32:
+            whose = "a layer has" if size == 1 else f"1/{size} of a layer has"
+            return f"its kernel takes multiples of 32, and {whose} {k} inputs, {n} outputs"
+    return None
+
+
 def _fused_shapes(checkpoint: Checkpoint) -> list[tuple[int, int]]:
     """Return (K, N) of the packed modules of a layer as vLLM runs them: q, k, v in one, gate and up in one."""
-    shapes, packed = checkpoint.linear_shapes(), _packed(checkpoint)
-    return [(shapes[unit[0]][0], sum(shapes[name][1] for name in unit)) for unit in UNITS if unit[0] in packed]
+    shapes = checkpoint.linear_shapes()
+    return [(shapes[unit[0]][0], sum(shapes[name][1] for name in unit)) for unit in _fused_units(checkpoint)]
+
+
+def _fused_units(checkpoint: Checkpoint) -> list[tuple[str, ...]]:
+    packed = _packed(checkpoint)
+    return [unit for unit in UNITS if unit[0] in packed]
 
 
 def _packed(checkpoint: Checkpoint) -> list[str]:
