@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import signal
+import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from serve.lifecycle import OnPhase, Server, Status
+    from serve.supervisor import Booted, Supervisor
 
 _DEFAULT_PORT = 8000
+_GUARD, _OPERATION, _PAGE = "Guard", "Operation", "Page"
 
 
 def register(app: typer.Typer) -> None:
     """Add this package's verbs to ``app``."""
-    app.command(rich_help_panel="Server")(serve)
+    app.command(rich_help_panel="Server")(_with_limits(serve))
     app.command(rich_help_panel="Server")(status)
     app.command(rich_help_panel="Server")(stop)
     app.command(rich_help_panel="Server")(ask)
@@ -29,7 +32,9 @@ def serve(
         list[str] | None, typer.Argument(metavar="[-- VLLM_FLAGS...]", help="Any further flags of `vllm serve`.")
     ] = None,
     port: Annotated[int, typer.Option(help="Port to listen on.")] = _DEFAULT_PORT,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for all, which takes a key or --insecure.")
+    ] = "127.0.0.1",
     detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready, and leave it running.")] = False,
     max_model_len: Annotated[
         int | None,
@@ -44,15 +49,16 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option(help="Name that requests ask for (the directory's name).")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="LoRA adapter to serve as a model of that name; repeat for several."),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="float16, bfloat16 or float32 to compute in (bfloat16; float16 for small models)."),
     ] = None,
     backend: Annotated[
         str | None, typer.Option(help="cpu or gpu (QVL_BACKEND, else what is installed and found).")
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="QVL_API_KEY", show_envvar=True, help="Key that requests to /v1 must bring.")
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds until it must be ready.")] = 600.0,
     compile: Annotated[
@@ -63,18 +69,65 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    play: Annotated[
+        bool, typer.Option("--play", help="Serve a page to try it, at /play.", rich_help_panel=_PAGE)
+    ] = False,
+    play_beside: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Another server, which the page asks side by side.", rich_help_panel=_PAGE),
+    ] = None,
+    drain: Annotated[
+        str, typer.Option(help="How long requests under way may take when it is stopped.", rich_help_panel=_OPERATION)
+    ] = "30s",
+    restarts: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Restarts of a dead server within 10 minutes; 0 never does.", rich_help_panel=_OPERATION
+        ),
+    ] = 5,
+    probe_every: Annotated[
+        str,
+        typer.Option(help="Longest time until it is asked whether it still answers.", rich_help_panel=_OPERATION),
+    ] = "15s",
+    probe_timeout: Annotated[
+        str, typer.Option(help="Within this it must have answered.", rich_help_panel=_OPERATION)
+    ] = "20s",
+    log_format: Annotated[
+        str,
+        typer.Option(help="text, or json for one object a line (json without a terminal).", rich_help_panel=_OPERATION),
+    ] = "auto",
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Listen where others reach it, without a key.", rich_help_panel=_GUARD),
+    ] = False,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="QVL_API_KEY", show_envvar=True, help="Key that requests must bring.", rich_help_panel=_GUARD
+        ),
+    ] = None,
+    **limits: Any,
 ) -> None:
-    """Serve a model with vLLM, fp16 or AWQ, behind an OpenAI-compatible API.
+    """Serve a model with vLLM, fp16 or AWQ, behind an OpenAI-compatible API that is guarded against its clients.
 
     It is ready when it has answered a question about a picture. Ctrl-C stops it; requests under way may finish.
+    It is started again when it dies or hangs.
     """
-    from serve.lifecycle import start
+    import sys
+
+    from serve.limits import Limits
+    from serve.lora import Lora
     from serve.options import ServeOptions
-    from toolkit.console import warn
+    from serve.supervisor import GaveUp, Policy, stopped_by_signals, supervisor
+    from serve.supervisor import detach as start_detached
+    from toolkit.console import fail, note
     from toolkit.errors import ServerError
 
     if vllm_flags and not vllm_flags[0].startswith("-"):
         raise ServerError(f"{vllm_flags[0]!r} after the model is not understood. Flags for vLLM come after -- .")
+    if log_format == "auto":
+        log_format = "text" if sys.stderr.isatty() or detach else "json"
+    guard = Limits(**limits)
     options = ServeOptions(
         host=host,
         port=port,
@@ -83,37 +136,79 @@ def serve(
         max_num_seqs=max_num_seqs,
         gpu_memory_utilization=gpu_memory_utilization,
         served_model_name=served_model_name,
+        loras=tuple(Lora.parse(each) for each in lora or ()),
         dtype=dtype,
         api_key=api_key,
+        guard=guard,
+        insecure=insecure,
+        play=play,
+        play_beside=play_beside,
         timeout=timeout,
+        drain=_seconds("--drain", drain),
+        probe_every=_seconds("--probe-every", probe_every),
+        probe_timeout=_seconds("--probe-timeout", probe_timeout),
+        log_format=log_format,  # type: ignore[arg-type]  # checked by ServeOptions
         compile=compile,
         extra=tuple(vllm_flags or ()),
     )
-    if host not in ("127.0.0.1", "localhost", "::1") and options.api_key is None:
-        warn(f"anyone who reaches {host}:{port} can use this server: give --api-key, or keep to 127.0.0.1")
-    with _stopped_by_signals():
-        with _progress(f"{model} on port {port}") as on_phase:
-            server = start(model, options, on_phase=on_phase, attached=not detach)
+    what = f"{model} on port {port}"
+    policy = Policy(restarts=restarts)
+    with stopped_by_signals():
         if detach:
-            _announce(server, f"qvl stop --port {port}")
-        else:
-            _stay(server)
+            with _progress(what) as on_phase:
+                booted = start_detached(model, options, policy, on_phase)
+            _announce(booted, f"qvl stop --port {port}")
+            return
+        with contextlib.ExitStack() as boot:
+            on_phase = boot.enter_context(_progress(what))
+            own = supervisor(model, options, policy, note if log_format == "text" else _say_json, on_phase)
+            try:
+                _stay(own, boot)
+            except GaveUp as error:
+                fail(str(error))
+                raise typer.Exit(1) from None
 
 
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Treat SIGTERM and a closed terminal like Ctrl-C, so that what cleans up after one does after all."""
+def _say_json(text: str) -> None:
+    from serve.jsonlog import line, write
 
-    def end(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+    write(line("warning", "qvl.supervisor", text))
 
-    heeded = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]  # nohup stays
-    before = {number: signal.signal(number, end) for number in heeded}
+
+def _with_limits(function: Any) -> Any:
+    """Let a function's `**limits` be one command-line option for each of the guard's limits, from their metadata."""
+    from dataclasses import fields
+
+    from serve.limits import Limits
+
+    signature = inspect.signature(function, eval_str=True)
+    parameters = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    for limit in fields(Limits):
+        if "option" not in limit.metadata or limit.name in signature.parameters:
+            continue
+        default = limit.default
+        kind: Any = list[str] if isinstance(default, tuple) else str | None if default is None else type(default)
+        option = typer.Option(limit.metadata["option"], help=limit.metadata["help"], rich_help_panel=_GUARD)
+        default = [] if isinstance(default, tuple) else default
+        parameters.append(
+            inspect.Parameter(
+                limit.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+            )
+        )
+    function.__signature__ = signature.replace(parameters=parameters)
+    return function
+
+
+def _seconds(option: str, text: str) -> float:
+    """Read a time such as 30s, 2m or 45; raises ServerError."""
+    from toolkit.errors import ServerError
+
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        return float(number) * unit
+    except ValueError:
+        raise ServerError(f"{option} {text}: give a time such as 30s or 2m.") from None
 
 
 @contextlib.contextmanager
@@ -137,34 +232,63 @@ def _progress(what: str) -> Iterator[OnPhase]:
     yield report
 
 
-def _announce(server: Server, how_to_stop: str) -> None:
+def _announce(server: Booted | Server, how_to_stop: str) -> None:
     from toolkit.console import note, out
 
     out.print(f"ready: {server.model_name} at {server.url}/v1 after {server.boot_seconds:.0f} s", highlight=False)
     note(f"log: {server.log}\nask:  qvl ask --url {server.url} --image PICTURE QUESTION\nstop: {how_to_stop}")
 
 
-def _stay(server: Server) -> None:
-    """Show the server's log until it ends or Ctrl-C; a second Ctrl-C does not wait for requests under way."""
-    from serve.log import follow
-    from toolkit.console import err, note
-    from toolkit.errors import ServerError
+def _stay(own: Supervisor, boot: contextlib.ExitStack) -> None:
+    """Run the server and show its log until Ctrl-C; a second Ctrl-C does not wait for requests under way.
 
-    _announce(server, "Ctrl-C")
+    `boot` is closed when the server is ready for the first time.
+    """
+    import sys
+    import threading
+
+    from serve.lifecycle import Server
+    from serve.log import follow
+    from serve.supervisor import Supervised
+    from toolkit.console import note
+
+    start = own.boot
+    stopped = threading.Event()
+
+    def show(log: Path) -> None:
+        for text in follow(log, while_true=lambda: not stopped.is_set()):
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
+
+    printer: threading.Thread | None = None
+
+    def boot_and_show(restarts: int) -> Supervised:
+        nonlocal printer
+        server = start(restarts)
+        if printer is None:
+            boot.close()
+            assert isinstance(server, Server)
+            _announce(server, "Ctrl-C")
+            printer = threading.Thread(target=show, args=(server.log,), daemon=True)
+            printer.start()
+        return server
+
+    own.boot = boot_and_show
     try:
-        for line in follow(server.log, while_true=server.running):
-            err.print(line, style="dim", highlight=False, markup=False)
+        own.run()
     except KeyboardInterrupt:
+        if own.server is None:
+            raise
         note("stopping: requests under way may finish, Ctrl-C again cuts them off")
         try:
-            server.stop()
+            own.server.stop()
         except KeyboardInterrupt:
-            server.stop(drain=False)
+            own.server.stop(drain=False)
         note("stopped")
-        return
-    server.stop()  # forget it, and end what its processes may have left
-    if server.wait() != 0:
-        raise ServerError(f"vLLM ended by itself (exit status {server.wait()}). Its log is {server.log}")
+    finally:
+        stopped.set()
+        if printer is not None:
+            printer.join(timeout=2)
 
 
 def status(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import httpx
 import psutil
@@ -20,14 +20,14 @@ from serve import memory, state
 from serve.backend import require_vllm
 from serve.gemm import servable
 from serve.log import Phases, decisive_lines, explain
-from serve.media import sample_picture
+from serve.lora import check_lora
 from serve.options import ServeOptions
 from serve.server import DIE_WITH
 from toolkit.checkpoint import Checkpoint, resolve
 from toolkit.errors import ServerError
 from toolkit.paths import cache_dir
 
-__all__ = ["Server", "Status", "start", "status", "statuses", "stop"]
+__all__ = ["OnPhase", "Server", "Status", "readiness", "start", "status", "statuses", "stop"]
 
 #: Called while a server boots with the phase it has reached and the seconds since the start.
 OnPhase = Callable[[str, float], None]
@@ -81,8 +81,9 @@ class Status:
     """What is known about one server."""
 
     port: int
-    #: "booting": not ready yet; "ready"; "silent": it runs but /health does not answer; "dead": its process is gone.
-    state: Literal["booting", "ready", "silent", "dead"]
+    #: "booting": not ready yet; "ready"; "stalled": its engine stopped answering; "draining": it is being stopped;
+    #: "silent": it runs but nothing answers; "restarting": it died and is about to be started again; "dead".
+    state: Literal["booting", "ready", "stalled", "draining", "silent", "restarting", "dead"]
     url: str
     model_name: str
     checkpoint: str
@@ -93,12 +94,22 @@ class Status:
     #: Bytes of host memory of all its processes, shared pages counted once; None when dead.
     memory: int | None
     log: str
-    #: For a dead server, why, from its log.
+    #: How often its supervisor has started it again.
+    restarts: int = 0
+    #: Why, where it is stalled or dead.
     reason: str | None = None
 
 
-def start(model: str, options: ServeOptions, *, on_phase: OnPhase | None = None, attached: bool = False) -> Server:
-    """Start vLLM and return when it is ready: /health, /v1/models, and one image question answered.
+def start(
+    model: str,
+    options: ServeOptions,
+    *,
+    on_phase: OnPhase | None = None,
+    attached: bool = False,
+    supervised: bool = False,
+    restarts: int = 0,
+) -> Server:
+    """Start vLLM and return when it is ready: when it has answered a question about a picture.
 
     The server is a process group of its own and outlives this process, unless `attached`.
 
@@ -107,44 +118,52 @@ def start(model: str, options: ServeOptions, *, on_phase: OnPhase | None = None,
         options: see `ServeOptions`.
         on_phase: called several times a second while booting.
         attached: end the server when this process ends, however it ends.
+        supervised: this process will start it again when it dies; see `serve.supervisor`.
+        restarts: how often that has happened; the log is then continued.
 
     Raises CheckpointError for a model that can't be used, ResourceError for too little memory, ServerError for a port
     that is taken and for a vLLM that dies or does not answer in time. No process is left behind then.
     """
+    began = time.monotonic()
     require_vllm("gpu" if options.on_gpu else "cpu")
     _refuse_taken_port(options)
     directory = resolve(model)
     checkpoint = Checkpoint.open(directory)
     name = options.name_for(directory)
     options.arguments(checkpoint, name)  # a setting that does not suit the model is refused before anything is repacked
+    for lora in options.loras:
+        check_lora(lora, checkpoint)
     memory.check(checkpoint, options)
     served = servable(checkpoint)
-    began = time.monotonic()
     with state.locked("start", "servers"):
         _refuse_taken_port(options)
-        log = _new_log(options.port)
-        process = _spawn(options.arguments(served, name), options, log, attached)
+        log = _new_log(options.port, keep=restarts > 0)
+        environment = options.environment(os.environ, name, began=began, restarts=restarts)
+        process = _spawn(options.arguments(served, name), environment, log, attached)
         running = state.ServerState(
             port=options.port,
             pid=process.pid,
-            created=psutil.Process(process.pid).create_time(),
+            created=state.process_start(process.pid),
             url=options.url,
             model_name=name,
             checkpoint=str(directory.resolve()),
             served=str(served.path.resolve()),
             backend=str(options.backend),
             log=str(log),
-            shutdown_timeout=options.shutdown_timeout,
+            drain=options.drain,
+            supervisor=os.getpid() if supervised else None,
+            supervisor_created=state.process_start(os.getpid()) if supervised else 0.0,
+            restarts=restarts,
         )
-        state.save(running)
     try:
+        state.save(running)
         _wait_until_ready(process, running, options, began, on_phase)
+        running = replace(running, ready=True)
+        state.save(running)
     except BaseException:
         _end(running, drain=False)
         process.wait()
         raise
-    running = replace(running, ready=True)
-    state.save(running)
     return Server(
         url=options.url,
         port=options.port,
@@ -176,7 +195,8 @@ def stop(port: int, drain: bool = True) -> Status:
     """
     known = _known(port)
     before = _status(known)
-    _end(known, drain)
+    state.end_supervisor(known, _grace(known) if drain else 0)
+    _end(state.load(port) or known, drain)  # the supervisor may have started another one meanwhile, or forgotten it
     return before
 
 
@@ -192,7 +212,7 @@ def _known(port: int) -> state.ServerState:
 
 def _refuse_taken_port(options: ServeOptions) -> None:
     known = state.load(options.port)
-    if known is not None and known.alive:
+    if known is not None and known.supervisor != os.getpid() and (known.alive or known.supervised):
         raise ServerError(
             f"port {options.port} is taken by qvl's server of {known.model_name} (pid {known.pid}). "
             f"Stop it with `qvl stop --port {options.port}`, or give another --port."
@@ -205,9 +225,11 @@ def _refuse_taken_port(options: ServeOptions) -> None:
         raise ServerError(f"port {options.port} is taken by {holder}. Stop that, or give another --port.")
 
 
-def _new_log(port: int) -> Path:
-    """Return the path of a new, empty log file; the one before is kept as PORT.log.1."""
+def _new_log(port: int, keep: bool = False) -> Path:
+    """Return the path of a new, empty log file; the one before is kept as PORT.log.1. Or `keep` and continue it."""
     log = cache_dir("servers", f"{port}.log")
+    if keep and log.exists():
+        return log
     log.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         log.replace(log.with_suffix(".log.1"))
@@ -215,10 +237,9 @@ def _new_log(port: int) -> Path:
     return log
 
 
-def _spawn(arguments: list[str], options: ServeOptions, log: Path, attached: bool) -> subprocess.Popen[bytes]:
-    environment = options.environment(os.environ)
+def _spawn(arguments: list[str], environment: dict[str, str], log: Path, attached: bool) -> subprocess.Popen[bytes]:
     if attached:
-        environment[DIE_WITH] = str(os.getpid())
+        environment = {**environment, DIE_WITH: str(os.getpid())}
     with log.open("ab") as stream:
         return subprocess.Popen(
             [sys.executable, "-m", "serve.server", *arguments],
@@ -230,9 +251,13 @@ def _spawn(arguments: list[str], options: ServeOptions, log: Path, attached: boo
         )
 
 
+def _grace(known: state.ServerState) -> float:
+    return known.drain + _STOP_MARGIN
+
+
 def _end(known: state.ServerState, drain: bool) -> None:
     # One that boots has no request under way, and would not heed being asked.
-    state.end_group(known, grace=known.shutdown_timeout + _STOP_MARGIN if drain and known.ready else 0)
+    state.end_group(known, grace=_grace(known) if drain and known.ready else 0)
     state.remove(known)
 
 
@@ -243,33 +268,25 @@ def _wait_until_ready(
     began: float,
     on_phase: OnPhase | None,
 ) -> None:
-    phases = Phases(Path(running.log))
-    headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
-    with httpx.Client(base_url=running.url, headers=headers, timeout=10, trust_env=False) as client:
+    phases = Phases(Path(running.log), start=Path(running.log).stat().st_size if running.restarts else 0)
+    said: dict[str, Any] | None = None
+    with httpx.Client(base_url=running.url, timeout=10, trust_env=False) as client:
         for _ in _until(began + options.timeout):
             phase = phases.update()
             if on_phase is not None:
                 on_phase(phase, time.monotonic() - began)
             if process.poll() is not None:
                 raise explain(Path(running.log), process.returncode, phase)
-            if _healthy(client):
-                break
-        else:
-            raise ServerError(
-                f"vLLM was not ready after {options.timeout:g} s: it was still {phases.current}. "
-                f"Give a longer --timeout, or read {running.log}"
-            )
-        remaining = max(30.0, began + options.timeout - time.monotonic())
-        try:
-            _ask_test_question(client, running.model_name, remaining)
-        except httpx.HTTPError as error:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                raise explain(
-                    Path(running.log), process.wait(timeout=5), "answering its first image question"
-                ) from error
-            raise ServerError(
-                f"vLLM started but its first image question got no answer ({type(error).__name__}). See {running.log}"
-            ) from error
+            said = readiness(client)
+            if said is not None and said["ready"]:
+                return
+            if said is not None and said["state"] == "failed":
+                raise ServerError(f"{running.checkpoint} can't be served like this: {said['reason']}")
+    what = f"{phases.current}: {said['reason']}" if said is not None else phases.current
+    raise ServerError(
+        f"vLLM was not ready after {options.timeout:g} s: it was still {what}. "
+        f"Give a longer --timeout, or read {running.log}"
+    )
 
 
 def _until(deadline: float) -> Iterator[None]:
@@ -278,54 +295,30 @@ def _until(deadline: float) -> Iterator[None]:
         time.sleep(_POLL)
 
 
-def _healthy(client: httpx.Client) -> bool:
+def readiness(client: httpx.Client) -> dict[str, Any] | None:
+    """Return what /ready says, see `serve.ready`; None when nothing answers there."""
     try:
-        return client.get("/health").status_code == httpx.codes.OK
-    except httpx.HTTPError:
-        return False
-
-
-def _ask_test_question(client: httpx.Client, name: str, timeout: float) -> None:
-    """Ask the model's list and one question about a picture.
-
-    Raises ServerError unless both are answered as they should be.
-    """
-    listed = client.get("/v1/models")
-    names = [model["id"] for model in listed.json()["data"]] if listed.is_success else []
-    if name not in names:
-        raise ServerError(f"vLLM serves {names or listed.text!r} where {name!r} was asked for.")
-    content = [
-        {"type": "image_url", "image_url": {"url": sample_picture()}},
-        {"type": "text", "text": "What colour is the circle?"},
-    ]
-    question = {"role": "user", "content": content}
-    body = {"model": name, "messages": [question], "max_tokens": 8, "temperature": 0}
-    answered = client.post("/v1/chat/completions", json=body, timeout=timeout)
-    if not answered.is_success:
-        raise ServerError(
-            f"vLLM refused its first image question ({answered.status_code}): {answered.text[:400]}\n"
-            "Its tokenizer, processor or chat template may be missing: check the directory with `qvl inspect`."
-        )
-    answer = answered.json()["choices"][0]["message"]["content"] or ""
-    if len(answer) > 3 and not answer.strip("!"):
-        raise ServerError(
-            f"the model answers {answer!r}: its activations overflow float16. Serve it with --dtype bfloat16."
-        )
+        said = client.get("/ready").json()
+    except (httpx.HTTPError, ValueError):
+        return None
+    return said if isinstance(said, dict) and {"ready", "state"} <= set(said) else None
 
 
 def _status(known: state.ServerState) -> Status:
     alive = known.alive
-    kind: Literal["booting", "ready", "silent", "dead"]
+    kind: Literal["booting", "ready", "stalled", "draining", "silent", "restarting", "dead"]
     reason = None
     if not alive:
-        kind = "dead"
+        kind = "restarting" if known.supervised else "dead"
         with contextlib.suppress(OSError):
             reason = "; ".join(decisive_lines(Path(known.log).read_text(errors="replace"), limit=2))
     elif not known.ready:
         kind = "booting"
     else:
         with httpx.Client(base_url=known.url, timeout=5, trust_env=False) as client:
-            kind = "ready" if _healthy(client) else "silent"
+            said = readiness(client)
+        kind = "silent" if said is None else "stalled" if said["state"] == "failed" else said["state"]
+        reason = None if said is None else said.get("reason")
     return Status(
         port=known.port,
         state=kind,
@@ -334,9 +327,10 @@ def _status(known: state.ServerState) -> Status:
         checkpoint=known.checkpoint,
         backend=known.backend,
         pid=known.pid,
-        uptime=time.time() - known.created if alive else None,
+        uptime=known.uptime if alive else None,
         memory=_memory(known) if alive else None,
         log=known.log,
+        restarts=known.restarts,
         reason=reason,
     )
 

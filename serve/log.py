@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,7 +14,7 @@ from pathlib import Path
 
 from toolkit.errors import QvlError, ResourceError, ServerError
 
-__all__ = ["Phases", "decisive_lines", "explain", "follow"]
+__all__ = ["Phases", "cap", "decisive_lines", "explain", "follow"]
 
 #: "(EngineCore pid=12) ERROR 11-23 04:45:07 [core.py:1120] message" -> "message".
 _LEVEL = r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[[^\]]*\] ?"
@@ -39,11 +42,14 @@ class Phases:
 
     log: Path
     current: str = "importing vLLM"
-    _offset: int = field(default=0, repr=False)
+    #: Bytes at its beginning that tell of an earlier boot.
+    start: int = 0
+    _offset: int = field(default=-1, repr=False)
     _partial: str = field(default="", repr=False)
 
     def update(self) -> str:
         """Read what was appended since the last call and return the phase."""
+        self._offset = max(self._offset, self.start)
         with self.log.open("rb") as stream:
             stream.seek(self._offset)
             appended = stream.read()
@@ -63,12 +69,30 @@ def follow(log: Path, while_true: Callable[[], bool]) -> Iterator[str]:
         partial = b""
         while True:
             last_round = not while_true()
+            if os.fstat(stream.fileno()).st_size < stream.tell():  # `cap` has cut it
+                stream.seek(0)
             *lines, partial = (partial + stream.read()).split(b"\n")
             for line in lines:
                 yield line.decode(errors="replace")
             if last_round:
                 return
             time.sleep(0.2)
+
+
+def cap(log: Path, limit: int) -> None:
+    """Keep a log that is being appended to below `limit` bytes: what it holds moves to LOG.1, over what was there.
+
+    The file is cut, not renamed: its writers hold it open. A line written in between is lost; so is the old part
+    where the disk has no room for it.
+    """
+    try:
+        if log.stat().st_size <= limit:
+            return
+        with contextlib.suppress(OSError):
+            shutil.copyfile(log, log.with_suffix(".log.1"))
+        os.truncate(log, 0)
+    except OSError:
+        return  # the next call tries again
 
 
 #: The last line of a Python traceback: "ValueError: message", "torch.OutOfMemoryError: message".
@@ -87,7 +111,7 @@ def decisive_lines(text: str, limit: int = 4) -> list[str]:
     vLLM's processes repeat one another's tracebacks; what only says that another process failed is left out unless
     there is nothing else. Without a traceback, the last lines of the log.
     """
-    lines = [_PREFIX.sub("", _ANSI.sub("", line)).rstrip() for line in text.splitlines()]
+    lines = [_PREFIX.sub("", _ANSI.sub("", line)).rstrip() for line in _plain(text)]
     found: list[str] = []
     for index, line in enumerate(lines):
         if _ARGUMENT_ERROR.match(line):
@@ -98,6 +122,18 @@ def decisive_lines(text: str, limit: int = 4) -> list[str]:
     firsthand = [line for line in unique if not _SECONDHAND.search(line)] or unique
     chosen = firsthand[:limit] or [line for line in lines if line.strip()][-limit:]
     return [line if len(line) <= 400 else line[:400] + " ..." for line in chosen]
+
+
+def _plain(text: str) -> Iterator[str]:
+    """Yield the lines of a log as text, also where they are JSON (`serve.jsonlog`)."""
+    for line in text.splitlines():
+        if line.startswith('{"time"'):
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                yield from str(entry["message"]).splitlines()
+                yield from str(entry.get("traceback", "")).splitlines()
+                continue
+        yield line
 
 
 def _indented(following: list[str]) -> list[str]:

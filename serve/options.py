@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from serve.backend import Backend, choose
+from serve.jsonlog import write_config
+from serve.limits import Limits
+from serve.lora import Lora, lora_arguments
 from toolkit.checkpoint import Checkpoint
 from toolkit.errors import ServerError
+from toolkit.paths import cache_dir
 
-__all__ = ["DEFAULT_GPU_SHARE", "DTYPE_BYTES", "ServeOptions", "kv_bytes_per_token"]
+__all__ = ["DEFAULT_GPU_SHARE", "DTYPE_BYTES", "ServeOptions", "is_loopback", "kv_bytes_per_token"]
 
 #: The dtypes vLLM computes in, and bytes an element takes.
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -31,11 +38,40 @@ _FEW_CORES = 8
 _OWN_FLAGS = {
     "--api-key": "--api-key",
     "--host": "--host",
+    "--log-config-file": "--log-format",
+    "--lora-modules": "--lora",
     "--model": "MODEL",
     "--port": "--port",
     "--served-model-name": "--served-model-name",
+    "--shutdown-timeout": "--drain",
     "--uds": "--host and --port",
 }
+#: vLLM flags that would undo the guard, and how.
+_UNGUARDED_FLAGS = {
+    "--allowed-local-media-path": "requests could name files of this machine",
+    "--allowed-media-domains": "the guard fetches pictures itself, from the hosts that --image-host names",
+    "--api-server-count": "each process would count rates and requests under way for itself",
+    "--config": "a file could hold any of the flags that are refused here",
+    "--enable-log-outputs": "answers would be in the log",
+    "--enable-log-requests": "prompts would be in the log",
+    "--enable-offline-docs": "its pages are for developers",
+    "--grpc": "no guard stands before it",
+    "--grpc-port": "no guard stands before it",
+    "--headless": "nothing would answer",
+    "--middleware": "it would stand before the guard",
+    "--omni": "it is another server",
+    "--root-path": "the guard tells routes by their path",
+    "--trust-request-chat-template": "requests could bring templates of their own",
+    "--trust-request-mm-kwargs": "requests could override the limits on pictures",
+}
+#: Variables of vLLM's that open what the guard closes.
+_UNGUARDED_VARIABLES = (
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+    "VLLM_DEBUG_LOG_API_SERVER_RESPONSE",
+    "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH",
+    "VLLM_RUST_FRONTEND_PATH",
+    "VLLM_USE_RUST_FRONTEND",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +99,27 @@ class ServeOptions:
     served_model_name: str | None = None
     #: Compute dtype: "float16", "bfloat16" or "float32". None: bfloat16, but float16 for small models.
     dtype: str | None = None
-    #: Key that requests to /v1 must bring. None: VLLM_API_KEY from the environment, if any.
+    #: Key that requests must bring (without a guard: requests to /v1). None: VLLM_API_KEY from the environment, if any.
     api_key: str | None = field(default=None, repr=False)
+    #: What is taken from clients. None: no guard, for measurements and tests on this machine.
+    guard: Limits | None = None
+    #: Listen on an address that others reach, without a key.
+    insecure: bool = False
+    #: A page at /play to try the server; with another server's address, both side by side.
+    play: bool = False
+    play_beside: str | None = None
+    #: LoRA adapters, each served as a model under its name.
+    loras: tuple[Lora, ...] = ()
     #: Seconds until the server must be ready.
     timeout: float = 600.0
     #: Seconds that requests under way may take to finish when the server is stopped.
-    shutdown_timeout: int = 30
+    drain: float = 30.0
+    #: Longest time in seconds without proof that the engine answers; then it is asked a question about a picture.
+    probe_every: float = 15.0
+    #: Seconds within which that must be answered.
+    probe_timeout: float = 20.0
+    #: Log lines as vLLM writes them, or as one JSON object each.
+    log_format: Literal["text", "json"] = "text"
     #: Compile the model with torch.compile and CUDA graphs: slower to start, faster to answer. None: on a GPU only.
     compile: bool | None = None
     #: Further arguments for `vllm serve`, appended last, so that they win.
@@ -78,7 +129,12 @@ class ServeOptions:
         _require(0 < self.port < 65536, f"--port {self.port}: a port is a number from 1 to 65535.")
         _require(bool(self.host), "--host is empty: give an address of this machine, such as 127.0.0.1 or 0.0.0.0.")
         _require(self.timeout > 0, f"--timeout {self.timeout:g}: the server can't be ready in no time.")
-        _require(self.shutdown_timeout > 0, "shutdown_timeout is 0: requests under way would be cut off.")
+        _require(self.drain > 0, f"--drain {self.drain:g}: requests under way would be cut off. Give at least 1.")
+        _require(self.probe_every >= 1, f"--probe-every {self.probe_every:g}: give at least a second.")
+        _require(self.probe_timeout >= 1, f"--probe-timeout {self.probe_timeout:g}: give at least a second.")
+        _require(self.log_format in ("text", "json"), f"--log-format {self.log_format}: give text or json.")
+        names = [lora.name for lora in self.loras]
+        _require(len(set(names)) == len(names), "--lora: two adapters have the same name.")
         for flag, number in (("--max-model-len", self.max_model_len), ("--max-num-seqs", self.max_num_seqs)):
             _require(number is None or number > 0, f"{flag} {number}: give a number of at least 1.")
         share = self.gpu_memory_utilization
@@ -88,11 +144,23 @@ class ServeOptions:
         )
         _require(self.images_per_request > 0 and self.videos_per_request >= 0, "a server must take at least one image.")
         for argument in self.extra:
-            flag = argument.partition("=")[0]
-            _require(flag not in _OWN_FLAGS, f"{flag} after -- : use qvl's own {_OWN_FLAGS.get(flag)} instead.")
+            _check_flag(argument, guarded=self.guard is not None)
         object.__setattr__(self, "backend", choose(self.backend))
         if self.api_key is None:
             object.__setattr__(self, "api_key", os.environ.get("VLLM_API_KEY") or None)
+        if self.guard is not None and self.api_key is not None:
+            object.__setattr__(self, "guard", replace(self.guard, api_key=self.api_key))
+        has_key = self.api_key is not None or (self.guard is not None and self.guard.needs_key)
+        _require(
+            has_key or self.insecure or is_loopback(self.host),
+            f"--host {self.host}: anyone who reaches it could use the server. Give --api-key-file or --api-key, keep "
+            "to 127.0.0.1, or say --insecure if something else keeps strangers out.",
+        )
+        if self.play_beside is not None:
+            from serve.play import PlayOptions
+
+            PlayOptions(beside=self.play_beside)  # refuses what is no address
+            _require(self.play, "--play-beside is a setting of the page: give --play too.")
 
     @property
     def on_gpu(self) -> bool:
@@ -150,8 +218,17 @@ class ServeOptions:
         arguments += ["--dtype", self.dtype_for(checkpoint)]
         arguments += ["--max-model-len", str(self.max_model_len_for(checkpoint))]
         limits = {"image": self.images_per_request, "video": self.videos_per_request}
+        if self.guard is not None:
+            limits = {"image": self.guard.max_images, "video": int(self.guard.allow_video)}
+            limits["image"] = max(1, limits["image"])  # the probe asks about one
         arguments += ["--limit-mm-per-prompt", json.dumps(limits)]
-        arguments += ["--shutdown-timeout", str(self.shutdown_timeout)]
+        arguments += ["--shutdown-timeout", str(math.ceil(self.drain))]
+        for middleware in self.middleware:
+            arguments += ["--middleware", middleware]
+        if self.guard is not None:
+            arguments += ["--disable-fastapi-docs", "--disable-uvicorn-access-log", "--api-server-count", "1"]
+        if self.loras:
+            arguments += lora_arguments(self.loras)
         if (sequences := self.max_num_seqs_for()) is not None:
             arguments += ["--max-num-seqs", str(sequences)]
         if self.on_gpu or self.gpu_memory_utilization is not None:
@@ -165,11 +242,34 @@ class ServeOptions:
             arguments += ["--enforce-eager"]
         return [*arguments, *self.extra]
 
-    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
+    @property
+    def middleware(self) -> list[str]:
+        """Return the classes before vLLM's application, the innermost first: vLLM puts the last one outermost."""
+        classes = ["serve.ready.Proof"]
+        if self.play_beside is not None:
+            classes += ["serve.play.Beside"]
+        if self.guard is not None:
+            classes += ["serve.guard.Guard"]
+        if self.play:
+            classes += ["serve.play.Play"]
+        return [*classes, "serve.ready.Ready", "serve.requestlog.RequestLog"]
+
+    def environment(
+        self, base: Mapping[str, str], name: str, *, began: float | None = None, restarts: int = 0
+    ) -> dict[str, str]:
         """Return the environment for vLLM's process: `base`, and what it does not set already.
 
-        The API key travels here, where other users of the machine can't read it.
+        API keys travel here, where other users of the machine can't read them.
+
+        Args:
+            base: the environment to start from.
+            name: the model's name on the server.
+            began: when the start was asked for, by time.monotonic().
+            restarts: how often the server has been restarted.
         """
+        from serve.ready import SETTINGS, ReadySettings
+        from serve.requestlog import ENABLED
+
         defaults = {
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",  # the model is a local directory by now
@@ -187,8 +287,31 @@ class ServeOptions:
         environment = {**defaults, **base}
         # Development endpoints let any client reset caches and put the server to sleep.
         environment.pop("VLLM_SERVER_DEV_MODE", None)
-        if self.api_key is not None:
+        environment.pop("VLLM_API_KEY", None)
+        ready = ReadySettings(
+            model=name,
+            every=self.probe_every,
+            limit=self.probe_timeout,
+            first_limit=self.timeout,
+            drain=self.drain,
+            began=began,
+            restarts=restarts,
+        )
+        environment[SETTINGS] = ready.dumps()
+        if self.guard is not None:
+            for variable in _UNGUARDED_VARIABLES:
+                environment.pop(variable, None)
+            environment["QVL_GUARD"] = self.guard.dumps()
+            environment[ENABLED] = "1"
+        elif self.api_key is not None:
             environment["VLLM_API_KEY"] = self.api_key
+        if self.play:
+            from serve.play import PlayOptions
+
+            environment["QVL_PLAY"] = PlayOptions(beside=self.play_beside).dumps()
+        if self.log_format == "json":
+            environment["QVL_LOG_FORMAT"] = "json"
+            environment["VLLM_LOGGING_CONFIG_PATH"] = str(write_config(cache_dir("servers", "logging.json")))
         root = str(Path(__file__).resolve().parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, base.get("PYTHONPATH")]))
         return environment
@@ -208,3 +331,27 @@ def kv_bytes_per_token(checkpoint: Checkpoint, dtype: str) -> int:
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ServerError(message)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens there."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_flag(argument: str, *, guarded: bool) -> None:
+    """Refuse a flag of vLLM's that says what an option here says, or would undo the guard."""
+    if not argument.startswith("--"):
+        return
+    flag = argument.partition("=")[0].replace("_", "-")
+    for own, ours in _OWN_FLAGS.items():
+        _require(not _means(flag, own), f"{flag} after -- : use qvl's own {ours} instead.")
+    for unguarded, why in _UNGUARDED_FLAGS.items() if guarded else ():
+        _require(not _means(flag, unguarded), f"{flag} after -- would undo the guard: {why}.")
+
+
+def _means(given: str, flag: str) -> bool:
+    """Whether vLLM takes what is given for this flag: it completes flags that are cut short."""
+    return given == flag or (len(given) > 4 and flag.startswith(given))

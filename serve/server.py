@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from serve.jsonlog import log_uncaught
 from toolkit.compat import patch_torchvision
 
 __all__ = ["DIE_WITH", "answer_for_vllm", "main"]
@@ -121,6 +122,8 @@ if __name__ in ("__main__", "__mp_main__"):
     atexit.register(gc.freeze)
     answer_for_vllm()
     patch_torchvision()
+    if os.environ.get("QVL_LOG_FORMAT") == "json":
+        sys.excepthook = log_uncaught
 
 if __name__ == "__main__":
     main()

@@ -19,7 +19,19 @@ import psutil
 from toolkit.errors import ServerError
 from toolkit.paths import cache_dir
 
-__all__ = ["ServerState", "end_group", "group_members", "load", "load_all", "locked", "port_holder", "remove", "save"]
+__all__ = [
+    "ServerState",
+    "end_group",
+    "end_supervisor",
+    "group_members",
+    "load",
+    "load_all",
+    "locked",
+    "port_holder",
+    "process_start",
+    "remove",
+    "save",
+]
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class ServerState:
     port: int
     #: The process that was started: vLLM's API server, leader of a process group of its own.
     pid: int
-    #: When that process began, in seconds since the epoch, to tell it from a later one with the same number.
+    #: When that process began, see `process_start`, to tell it from a later one with the same number.
     created: float
     url: str
     model_name: str
@@ -40,22 +52,50 @@ class ServerState:
     backend: str
     log: str
     #: Seconds that requests under way may take to finish.
-    shutdown_timeout: int
+    drain: float
     #: Whether it has answered an image question.
     ready: bool = False
+    #: The process that starts it again when it dies, if any, and when that one began.
+    supervisor: int | None = None
+    supervisor_created: float = 0.0
+    #: How often it has been started again.
+    restarts: int = 0
 
     @property
     def alive(self) -> bool:
         """Whether the process still runs."""
-        try:
-            process = psutil.Process(self.pid)
-            return self.began_with(process) and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return _runs(self.pid, self.created)
 
-    def began_with(self, process: psutil.Process) -> bool:
-        """Whether this is the process that was started, and not a later one that was given its number."""
-        return abs(process.create_time() - self.created) < 2.0  # the clock may have been set meanwhile
+    @property
+    def supervised(self) -> bool:
+        """Whether a process runs that would start it again."""
+        return self.supervisor is not None and _runs(self.supervisor, self.supervisor_created)
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the process began."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - self.created
+
+
+def process_start(pid: int) -> float:
+    """Return when a process began, in seconds since the machine's own start: setting the clock does not move it.
+
+    Raises psutil.NoSuchProcess.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise psutil.NoSuchProcess(pid) from error
+    ticks = int(stat.rpartition(")")[2].split()[19])  # proc_pid_stat(5), field 22
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _runs(pid: int, created: float) -> bool:
+    """Whether the process that began then still runs, and not a later one that was given its number."""
+    try:
+        return process_start(pid) == created and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _path(port: int) -> Path:
@@ -129,11 +169,9 @@ def port_holder(host: str, port: int) -> str | None:
 
 def group_members(state: ServerState) -> list[psutil.Process]:
     """Return the processes of a server's group that still run."""
-    try:
-        if not state.began_with(psutil.Process(state.pid)):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if process_start(state.pid) != state.created:
             return []  # the number was given to a new process, which the kernel does only when the group is gone
-    except psutil.NoSuchProcess:
-        pass
     members = []
     for process in psutil.process_iter():
         with contextlib.suppress(OSError, psutil.Error):
@@ -164,3 +202,24 @@ def end_group(state: ServerState, grace: float) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(state.pid, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def end_supervisor(state: ServerState, grace: float) -> None:
+    """End the process that would start a server again; with a grace, let it drain the server first and forget it.
+
+    Raises ServerError when it remains all the same.
+    """
+    if state.supervisor is None or state.supervisor == os.getpid():
+        return
+    for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
+        if seconds <= 0 or not state.supervised:
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(state.supervisor, number)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if not state.supervised:
+                return
+            time.sleep(0.05)
+    if state.supervised:
+        raise ServerError(f"the supervisor (pid {state.supervisor}) of port {state.port} will not end.")

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from serve import state
@@ -47,14 +46,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
         return state.ServerState(
             port=port,
             pid=process.pid,
-            created=psutil.Process(process.pid).create_time(),
+            created=state.process_start(process.pid),
             url=f"http://127.0.0.1:{port}",
             model_name="m",
             checkpoint="/c",
             served="/c",
             backend="cpu",
             log=str(tmp_path / "log"),
-            shutdown_timeout=1,
+            drain=1,
         )
 
     yield run

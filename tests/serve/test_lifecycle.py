@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -95,35 +94,37 @@ def test_states(start: Start, free: int, tmp_path: Path) -> None:
     assert lifecycle.statuses() == []
 
 
-def answering(models: list[str], answer: str, status: int = 200) -> httpx.Client:
+def saying(**said: Any) -> httpx.Client:
     def handle(request: httpx.Request) -> httpx.Response:
-        if request.url.path == "/v1/models":
-            return httpx.Response(200, json={"data": [{"id": name} for name in models]})
-        body: dict[str, Any] = json.loads(request.content)
-        picture, question = body["messages"][0]["content"]
-        assert picture["image_url"]["url"].startswith("data:image/png;base64,") and question["text"]
-        return httpx.Response(status, json={"choices": [{"message": {"content": answer}}]})
+        assert request.url.path == "/ready"
+        return httpx.Response(200 if said.get("ready") else 503, json=said)
 
     return httpx.Client(transport=httpx.MockTransport(handle), base_url="http://test")
 
 
-def test_ready_is_an_answered_image_question() -> None:
-    with answering(["demo"], "red") as client:
-        lifecycle._ask_test_question(client, "demo", 5)
-    with answering(["demo"], "") as client:  # a model with random weights may say nothing
-        lifecycle._ask_test_question(client, "demo", 5)
+def test_readiness_is_what_the_server_says() -> None:
+    with saying(ready=True, state="ready", failures=0) as client:
+        assert lifecycle.readiness(client) == {"ready": True, "state": "ready", "failures": 0}
+    with saying(ready=False, state="stalled", failures=2, reason="slow") as client:
+        assert (lifecycle.readiness(client) or {})["reason"] == "slow"
+    with saying(something="else") as client:
+        assert lifecycle.readiness(client) is None
+    with httpx.Client(base_url="http://127.0.0.1:9") as client:
+        assert lifecycle.readiness(client) is None
 
 
-def test_not_ready() -> None:
-    with answering(["other"], "red") as client, pytest.raises(ServerError, match=r"other.* where 'demo' was asked"):
-        lifecycle._ask_test_question(client, "demo", 5)
-    with answering(["demo"], "red", 500) as client, pytest.raises(ServerError, match=r"\(500\)[^$]*qvl inspect"):
-        lifecycle._ask_test_question(client, "demo", 5)
-
-
-def test_overflow_is_recognised() -> None:
-    with answering(["demo"], "!!!!!!!!") as client, pytest.raises(ServerError, match="--dtype bfloat16"):
-        lifecycle._ask_test_question(client, "demo", 5)
+def test_a_supervised_port_is_taken_even_while_its_server_is_down(start: Start, free: int) -> None:
+    known = start(free)
+    state.end_group(known, grace=0)
+    keeper = start(18142)
+    down = replace(known, supervisor=keeper.pid, supervisor_created=keeper.created, ready=True)
+    state.save(down)
+    assert lifecycle.status(free).state == "restarting"
+    with pytest.raises(ServerError, match="is taken by qvl's server"):
+        lifecycle.start("demo", ServeOptions(port=free))
+    assert lifecycle.stop(free).state == "restarting"
+    assert not keeper.alive
+    assert lifecycle.statuses() == []
 
 
 def test_the_log_before_is_kept(cache: Path) -> None:
@@ -131,3 +132,5 @@ def test_the_log_before_is_kept(cache: Path) -> None:
     log.write_text("first")
     assert lifecycle._new_log(18140).read_text() == ""
     assert log.with_suffix(".log.1").read_text() == "first"
+    log.write_text("second")
+    assert lifecycle._new_log(18140, keep=True).read_text() == "second"

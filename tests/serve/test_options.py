@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from serve.limits import Limits
 from serve.options import ServeOptions, kv_bytes_per_token
 from tests.toolkit import tiny
 from toolkit.checkpoint import Checkpoint
@@ -121,7 +123,13 @@ def test_further_flags_that_are_options_here(flag: str) -> None:
         ({"gpu_memory_utilization": 0.0}, "--gpu-memory-utilization 0"),
         ({"dtype": "int8"}, "--dtype int8: one of float16"),
         ({"timeout": 0}, "--timeout 0"),
-        ({"shutdown_timeout": 0}, "cut off"),
+        ({"drain": 0}, "cut off"),
+        ({"probe_every": 0}, "at least a second"),
+        ({"log_format": "xml"}, "text or json"),
+        ({"host": "0.0.0.0"}, "anyone who reaches it"),
+        ({"host": "192.168.1.4", "guard": Limits()}, "--insecure"),
+        ({"play_beside": "ftp://x", "play": True}, "give an address"),
+        ({"play_beside": "http://127.0.0.1:1"}, "give --play too"),
         ({"images_per_request": 0}, "at least one image"),
         ({"backend": "tpu"}, "give cpu or gpu"),
     ],
@@ -133,8 +141,8 @@ def test_settings_that_can_not_be(settings: dict[str, Any], message: str) -> Non
 
 def test_url_for_clients_on_this_machine() -> None:
     assert ServeOptions(port=1234).url == "http://127.0.0.1:1234"
-    assert ServeOptions(host="0.0.0.0", port=1234).url == "http://127.0.0.1:1234"
-    assert ServeOptions(host="::", port=1234).url == "http://[::1]:1234"
+    assert ServeOptions(host="0.0.0.0", port=1234, insecure=True).url == "http://127.0.0.1:1234"
+    assert ServeOptions(host="::", port=1234, insecure=True).url == "http://[::1]:1234"
     assert ServeOptions(host="::1", port=1234).url == "http://[::1]:1234"
 
 
@@ -146,7 +154,7 @@ def test_names(tmp_path: Path) -> None:
 
 def test_environment_hides_the_key_and_respects_what_is_set() -> None:
     options = ServeOptions(backend="cpu", api_key="secret")
-    environment = options.environment({"HF_HUB_OFFLINE": "0", "PYTHONPATH": "/a", "VLLM_SERVER_DEV_MODE": "1"})
+    environment = options.environment({"HF_HUB_OFFLINE": "0", "PYTHONPATH": "/a", "VLLM_SERVER_DEV_MODE": "1"}, "m")
     assert environment["VLLM_API_KEY"] == "secret"
     assert "secret" not in repr(options)
     assert environment["HF_HUB_OFFLINE"] == "0"
@@ -157,10 +165,85 @@ def test_environment_hides_the_key_and_respects_what_is_set() -> None:
 
 
 def test_gpu_environment_leaves_compilation_on() -> None:
-    environment = ServeOptions(backend="gpu").environment({})
+    environment = ServeOptions(backend="gpu").environment({}, "m")
     assert not {"TORCHDYNAMO_DISABLE", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_API_KEY"} & set(environment)
 
 
 def test_key_from_the_environment_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "outside")
     assert ServeOptions().api_key == "outside"
+
+
+def test_a_key_opens_the_door_to_others(tmp_path: Path) -> None:
+    keys = Limits(api_key_file=str(tmp_path / "keys"))
+    assert ServeOptions(host="0.0.0.0", guard=keys).guard == keys
+    assert ServeOptions(host="0.0.0.0", api_key="k").guard is None
+    for host in ("127.0.0.1", "127.1.2.3", "localhost", "::1", "[::1]"):
+        assert ServeOptions(host=host, guard=Limits()).host == host
+
+
+def test_the_guard_gets_the_keys_and_vllm_does_not() -> None:
+    options = ServeOptions(backend="cpu", guard=Limits(max_images=3), api_key="secret")
+    outside = {"VLLM_API_KEY": "old", "VLLM_USE_RUST_FRONTEND": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    environment = options.environment(outside, "m", began=5.0, restarts=2)
+    assert not set(outside) & set(environment)
+    assert Limits.loads(environment["QVL_GUARD"]) == Limits(max_images=3, api_key="secret")
+    assert environment["QVL_REQUEST_LOG"] == "1"
+    ready = json.loads(environment["QVL_READY"])
+    assert (ready["model"], ready["began"], ready["restarts"], ready["drain"]) == ("m", 5.0, 2, 30.0)
+    assert "secret" not in repr(options)
+
+
+def test_middleware_from_the_inside_out(demo: Checkpoint) -> None:
+    bare = ServeOptions(backend="cpu").middleware
+    assert bare == ["serve.ready.Proof", "serve.ready.Ready", "serve.requestlog.RequestLog"]
+    options = ServeOptions(backend="cpu", guard=Limits(max_images=0), play=True, play_beside="http://127.0.0.1:1")
+    assert options.middleware == [
+        "serve.ready.Proof",
+        "serve.play.Beside",
+        "serve.guard.Guard",
+        "serve.play.Play",
+        "serve.ready.Ready",
+        "serve.requestlog.RequestLog",
+    ]
+    arguments = options.arguments(demo, "demo")
+    given = [value for flag, value in itertools.pairwise(arguments) if flag == "--middleware"]
+    assert given == options.middleware
+    found = flags(arguments)
+    assert {"--disable-fastapi-docs", "--disable-uvicorn-access-log"} <= set(found)
+    assert found["--api-server-count"] == "1"
+    # No pictures from clients, but the probe's own; no videos unless they are allowed.
+    assert json.loads(found["--limit-mm-per-prompt"] or "") == {"image": 1, "video": 0}
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--middleware=a.b",
+        "--middlew",
+        "--allowed_media_domains",
+        "--enable-log-requests",
+        "--config=x.yaml",
+        "--api-server-count",
+        "--trust-request-mm-kwargs",
+        "--grpc",
+    ],
+)
+def test_flags_that_would_undo_the_guard(flag: str) -> None:
+    with pytest.raises(ServerError, match="would undo the guard: "):
+        ServeOptions(guard=Limits(), extra=(flag, "x"))
+    ServeOptions(extra=(flag, "x"))  # without a guard vLLM is as it comes
+
+
+def test_flags_that_are_options_of_qvl() -> None:
+    for flag in ("--api-key=x", "--shutdown-timeout", "--lora-modules", "--served_model_name", "--uds"):
+        with pytest.raises(ServerError, match="use qvl's own"):
+            ServeOptions(extra=(flag, "x"))
+    ServeOptions(guard=Limits(), extra=("--tensor-parallel-size", "2", "--mm-processor-kwargs", "{}", "-tp", "2"))
+
+
+def test_json_logs_have_a_configuration(tmp_path: Path) -> None:
+    environment = ServeOptions(backend="cpu", log_format="json").environment({}, "m")
+    config = json.loads(Path(environment["VLLM_LOGGING_CONFIG_PATH"]).read_text())
+    assert config["handlers"]["json"]["class"] == "serve.jsonlog.JsonHandler"
+    assert "VLLM_LOGGING_CONFIG_PATH" not in ServeOptions(backend="cpu").environment({}, "m")
