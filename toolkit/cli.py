@@ -13,6 +13,7 @@ from bench.compare_cli import register as register_compare
 from bench.quantizer.cli import register as register_quant_bench
 from bench.tour import register as register_tour
 from serve.cli import register as register_serve
+from serve.plan_cli import register as register_plan
 from toolkit.verbs import register as register_toolkit
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 register_toolkit(app)
 register_serve(app)
+register_plan(app)
 register_bench(app)
 register_compare(app)
 register_tour(app)

@@ -28,6 +28,7 @@ __all__ = [
     "SCREEN_ROWS",
     "Plan",
     "check_settings",
+    "device_bytes",
     "divide",
     "make_plan",
 ]
@@ -175,12 +176,24 @@ def make_plan(
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)
-    reading_ahead = layer_bytes
-    on_device, off_device = (int(_BASE_DEVICE + reading_ahead + needs.peak(on)) for on in (True, False))
+    on_device, off_device = (int(_BASE_DEVICE + layer_bytes + needs.peak(on)) for on in (True, False))
     host = int(devices * _BASE_HOST["cuda"] + sample_bytes + writing)
     if on_device <= free:
         return Plan(disk, host, on_device, True, seconds, devices)
     return Plan(disk, int(host + devices * needs.states), off_device, False, seconds, devices)
+
+
+def device_bytes(checkpoint: Checkpoint, recipe: Recipe, tokens: int, longest: int) -> tuple[int, int]:
+    """Return the GPU memory that a run needs, and the host memory beside it, as for a card too small for the states.
+
+    For a plan without samples at hand: all that counts of them is their tokens, in all and of the longest.
+    """
+    shapes, first = checkpoint.linear_shapes(), checkpoint.layer_prefix(0)
+    layer_bytes = sum(checkpoint.tensors[f"{first}{name}.weight"].nbytes for name in shapes)
+    packed = sum(_packed_bytes(k, n, recipe.group_size) for k, n in shapes.values())
+    needs = _Needs(checkpoint, recipe, tokens, longest)
+    device = _BASE_DEVICE + layer_bytes + needs.peak(False)
+    return int(device), int(_BASE_HOST["cuda"] + 2 * packed + needs.states)
 
 
 class _Needs:
