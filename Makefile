@@ -95,5 +95,11 @@ quant-bench: setup ## on a GPU: the quantizer's time, memory and quality beside 
 demo-model: setup ## train the embedded model anew into OUT
 	$(QVL) demo-model --out out/demo-model $(ARGS)
 
+deploy-files: setup ## the dashboard and the operator's alerts anew, from deploy/generate.py and deploy/prometheus/alerts.yml
+	$(PY) deploy/generate.py
+
+image: ## the server's image from deploy/Dockerfile (docs/operating.md)
+	docker build -f deploy/Dockerfile -t qvl:0.1.0 .
+
 clean: ## remove out/ and caches of tools (.venv stays)
 	rm -rf out build .mypy_cache .ruff_cache .pytest_cache .benchmarks *.egg-info

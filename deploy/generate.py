@@ -241,8 +241,11 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Restarts",
-            "How often the supervisor has started the engine anew.",
-            ((f"qvl_restarts{{{_WHERE}}}", "{{instance}}"),),
+            "Starts within the last hour, and how often qvl's supervisor has done it since the command was given.",
+            (
+                (f"changes(process_start_time_seconds{{{_WHERE}}}[1h])", "starts {{instance}}"),
+                (f"qvl_restarts{{{_WHERE}}}", "by the supervisor {{instance}}"),
+            ),
         ),
         Panel(
             "Start",
