@@ -27,7 +27,7 @@ DONE := $(VENV)/.installed-$(BACKEND)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo quantize convert inspect serve stop status ask bench compare test lint format microbench \
-        microbench-compare gpu-bench quant-bench demo-model clean
+        microbench-compare gpu-bench quant-bench demo-model deploy-files image clean
 
 help: ## show this
 	@printf 'Targets:\n'; sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 20
