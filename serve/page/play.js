@@ -313,7 +313,7 @@ async function answerOf(turn, index, place, signal) {
 }
 
 function show(turn) {
-  const places = sides.map((server, index) => make("section", { className: index ? "answer second" : "answer" },
+  const places = sides.map((server, index) => make("div", { className: index ? "answer second" : "answer", role: "group" },
     make("h3", {}, server.model ?? capital(server.role))));
   places.forEach((place, index) => place.setAttribute("aria-label", `Answer of ${sides[index].model ?? sides[index].role}`));
   const asked = make("div", { className: "question" }, make("h2", {}, turn.question));

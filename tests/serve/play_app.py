@@ -49,6 +49,8 @@ class FakeVllm:
 
     def __init__(self, name: str = "demo", length: int = 4096, pause: float = 0.02) -> None:
         self.name, self.length, self.pause = name, length, pause
+        #: Further models that are listed.
+        self.adapters: list[str] = []
         #: Scopes and decoded bodies of the chat requests so far.
         self.asked: list[tuple[Scope, dict[str, Any]]] = []
         #: Chat requests whose client left before the end.
@@ -58,7 +60,7 @@ class FakeVllm:
         if scope["type"] == "lifespan":
             await lifespan(receive, send)
         elif scope["path"] == "/v1/models":
-            models = [{"id": self.name, "max_model_len": self.length}]
+            models = [{"id": name, "max_model_len": self.length} for name in (self.name, *self.adapters)]
             await _json(send, 200, {"object": "list", "data": models})
         elif scope["path"] == "/v1/chat/completions":
             body, more = b"", True
@@ -88,7 +90,7 @@ class FakeVllm:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         for index, piece in enumerate(words):
             await _event(send, {"choices": [{"delta": {"content": f" {piece}" if index else piece}}]})
-            await asyncio.wait((gone,), timeout=0.2 if word == "slow" else self.pause)
+            await asyncio.wait((gone,), timeout=0.2 if word in ("slow", "break") else self.pause)
             if gone.done():
                 self.abandoned += 1
                 return
