@@ -64,6 +64,8 @@ class Parallel:
         Args:
             gpus: how many there are; None looks. Ray's cluster is not asked: it waits for nodes that join.
         """
+        if self.ray and backend == "cpu":
+            raise ServerError("--ray on a CPU: vLLM's CPU build does not run under Ray (seen in 0.32.0).")
         if self.ray and find_spec("ray") is None:
             raise ServerError(
                 "--ray: Ray is not installed. Run `pip install ray` on every machine of the cluster, into the "

@@ -59,6 +59,7 @@ def test_more_stages_than_layers() -> None:
 def test_a_cpu(tmp_path: Path) -> None:
     small = Checkpoint.open(tiny.write(tmp_path / "m", version="gemm"))
     assert "dies at the first request" in refusal(Parallel(pp=2), small, backend="cpu")
+    assert "does not run under Ray" in refusal(Parallel(ray=True), small, backend="cpu")
     Parallel(tp=2, dp=2).check(small, "cpu")
     assert "multiples of 32" in refusal(Parallel(tp=16), shape("72B", awq(group_size=8)), backend="cpu")
 
