@@ -19,6 +19,7 @@ from prometheus_client import Counter
 
 from serve.errors_http import Refusal, error_body
 from serve.guard_fetch import Fetcher
+from serve.guard_http import harden
 from serve.guard_keys import Keys
 from serve.guard_rate import Clients
 from serve.guard_request import Checker, parse
@@ -78,17 +79,34 @@ class Guard:
         self._routes = _ROUTES | {path: method for method, _, path in (r.partition(" ") for r in limits.allow_routes)}
         self._origins = frozenset(origin.encode() for origin in limits.cors_origins)
         self._held = 0
+        _harden_uvicorn()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection of any kind that ASGI knows."""
         if scope["type"] == "http":
             await _Request(self, scope, receive, send).serve()
         elif scope["type"] == "websocket":
-            refusals.labels("route").inc()
-            await receive()  # its opening
-            await send({"type": "websocket.close", "code": 1008})  # before it was accepted: the client sees a 403
+            await self._refuse_websocket(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+    @staticmethod
+    async def _refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
+        refusals.labels("route").inc()
+        await receive()  # its opening
+        if "websocket.http.response" not in scope.get("extensions", {}):
+            await send({"type": "websocket.close", "code": 1008})  # not accepted yet: the client sees a bare 403
+            return
+        for message in Refusal(403, "route", "There are no websockets here.").sends():
+            await send(message | {"type": f"websocket.{message['type']}"})
+
+
+def _harden_uvicorn() -> None:
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    except ImportError:  # then it uses h11
+        return
+    harden(HttpToolsProtocol, lambda reason: refusals.labels(reason).inc())
 
 
 class _Request:

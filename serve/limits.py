@@ -12,6 +12,7 @@ __all__ = ["REASONS", "SPECIAL_TOKENS", "Limits"]
 
 #: Why a request was refused: the values of the label `reason` of `qvl_refusals_total`.
 REASONS = (
+    "header",
     "key",
     "route",
     "method",
