@@ -59,7 +59,7 @@ def _share(part: str, whole: str, by: str = "instance") -> str:
 #: What clients ask for; /health, /ready and /metrics are polled by machines.
 _ASKED = f'{_WHERE}, route!~"/health|/ready|/metrics"'
 _ERRORS = (
-    f'sum(rate(qvl_requests_total{{{_ASKED}, status=~"5.."}}[$__rate_interval]))'
+    f'(sum(rate(qvl_requests_total{{{_ASKED}, status=~"5.."}}[$__rate_interval])) or vector(0))'
     f" / sum(rate(qvl_requests_total{{{_ASKED}}}[$__rate_interval]))"
 )
 _REFUSED = f"{_rate('qvl_refusals_total', 'instance')} / ({_rate('qvl_requests_total', 'instance', _ASKED)} > 0)"
