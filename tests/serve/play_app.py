@@ -1,8 +1,9 @@
-"""What the tests of /play talk to: ASGI apps on a port, and one that answers as vLLM does, by script."""
+"""What the tests of /play share: apps on a port, one that answers as vLLM does, by script; the controls of the page."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from serve.play import App, Receive, Scope, Send
+from tests.browser import Tab
 
 
 @contextlib.contextmanager
@@ -121,3 +123,46 @@ async def _json(send: Send, status: int, content: Any, headers: list[tuple[bytes
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+# ---- the page -------------------------------------------------------------------------------------------------
+
+
+def ask(tab: Tab, question: str) -> None:
+    """Type a question, ask it and wait until the answers are there."""
+    before = tab.page.locator(".turn").count()
+    tab.page.get_by_label("Question", exact=True).fill(question)
+    tab.page.get_by_role("button", name="Ask", exact=True).click()
+    tab.wait(f"document.querySelectorAll('.turn').length === {before + 1}")
+    finished(tab)
+
+
+def finished(tab: Tab) -> None:
+    tab.wait("document.querySelector('#go').textContent === 'Ask'")
+
+
+def texts(tab: Tab) -> list[str]:
+    """What the last turn's answers say."""
+    return tab.evaluate("[...document.querySelectorAll('.turn:last-child .text')].map(e => e.textContent)")
+
+
+def failures(tab: Tab) -> list[str]:
+    return tab.evaluate("[...document.querySelectorAll('.turn:last-child .failed')].map(e => e.textContent)")
+
+
+def drop(tab: Tab, *files: tuple[str, str, bytes]) -> None:
+    """Drop files (name, type, content) onto the page, as a user's mouse does."""
+    tab.evaluate(
+        """(files) => {
+            const transfer = new DataTransfer();
+            for (const [name, type, content] of files) {
+                const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
+                transfer.items.add(new File([bytes], name, {type}));
+            }
+            for (const kind of ["dragover", "drop"]) {
+                const event = new DragEvent(kind, {dataTransfer: transfer, bubbles: true, cancelable: true});
+                document.body.dispatchEvent(event);
+            }
+        }""",
+        [(name, kind, base64.b64encode(content).decode()) for name, kind, content in files],
+    )

@@ -18,7 +18,7 @@ from serve.guard import Guard
 from serve.limits import Limits
 from serve.play import Beside, Play, PlayOptions
 from tests.browser import Browser, Tab, chromium
-from tests.serve.play_app import FakeVllm, serving
+from tests.serve.play_app import FakeVllm, ask, drop, failures, finished, serving, texts
 
 pytestmark = pytest.mark.slow
 
@@ -48,46 +48,6 @@ def setting(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setti
             return first, second, opened
 
         yield run
-
-
-def ask(tab: Tab, question: str) -> None:
-    """Type a question, ask it and wait until the answers are there."""
-    before = tab.page.locator(".turn").count()
-    tab.page.get_by_label("Question", exact=True).fill(question)
-    tab.page.get_by_role("button", name="Ask", exact=True).click()
-    tab.wait(f"document.querySelectorAll('.turn').length === {before + 1}")
-    finished(tab)
-
-
-def finished(tab: Tab) -> None:
-    tab.wait("document.querySelector('#go').textContent === 'Ask'")
-
-
-def texts(tab: Tab) -> list[str]:
-    """What the last turn's answers say."""
-    return tab.evaluate("[...document.querySelectorAll('.turn:last-child .text')].map(e => e.textContent)")
-
-
-def failures(tab: Tab) -> list[str]:
-    return tab.evaluate("[...document.querySelectorAll('.turn:last-child .failed')].map(e => e.textContent)")
-
-
-def drop(tab: Tab, *files: tuple[str, str, bytes]) -> None:
-    """Drop files (name, type, content) onto the page, as a user's mouse does."""
-    tab.evaluate(
-        """(files) => {
-            const transfer = new DataTransfer();
-            for (const [name, type, content] of files) {
-                const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
-                transfer.items.add(new File([bytes], name, {type}));
-            }
-            for (const kind of ["dragover", "drop"]) {
-                const event = new DragEvent(kind, {dataTransfer: transfer, bubbles: true, cancelable: true});
-                document.body.dispatchEvent(event);
-            }
-        }""",
-        [(name, kind, base64.b64encode(content).decode()) for name, kind, content in files],
-    )
 
 
 def encoded(width: int, height: int, kind: str = "PNG", colour: str = "navy", **settings: Any) -> bytes:
