@@ -59,6 +59,11 @@ class Server:
         _end(self._state, drain)
         self._process.wait()
 
+    def clear(self) -> None:
+        """After its death, end what its processes have left; it stays written down, so that it can be found."""
+        state.end_group(self._state, grace=0)
+        self._process.wait()
+
     def running(self) -> bool:
         """Whether its process still runs."""
         return self._process.poll() is None
@@ -161,8 +166,10 @@ def start(
         running = replace(running, ready=True)
         state.save(running)
     except BaseException:
-        _end(running, drain=False)
+        state.end_group(running, grace=0)
         process.wait()
+        if restarts == 0:
+            state.remove(running)  # otherwise its supervisor goes on, and must be found
         raise
     return Server(
         url=options.url,
@@ -219,7 +226,8 @@ def _refuse_taken_port(options: ServeOptions) -> None:
         )
     if known is not None:
         state.end_group(known, grace=0)  # what a server that died may have left
-        state.remove(known)
+        if known.supervisor != os.getpid():
+            state.remove(known)
     holder = state.port_holder(options.host, options.port)
     if holder is not None:
         raise ServerError(f"port {options.port} is taken by {holder}. Stop that, or give another --port.")

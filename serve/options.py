@@ -238,6 +238,9 @@ class ServeOptions:
         if not self.on_gpu:
             # vLLM keeps prepared pictures in host memory, 4 GiB of them by default.
             arguments += ["--mm-processor-cache-gb", "1"]
+            # A compiling boot encodes the largest picture there may be to see what memory is left: minutes of
+            # attention over 65,536 patches, for a cache whose size is given above.
+            arguments += ["--skip-mm-profiling"]
         if not self._compiles:
             arguments += ["--enforce-eager"]
         return [*arguments, *self.extra]

@@ -128,7 +128,8 @@ def load_all() -> list[ServerState]:
 def remove(state: ServerState) -> None:
     """Forget a server, unless its port has a new one."""
     current = load(state.port)
-    if current is None or (current.pid, current.created) == (state.pid, state.created):
+    same = current is None or (current.pid, current.created) == (state.pid, state.created)
+    if same or (current is not None and current.supervisor == os.getpid()):  # or one that its supervisor has replaced
         _path(state.port).unlink(missing_ok=True)
 
 

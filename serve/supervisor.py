@@ -67,7 +67,10 @@ class Supervised(Protocol):
         """Return its exit status, when it has ended."""
 
     def stop(self, drain: bool = True) -> None:
-        """End it with all its processes."""
+        """End it with all its processes, and forget it."""
+
+    def clear(self) -> None:
+        """Kill its processes; it stays known, as one that is down."""
 
 
 @dataclass
@@ -95,7 +98,7 @@ class Supervisor:
         self.server = self.boot(0)
         while True:
             cause = self._watch(self.server)
-            self.server.stop(drain=False)  # what its processes may have left
+            self.server.clear()
             self.server = self._again(cause)
 
     def _again(self, cause: str) -> Supervised:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import logging.config
 import os
 import subprocess
 import sys
