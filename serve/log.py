@@ -28,6 +28,7 @@ _PHASES = (
     ("Initializing a V1 LLM engine", "starting the engine"),
     ("Starting to load model", "loading weights"),
     ("Loading weights took", "preparing the KV cache"),
+    ("Warming up model for the compilation", "compiling"),
     ("for vLLM's torch.compile", "compiling"),
     ("Capturing CUDA graph", "capturing CUDA graphs"),
     ("KV cache size", "warming up"),
