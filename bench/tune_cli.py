@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from bench.boot import Abort, Start
+    from bench.boot import Abort, Server, Start
     from bench.tune import Journal, TunePlan
     from serve.options import ServeOptions
     from serve.profiles import Key, Profile
 
-__all__ = ["register"]
+__all__ = ["boot_with", "register"]
 
 
 def register(app: typer.Typer) -> None:
@@ -45,6 +45,7 @@ def tune(
     shared: Annotated[bool, typer.Option("--shared", help="Measure although others use a GPU.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard what was measured before.")] = False,
     out: Annotated[Path | None, typer.Option(help="Directory for the profile (where `qvl serve` looks).")] = None,
+    fail_if_left: Annotated[bool, typer.Option("--fail-if-left", help="Exit 3 when the time was up.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the profile and the trials as JSON.")] = False,
 ) -> None:
     """Measure vLLM's settings on this machine and keep the fastest at each load as a profile for `qvl serve`.
@@ -103,7 +104,7 @@ def tune(
         complete = run(
             settings,
             plan,
-            lambda name: _boot(sources[name], options(name), on_phase),
+            lambda name: boot_with(sources[name], options(name), on_phase),
             journal,
             seconds=60 * minutes,
             progress=progress,
@@ -123,6 +124,8 @@ def tune(
     note(f"profile: {path}; `qvl serve` finds it" if out is None else f"profile: {path}")
     if not complete:
         note("the time is up: the same command goes on with what is left")
+        if fail_if_left:
+            raise typer.Exit(3)
 
 
 def _free_port() -> int:
@@ -131,11 +134,16 @@ def _free_port() -> int:
     return free_ports(1)[0]
 
 
-def _boot(source: str, options: Any, on_phase: Callable[[str], None]) -> tuple[Start, Abort]:
+def _silent(phase: str) -> None:
+    pass
+
+
+def boot_with(source: str, options: ServeOptions, on_phase: Callable[[str], None] = _silent) -> tuple[Start, Abort]:
+    """Return how to start a server of ``source``, and how to end it while it boots."""
     from serve import lifecycle
     from toolkit.errors import ServerError
 
-    def start() -> Any:
+    def start() -> Server:
         return lifecycle.start(source, options, attached=True, on_phase=lambda phase, seconds: on_phase(phase))
 
     def abort() -> None:

@@ -32,7 +32,7 @@ from toolkit.errors import FormatError, ResourceError
 from toolkit.random_model import SHAPES, VISION
 from toolkit.weights import TensorInfo
 
-__all__ = ["Capacity", "Load", "Need", "capacity", "need", "shape", "weight_bytes"]
+__all__ = ["Capacity", "Load", "Need", "batch", "capacity", "kv_tokens", "need", "shape", "weight_bytes"]
 
 _GIB = 1 << 30
 #: Bytes of an element of what vLLM computes in on a GPU.
@@ -109,7 +109,7 @@ class Capacity:
     @property
     def kv_tokens(self) -> int:
         """Tokens that the KV cache holds."""
-        return max(0, self.kv_bytes // (self.kv_bytes_per_token * _BLOCK) - 1) * _BLOCK
+        return _whole_blocks(self.kv_bytes // self.kv_bytes_per_token)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON types; sizes in bytes."""
@@ -176,7 +176,7 @@ def need(checkpoint: Checkpoint, card: int, load: Load) -> Need:
     """Return what a card of ``card`` bytes holds before the KV cache; the terms are in the module's docstring."""
     text, vision = checkpoint.text_config, checkpoint.vision_config
     hidden, inner, vocab = int(text["hidden_size"]), int(text["intermediate_size"]), int(text["vocab_size"])
-    tokens, sequences = _batch(card, load)
+    tokens, sequences = batch(card, load)
     picture = _image_tokens(checkpoint, load)
     # the encoder runs over as many of the largest pictures as the budget holds, at least one
     patches = max(picture, tokens // picture * picture) * int(vision.get("spatial_merge_size", 2)) ** 2
@@ -220,7 +220,16 @@ def capacity(checkpoint: Checkpoint, card: int, load: Load, model: str) -> Capac
 _LEAST_CONTEXT = 512
 
 
-def _batch(card: int, load: Load) -> tuple[int, int]:
+def kv_tokens(checkpoint: Checkpoint, kv_bytes: int, dtype: str) -> int:
+    """Return the tokens that a KV cache of ``kv_bytes`` holds for requests."""
+    return _whole_blocks(kv_bytes // kv_bytes_per_token(checkpoint, dtype))
+
+
+def _whole_blocks(tokens: int) -> int:
+    return max(0, tokens // _BLOCK - 1) * _BLOCK
+
+
+def batch(card: int, load: Load) -> tuple[int, int]:
     """Return the tokens and sequences of a step: those asked for, or vLLM's own for such a card."""
     tokens, sequences = next((tokens, sequences) for least, tokens, sequences in _DEFAULTS if card >= least)
     return load.max_num_batched_tokens or tokens, load.max_num_seqs or sequences

@@ -1,0 +1,152 @@
+"""The figures of docs/tuning.md and docs/multi-gpu.md, in steps that can each be killed and called again.
+
+    make tune-bench ARGS="--shape 7b --minutes 9"      # again until it says that nothing is left
+    python -m bench.tune_bench --shape demo            # the dry run, on a CPU too
+
+Makes a model of the shape with random weights (speed and memory depend on shapes alone), its AWQ, then: `qvl tune`
+with fp16 beside it, a decode step's profile of both, `qvl plan` against boots on cards of 16 and 24 GiB, and, where
+there are two GPUs, tensor and data parallel over two against one. All results lie in OUT/SHAPE-results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.tune import Journal, TunePlan, table_rows, tune
+from toolkit.errors import QvlError
+
+__all__ = ["main", "spreads"]
+
+#: Loads, requests, output tokens and pictures: of a published shape on a GPU, and of the dry run.
+_REAL = {"loads": "1,8,32,128", "requests": 64, "tokens": 128, "sizes": "448x448", "steps": 64, "only": None}
+_DRY = {"loads": "1,2", "requests": 6, "tokens": 8, "sizes": "112x112", "steps": 12, "only": "vllm,few-sequences"}
+
+
+class OutOfTime(Exception):
+    """The minutes are up; what is done is kept."""
+
+
+class _Steps:
+    """Runs commands one after the other; one that has been done is not done again."""
+
+    def __init__(self, results: Path, minutes: float) -> None:
+        self.results = results
+        self.end = time.monotonic() + 60 * minutes
+        self.results.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def minutes_left(self) -> float:
+        return max(0.0, (self.end - time.monotonic()) / 60)
+
+    def run(self, name: str, command: Sequence[str], *, made: Path | None = None) -> None:
+        """Run ``python -m COMMAND`` unless ``made``, or a mark that it was done, is there."""
+        from toolkit.console import err
+
+        mark = made or self.results / f".{name}.done"
+        if mark.exists():
+            return
+        if time.monotonic() >= self.end:
+            raise OutOfTime(name)
+        err.print(f"$ python -m {' '.join(command)}", style="cyan", highlight=False, markup=False)
+        code = subprocess.call([sys.executable, "-m", *command])
+        if code:
+            raise SystemExit(code)
+        if made is None:
+            mark.touch()
+
+
+def spreads(gpus: int, on_gpu: bool) -> dict[str, tuple[int, int]]:
+    """Return (tp, dp) by name, of what so many GPUs can be compared in; on a CPU, two processes."""
+    found = {"one": (1, 1)}
+    if gpus >= 2 or not on_gpu:
+        found |= {"tp2": (2, 1), "dp2": (1, 2)}
+    if gpus >= 4:
+        found |= {"tp4": (4, 1), "dp4": (1, 4), "tp2-dp2": (2, 2)}
+    return found
+
+
+def _parallel(model: str, results: Path, plan: TunePlan, minutes: float) -> bool:
+    """Measure a model over one and more GPUs; return whether all is measured."""
+    from bench.boot import free_ports
+    from bench.environment import gpu_names, versions
+    from bench.tune_cli import boot_with
+    from serve.options import ServeOptions
+    from serve.parallel import Parallel, visible_gpus
+
+    on_gpu = ServeOptions().on_gpu
+    ways = spreads(visible_gpus(), on_gpu)
+    journal = Journal(results / "parallel.json", {"model": model, "gpus": gpu_names(), "versions": versions()})
+
+    def options(name: str) -> ServeOptions:
+        tp, dp = ways[name]
+        return ServeOptions(port=free_ports(1)[0], parallel=Parallel(tp=tp, dp=dp), timeout=900)
+
+    settings = {name: {"tp": tp, "dp": dp} for name, (tp, dp) in ways.items()}
+    return tune(settings, plan, lambda name: boot_with(model, options(name)), journal, seconds=60 * minutes)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is left, until the minutes are up."""
+    from bench.inputs import parse_sizes
+    from serve.backend import choose
+    from toolkit.console import fail, note
+
+    parser = argparse.ArgumentParser(prog="python -m bench.tune_bench", description=__doc__)
+    parser.add_argument("--shape", default="7b", choices=("2b", "7b", "72b", "demo"))
+    parser.add_argument("--out", type=Path, default=Path("out/tune-bench"))
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin nothing after so long")
+    parser.add_argument("--only", help="candidates of qvl tune to try, with commas")
+    given = parser.parse_args(arguments)
+    dry, gpu = given.shape == "demo", choose() == "gpu"
+    size = _DRY if dry else _REAL
+    source = "demo" if dry else str(given.out / f"{given.shape}-bf16")
+    awq = given.out / f"{given.shape}-awq"
+    results = given.out / f"{given.shape}-results"
+    steps = _Steps(results, given.minutes)
+    load = ["--image-sizes", str(size["sizes"])]
+    try:
+        if not dry:
+            made = ["random-model", "--shape", given.shape, "--out", source, "--device", "cuda" if gpu else "cpu"]
+            steps.run("weights", ["toolkit.cli", *made], made=Path(source))
+        steps.run("awq", ["toolkit.cli", "quantize", "--model", source, "--out", str(awq), "--samples", "16"], made=awq)
+        for name, model in (("awq", str(awq)), ("fp16", source)):
+            where = ["--out", str(results / f"step-{name}"), "--steps", str(size["steps"])]
+            made_by = results / f"step-{name}" / "step.json"
+            steps.run(f"step-{name}", ["bench.step_profile", model, *where, *load], made=made_by)
+        cards = ["bench.capacity_check", source, str(awq), "--out", str(results / "capacity.json")]
+        steps.run("capacity", cards)
+        plan = TunePlan(
+            tuple(int(part) for part in str(size["loads"]).split(",")),
+            int(str(size["requests"])),
+            int(str(size["tokens"])),
+            parse_sizes(str(size["sizes"])),
+        )
+        if not _parallel(str(awq), results, plan, steps.minutes_left):
+            raise OutOfTime("parallel")
+        command = ["toolkit.cli", "tune", str(awq), "--fp16", source, "--concurrency", str(size["loads"]), *load]
+        command += ["--requests", str(size["requests"]), "--output-tokens", str(size["tokens"])]
+        command += ["--minutes", f"{steps.minutes_left:.1f}", "--out", str(results / "profile"), "--fail-if-left"]
+        only = given.only or size["only"]
+        steps.run("tune", [*command, *(["--only", str(only)] if only else [])])
+    except OutOfTime as late:
+        note(f"the time is up before or in the step {late}: the same command goes on")
+        raise SystemExit(3) from None
+    except QvlError as error:
+        fail(str(error))
+        raise SystemExit(2) from error
+    told = json.loads((results / "parallel.json").read_text())
+    for name, cells in table_rows(
+        list(Journal(results / "parallel.json", told["about"]).trials.values()), plan.concurrencies
+    ):
+        note(f"{name}: {', '.join(cells)} tokens/s at {size['loads']} in flight")
+    note(f"nothing is left; results are in {results}")
+
+
+if __name__ == "__main__":
+    main()
