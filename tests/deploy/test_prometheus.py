@@ -94,6 +94,12 @@ def test_reasons_of_refusal_are_the_guards() -> None:
     assert named and {reason for alternatives in named for reason in alternatives.split("|")} <= set(REASONS)
 
 
+def test_the_runbook_explains_every_reason() -> None:
+    text = (ROOT / "docs" / "operating.md").read_text()
+    table = text[text.index("| reason of a refusal") : text.index("## Alerts")]
+    assert set(REASONS) <= set(re.findall(r"`(\w+)`", table))
+
+
 def test_prometheus_scrapes_with_a_key_from_a_file() -> None:
     jobs = load(PROMETHEUS / "prometheus.yml")["scrape_configs"]
     (job,) = [job for job in jobs if job["job_name"] == "qvl"]

@@ -1,4 +1,4 @@
-"""What deploy/ builds on, under the real vLLM: the metrics its queries read, and the production-stack's command line."""
+"""What deploy/ builds on, under the real vLLM: metrics that its queries read, the production-stack's command line."""
 
 from __future__ import annotations
 
