@@ -90,15 +90,19 @@ async function load(server) {
 async function loadAll() {
   const locked = limits.key && !at("key").value.trim();
   if (locked) {
-    for (const server of sides) server.problem = "It wants an API key: enter it under Settings.";
+    for (const server of sides) Object.assign(server, { problem: "Enter the API key under Settings.", status: 401 });
     at("settings").open = true;
   } else {
     await Promise.all(sides.map(load));
   }
-  at("sides").replaceChildren(...sides.map((server, index) => make("li", { className: index ? "second" : "first" },
-    make("span", {}, server.model ?? `${capital(server.role)}: ${server.problem}`))));
+  at("sides").replaceChildren(...(locked ? [make("li", { className: "plain" }, sides[0].problem)] : sides.map(named)));
   at("choices").replaceChildren(...sides.flatMap((server, index) => server.models.length > 1 ? [choice(server, index)] : []));
   showPictures();
+}
+
+function named(server, index) {
+  const text = server.model ?? `${capital(server.role)}: ${server.problem}`;
+  return make("li", { className: index ? "second" : "first" }, make("span", {}, text));
 }
 
 function choice(server, index) {

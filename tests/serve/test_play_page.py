@@ -199,7 +199,7 @@ def test_a_server_that_vanishes_is_said_to(setting: Setting, monkeypatch: pytest
 
 def test_a_key_is_asked_for_and_kept_in_the_tab_alone(setting: Setting, tmp_path: Path) -> None:
     first, second, tab = setting(Limits(api_key="right"))
-    assert "wants an API key" in tab.page.locator("#sides").inner_text()
+    assert tab.page.locator("#sides").inner_text() == "Enter the API key under Settings."
     assert tab.page.get_by_label("API key").is_visible() and tab.problems == []
     ask(tab, "say hello")
     assert all("key" in failure for failure in failures(tab)) and len(failures(tab)) == 2
