@@ -311,6 +311,7 @@ class _Request:
 
     async def _refuse(self, refusal: Refusal) -> None:
         self._count(refusal.reason)
+        self._let_go()
         headers = [*self.cors, (b"connection", b"close")] if self.unread else self.cors
         start, body = refusal.sends(headers)
         await self.send(start)
