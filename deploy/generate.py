@@ -255,7 +255,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Probe",
-            "Seconds the server's own question about a picture took.",
+            "Seconds the server's own question about a picture took. Not asked while real answers come.",
             ((_quantile(0.95, "qvl_probe_seconds"), "p95 {{instance}}"),),
             unit="s",
         ),

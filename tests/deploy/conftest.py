@@ -122,8 +122,9 @@ def serve_commands() -> dict[str, list[str]]:
     pod = load(DEPLOY / "kubernetes" / "server" / "deployment.yaml")["spec"]["template"]["spec"]
     found["kubernetes"] = pod["containers"][0]["args"]
     found["systemd"] = systemd_command()
-    comment = re.sub(r"\\\n#", "", (DEPLOY / "Dockerfile").read_text()).partition("--tmpfs /tmp:exec qvl ")[2]
-    found["Dockerfile"] = comment.partition("\n")[0].split()
+    comment = re.search(r"^# +qvl (/models/.*)$", (DEPLOY / "Dockerfile").read_text(), re.M)
+    assert comment is not None
+    found["Dockerfile"] = comment[1].split()
     return {where: [str(part) for part in command] for where, command in found.items()}
 
 
