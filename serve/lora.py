@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from toolkit.checkpoint import Checkpoint
 from toolkit.errors import ServerError
-from toolkit.weights import read_json, read_weights
+from toolkit.weights import read_json
 
 __all__ = ["Lora", "check_lora", "lora_arguments"]
 
@@ -45,7 +45,7 @@ class Lora:
         ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
         if not all(isinstance(rank, int) and rank > 0 for rank in ranks):
             raise ServerError(
-                f"{path / 'adapter_config.json'}: the rank r is {config.get('r')!r}, not a positive number."
+                f"{path}: its adapter_config.json has the rank r {config.get('r')!r}, no positive number."
             )
         if max(ranks) > _RANKS[-1]:
             raise ServerError(
@@ -71,12 +71,12 @@ def _refuse_unservable(path: Path, config: dict[str, Any]) -> None:
 def check_lora(lora: Lora, checkpoint: Checkpoint) -> None:
     """Refuse an adapter that was made for another model: vLLM finds out after loading, or not at all.
 
-    Raises ServerError naming the first module that is not the base's or has another shape; CheckpointError for weights
-    that can't be read.
+    Raises ServerError naming the first module that is not the base's or has another shape, and for weights that can't
+    be read.
     """
     shapes = checkpoint.linear_shapes()
     factors = 0
-    for name, tensor in read_weights(lora.path).items():
+    for name, shape in _shapes(lora.path).items():
         factor = _FACTOR.fullmatch(name)
         if factor is None:
             raise ServerError(f"the adapter {lora.path} holds {name}, which is no factor of a LoRA.")
@@ -88,16 +88,28 @@ def check_lora(lora: Lora, checkpoint: Checkpoint) -> None:
             )
         inputs, outputs = shapes.get(place["linear"], (0, 0))
         # A is [rank, inputs], B is [outputs, rank].
-        found, expected = (tensor.shape[1], inputs) if factor["side"] == "A" else (tensor.shape[0], outputs)
+        found, expected = (shape[1], inputs) if factor["side"] == "A" else (shape[0], outputs)
         if int(place["layer"]) >= checkpoint.num_layers or found != expected:
             raise ServerError(
                 f"the adapter {lora.path} was made for another model: its {factor['module']} has shape "
-                f"{list(tensor.shape)}, and {checkpoint.path} has {checkpoint.num_layers} layers whose "
+                f"{shape}, and {checkpoint.path} has {checkpoint.num_layers} layers whose "
                 f"{place['linear']} maps {inputs} to {outputs}."
             )
         factors += 1
     if not factors:
         raise ServerError(f"the adapter {lora.path} holds no weights.")
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Return the shapes of an adapter's tensors, by name."""
+    from safetensors import SafetensorError, safe_open
+
+    file = path / "adapter_model.safetensors"
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return {name: list(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ServerError(f"{file} can't be read ({error}): is the download complete?") from error
 
 
 def lora_arguments(loras: Iterable[Lora]) -> list[str]:

@@ -1,0 +1,441 @@
+"""What clients see when something under a server breaks, and how long until it answers again.
+
+    python -m bench.faults_serve --out docs/results/faults [--model demo] [--only engine_killed,...]
+
+Starts `qvl serve --detach` and keeps a few clients asking about pictures while one fault after the other is brought
+about; writes README.md and faults.json. Ends only processes that it has started. Also runs on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from bench.boot import free_ports
+from serve import state
+from serve.media import sample_picture
+
+__all__ = ["FAULTS", "Result", "Watched", "detached", "observe"]
+
+KEY = "faults-key-1"
+NEW_KEY = "faults-key-2"
+_FAKETIME = Path(f"/usr/lib/{platform.machine()}-linux-gnu/faketime/libfaketimeMT.so.1")
+
+
+@dataclass
+class Result:
+    """What one fault did. Times in seconds since it was brought about; counts are requests."""
+
+    fault: str
+    #: How it was brought about.
+    how: str
+    #: Requests by outcome: "ok", an HTTP status, "cut off", "refused connection", "no answer in time".
+    before: dict[str, int] = field(default_factory=dict)
+    during: dict[str, int] = field(default_factory=dict)
+    #: When /ready first said no; None: it never did.
+    not_ready_after: float | None = None
+    #: When /ready said yes again.
+    ready_again_after: float | None = None
+    #: The longest that a client waited for an answer or an error.
+    longest_wait: float = 0.0
+    #: The longest without a good answer to anybody.
+    gap: float = 0.0
+    restarts: int = 0
+    note: str = ""
+
+
+@dataclass
+class Watched:
+    """A server that `qvl serve --detach` has started, with a cache directory of its own."""
+
+    port: int
+    cache: Path
+    keys: Path
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def known(self) -> state.ServerState:
+        """What is written down about it."""
+        return state.ServerState(**json.loads((self.cache / "servers" / f"{self.port}.json").read_text()))
+
+    @property
+    def log(self) -> Path:
+        """Its log file."""
+        return self.cache / "servers" / f"{self.port}.log"
+
+    def process(self, title: str) -> psutil.Process:
+        """Return the server's process whose title starts so, such as "VLLM::EngineCore"."""
+        for child in psutil.Process(self.known.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if " ".join(child.cmdline()).startswith(title):
+                    return child
+        raise RuntimeError(f"the server has no process {title}")
+
+
+@contextlib.contextmanager
+def detached(model: str, cache: Path, *arguments: str, **environment: str) -> Iterator[Watched]:
+    """Start a server with `qvl serve --detach`; stop it at the end."""
+    cache.mkdir(parents=True, exist_ok=True)
+    server = Watched(free_ports(1)[0], cache, cache / "keys")
+    server.keys.write_text(f"{KEY}\n")
+    qvl = [sys.executable, "-m", "toolkit.cli"]
+    port = ("--port", str(server.port))
+    probe = ("--probe-every", "2s", "--probe-timeout", "5s", "--log-format", "json")
+    command = [*qvl, "serve", model, "--detach", *port, *probe, "--api-key-file", str(server.keys), *arguments]
+    env = {**os.environ, **environment, "QVL_CACHE": str(cache)}
+    subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
+    try:
+        yield server
+    finally:
+        plain = {**os.environ, "QVL_CACHE": str(cache)}
+        subprocess.run([*qvl, "stop", *port], env=plain, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@dataclass
+class _Seen:
+    began: float
+    ended: float
+    outcome: str
+
+
+async def _client(server: Watched, seen: list[_Seen], until: Callable[[], bool], key: Callable[[], str]) -> None:
+    """Ask about a picture again and again, on a connection that is kept, as the openai package does without retries."""
+    number = 0
+    async with httpx.AsyncClient(base_url=server.url, timeout=30, trust_env=False) as client:
+        name = server.known.model_name
+        while not until():
+            number += 1
+            body = {
+                "model": name,
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "image_url", "image_url": {"url": sample_picture()}},
+                            {"type": "text", "text": f"Question {number}: what colour is the circle?"},
+                        ],
+                    }
+                ],
+                "max_tokens": 32,
+                "ignore_eos": True,
+                "stream": True,
+                "temperature": 0,
+            }
+            began = time.monotonic()
+            try:
+                headers = {"authorization": f"Bearer {key()}"}
+                async with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
+                    text = b"".join([part async for part in response.aiter_bytes()])
+                    done = response.status_code == 200 and b"data: [DONE]" in text and b'"error"' not in text
+                    outcome = "ok" if done else "cut off" if response.status_code == 200 else str(response.status_code)
+            except httpx.ConnectError:
+                outcome = "refused connection"
+            except httpx.TimeoutException:
+                outcome = "no answer in time"
+            except httpx.HTTPError:
+                outcome = "cut off"
+            seen.append(_Seen(began, time.monotonic(), outcome))
+            if outcome != "ok":
+                await asyncio.sleep(0.5)
+
+
+async def _poll_ready(server: Watched, changes: list[tuple[float, bool]], until: Callable[[], bool]) -> None:
+    async with httpx.AsyncClient(timeout=3, trust_env=False) as client:
+        while not until():
+            try:
+                ready = (await client.get(f"{server.url}/ready")).status_code == 200
+            except httpx.HTTPError:
+                ready = False
+            if not changes or changes[-1][1] != ready:
+                changes.append((time.monotonic(), ready))
+            await asyncio.sleep(0.1)
+
+
+def observe(
+    server: Watched,
+    fault: str,
+    how: str,
+    bring_about: Callable[[], Any],
+    *,
+    clients: int = 2,
+    before: float = 5.0,
+    after: float = 10.0,
+    longest: float = 240.0,
+    key: Callable[[], str] = lambda: KEY,
+) -> Result:
+    """Bring about a fault while clients ask, until the server is ready again and `after` more seconds have passed."""
+    seen: list[_Seen] = []
+    changes: list[tuple[float, bool]] = []
+    restarts = server.known.restarts
+    over = False
+
+    async def go() -> float:
+        nonlocal over
+        tasks = [asyncio.create_task(_client(server, seen, lambda: over, key)) for _ in range(clients)]
+        tasks.append(asyncio.create_task(_poll_ready(server, changes, lambda: over)))
+        await asyncio.sleep(before)
+        at = time.monotonic()
+        await asyncio.to_thread(bring_about)
+        deadline = at + longest
+        while time.monotonic() < deadline:
+            await asyncio.sleep(0.2)
+            if time.monotonic() - at > after and changes[-1][1] and time.monotonic() - changes[-1][0] > after:
+                break
+        over = True
+        await asyncio.gather(*tasks)
+        return at
+
+    at = asyncio.run(go())
+    later = [one for one in seen if one.ended > at]
+    good = sorted([at, *(one.ended for one in later if one.outcome == "ok")])
+    downs = [when - at for when, ready in changes if not ready and when > at]
+    return Result(
+        fault=fault,
+        how=how,
+        before=dict(Counter(one.outcome for one in seen if one.ended <= at)),
+        during=dict(Counter(one.outcome for one in later)),
+        not_ready_after=round(downs[0], 2) if downs else None,
+        ready_again_after=round(changes[-1][0] - at, 2) if downs and changes[-1][1] else None,
+        longest_wait=round(max(one.ended - one.began for one in later), 2),
+        gap=round(max((b - a for a, b in itertools.pairwise(good)), default=longest), 2),
+        restarts=server.known.restarts - restarts,
+    )
+
+
+def engine_killed(server: Watched, **short: Any) -> Result:
+    """What the kernel does when memory runs out: the largest process is killed."""
+    how = "SIGKILL to the engine's process, as the kernel sends when host memory runs out"
+    return observe(
+        server, "engine killed", how, lambda: server.process("VLLM::EngineCore").send_signal(signal.SIGKILL), **short
+    )
+
+
+def server_killed(server: Watched, **short: Any) -> Result:
+    """The process that clients are connected to."""
+    how = "SIGKILL to the API server's process"
+    return observe(server, "API server killed", how, lambda: os.kill(server.known.pid, signal.SIGKILL), **short)
+
+
+def engine_hangs(server: Watched, **short: Any) -> Result:
+    """It lives, and answers nothing."""
+    how = "SIGSTOP to the engine's process: it lives and does nothing, as with a driver that hangs"
+    return observe(
+        server, "engine hangs", how, lambda: server.process("VLLM::EngineCore").send_signal(signal.SIGSTOP), **short
+    )
+
+
+def keys_replaced(server: Watched, **short: Any) -> Result:
+    """Clients change over to the new key a second after the file has it; then the old one must be refused."""
+    changed: list[float] = []
+
+    def replace() -> None:
+        temporary = server.keys.with_suffix(".new")
+        temporary.write_text(f"{KEY}\n{NEW_KEY}\n")
+        temporary.replace(server.keys)
+        time.sleep(3)
+        changed.append(time.monotonic())
+        time.sleep(1)
+        server.keys.write_text(f"{NEW_KEY}\n")  # not atomically: half a file may be read
+
+    how = "the new key is added to the file, clients move to it, the old key is taken out; all under load"
+    result = observe(server, "key file replaced", how, replace, key=lambda: NEW_KEY if changed else KEY, **short)
+    time.sleep(2)
+    old = httpx.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {KEY}"}, trust_env=False)
+    result.note = f"afterwards the old key gets {old.status_code}"
+    server.keys.write_text(f"{KEY}\n")
+    time.sleep(2)
+    return result
+
+
+def disk_full(server: Watched, **short: Any) -> Result:
+    """Fill the file system that holds the log: a small one of memory, see `tmpfs`."""
+    filler = server.log.with_name("filler")
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
+            while True:
+                stream.write(b"x" * 4096)
+
+    result = observe(server, "disk full for logs", "the file system that holds the log is filled up", fill, **short)
+    free = os.statvfs(server.log.parent).f_bavail
+    size = server.log.stat().st_size
+    filler.unlink()
+    headers = {"authorization": f"Bearer {KEY}"}
+    httpx.get(f"{server.url}/v1/models", headers=headers, trust_env=False)
+    grew = server.log.stat().st_size > size
+    result.note = f"{free} blocks were free; the log {'goes on' if grew else 'does not go on'} once there is room"
+    return result
+
+
+def memory_exhausted(server: Watched, **short: Any) -> Result:
+    """More sequences than the KV cache holds; the server was started with a cache for little more than one."""
+    result = observe(
+        server,
+        "KV cache exhausted",
+        "a KV cache that holds 1.5 of the longest sequences, and 6 clients whose answers grow to 700 tokens",
+        lambda: _grow(server, clients=6, tokens=700),
+        **short,
+    )
+    metrics = httpx.get(f"{server.url}/metrics", headers={"authorization": f"Bearer {KEY}"}, trust_env=False).text
+    preempted = [text for text in metrics.splitlines() if text.startswith("vllm:num_preemptions_total")]
+    result.note = f"{_GROWN[-1]}; preemptions: {preempted[0].split()[-1] if preempted else 'not counted'}"
+    return result
+
+
+_GROWN: list[str] = []
+
+
+def _grow(server: Watched, clients: int, tokens: int) -> None:
+    name = server.known.model_name
+    body = {"model": name, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
+    body["messages"] = [{"role": "user", "content": "Count."}]
+
+    async def go() -> None:
+        headers = {"authorization": f"Bearer {KEY}"}
+        async with httpx.AsyncClient(base_url=server.url, timeout=200, trust_env=False, headers=headers) as client:
+            answers = await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for _ in range(clients)))
+        lengths = {answer.json()["usage"]["completion_tokens"] for answer in answers if answer.status_code == 200}
+        _GROWN.append(f"long answers: {dict(Counter(a.status_code for a in answers))}, tokens {sorted(lengths)}")
+
+    asyncio.run(go())
+
+
+def clock_moved(server: Watched, **short: Any) -> Result:
+    """The server runs with libfaketime, whose offset is changed: an hour ahead, then two back."""
+    offset = server.cache / "faketime"
+
+    def move() -> None:
+        for text in ("+3600", "-3600"):
+            offset.write_text(text)
+            time.sleep(5)
+
+    how = "the server's wall clock jumps an hour ahead and, 5 s later, two back (libfaketime)"
+    result = observe(server, "clock moved", how, move, **short)
+    stamps = [json.loads(text)["time"] for text in server.log.read_text().splitlines() if text.startswith('{"time"')]
+    hours = sorted({stamp[11:13] for stamp in stamps})
+    result.note = f"hours in the log's time stamps: {', '.join(hours)}"
+    return result
+
+
+#: Faults that one and the same server goes through.
+FAULTS = (engine_killed, server_killed, engine_hangs, keys_replaced)
+
+
+@contextlib.contextmanager
+def tmpfs(path: Path, size: str = "4m") -> Iterator[bool]:
+    """Mount a small file system of memory there; yields whether that is allowed."""
+    path.mkdir(parents=True, exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
+    try:
+        yield mounted.returncode == 0
+    finally:
+        if mounted.returncode == 0:
+            subprocess.run(["umount", "-l", str(path)], check=False)
+
+
+def measure(model: str, wanted: set[str]) -> list[Result]:
+    """Bring about the wanted faults, all if none is named, and return what they did."""
+    results: list[Result] = []
+
+    def want(fault: Any) -> bool:
+        return not wanted or fault.__name__ in wanted
+
+    def add(result: Result) -> None:
+        print(json.dumps(asdict(result)), flush=True)
+        results.append(result)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = Path(scratch)
+        if any(map(want, FAULTS)):
+            with detached(model, cache / "first", "--restarts", "9") as server:
+                for fault in filter(want, FAULTS):
+                    add(fault(server))
+        if want(memory_exhausted):
+            flags = ("--max-model-len", "1024", "--", "--kv-cache-memory-bytes", str((1536 + 128) * 2560))
+            with detached(model, cache / "memory", *flags) as server:
+                add(memory_exhausted(server))
+        if want(disk_full):
+            with tmpfs(cache / "disk") as allowed:
+                if allowed:
+                    with detached(model, cache / "disk") as server:
+                        add(disk_full(server))
+        if want(clock_moved) and _FAKETIME.exists():
+            (cache / "clock").mkdir()
+            (cache / "clock" / "faketime").write_text("+0")
+            fake = {
+                "LD_PRELOAD": str(_FAKETIME),
+                "FAKETIME_TIMESTAMP_FILE": str(cache / "clock" / "faketime"),
+                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+                "FAKETIME_NO_CACHE": "1",
+            }
+            with detached(model, cache / "clock", **fake) as server:
+                add(clock_moved(server))
+    return results
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(
+        f"{count} {outcome}" for outcome, count in sorted(counts.items(), key=lambda item: item[0] != "ok")
+    )
+
+
+def _seconds(value: float | None) -> str:
+    return "never" if value is None else f"{value:.1f}"
+
+
+def main() -> None:
+    """Measure and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="names of faults, with commas")
+    given = parser.parse_args()
+    from bench.environment import cpu_name, gpu_names, system_name, versions
+
+    environment = {"versions": versions(), "system": system_name(), "cpu": cpu_name(), "gpus": gpu_names()}
+    results = measure(given.model, set(filter(None, given.only.split(","))))
+    given.out.mkdir(parents=True, exist_ok=True)
+    file = given.out / "faults.json"
+    if given.only and file.exists():
+        kept = [Result(**one) for one in json.loads(file.read_text())["results"]]
+        results = [one for one in kept if one.fault not in {new.fault for new in results}] + results
+    record = {"model": given.model, "environment": environment, "results": [asdict(one) for one in results]}
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    rows = [
+        f"| {one.fault} | {_counts(one.during)} | {_seconds(one.not_ready_after)} | {_seconds(one.ready_again_after)} "
+        f"| {one.gap:.1f} | {one.longest_wait:.1f} | {one.restarts} |"
+        for one in results
+    ]
+    table = "\n".join(rows)
+    (given.out / "table.md").write_text(
+        "| fault | requests from then on | /ready said no after (s) | ready again after (s) | longest without a good "
+        f"answer (s) | longest wait of a client (s) | restarts |\n|---|---|---|---|---|---|---|\n{table}\n\n"
+        + "\n".join(f"- **{one.fault}**: {one.how}.{f' Then: {one.note}.' if one.note else ''}" for one in results)
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
