@@ -89,6 +89,9 @@ microbench-compare: setup ## the suites again beside the last saved times; fails
 gpu-bench: setup ## on a GPU: a Qwen2-VL-2B of random weights, quantized, served, measured against fp16
 	$(QVL) gpu-bench $(ARGS)
 
+tune-bench: setup ## on a GPU: the figures of docs/tuning.md; resumable (ARGS="--shape 7b --minutes 9")
+	$(PY) -m bench.tune_bench $(ARGS)
+
 quant-bench: setup ## on a GPU: the quantizer's time, memory and quality beside stock AutoAWQ (docs/quantizer-benchmark.md)
 	$(QVL) quant-bench $(ARGS)
 
