@@ -226,7 +226,7 @@ def recommendation(profile: Profile) -> list[str]:
     if losing and profile.key.format != "fp16":
         where = "at every load" if len(losing) == len(profile.loads) else f"at {', '.join(map(str, losing))} in flight"
         lines.append(f"fp16 is faster {where}: serve it there if it fits the card; AWQ then saves memory, not time.")
-    names = {mode: profile.chosen(mode) for mode in ("latency", "throughput", "auto")}  # type: ignore[arg-type]
+    names = {mode: profile.chosen(mode) for mode in ("latency", "throughput", "auto")}
     lines.append("--profile " + ", ".join(f"{mode}: {name}" for mode, name in names.items()))
     return lines
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from serve.supervisor import Booted, Supervisor
 
 _DEFAULT_PORT = 8000
-_GUARD, _OPERATION, _PAGE = "Guard", "Operation", "Page"
+_GUARD, _OPERATION, _PAGE, _SPEED = "Guard", "Operation", "Page", "Speed"
 
 
 def register(app: typer.Typer) -> None:
@@ -69,6 +69,18 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    profile: Annotated[
+        str,
+        typer.Option(
+            help="auto, latency or throughput: settings that were measured here; off.", rich_help_panel=_SPEED
+        ),
+    ] = "auto",
+    tp: Annotated[int, typer.Option(help="GPUs that split every layer.", rich_help_panel=_SPEED)] = 1,
+    dp: Annotated[int, typer.Option(help="Copies of the model, on GPUs of their own.", rich_help_panel=_SPEED)] = 1,
+    pp: Annotated[int, typer.Option(help="Stages, each with some of the layers.", rich_help_panel=_SPEED)] = 1,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Spread over the machines of a Ray cluster.", rich_help_panel=_SPEED)
+    ] = False,
     play: Annotated[
         bool, typer.Option("--play", help="Serve a page to try it, at /play.", rich_help_panel=_PAGE)
     ] = False,
@@ -118,8 +130,10 @@ def serve(
     from serve.limits import Limits
     from serve.lora import Lora
     from serve.options import ServeOptions
+    from serve.parallel import Parallel
     from serve.supervisor import GaveUp, Policy, stopped_by_signals, supervisor
     from serve.supervisor import detach as start_detached
+    from serve.tuned import tuned
     from toolkit.console import fail, note
     from toolkit.errors import ServerError
 
@@ -149,8 +163,10 @@ def serve(
         probe_timeout=_seconds("--probe-timeout", probe_timeout),
         log_format=log_format,  # type: ignore[arg-type]  # checked by ServeOptions
         compile=compile,
+        parallel=Parallel(tp=tp, dp=dp, pp=pp, ray=ray),
         extra=tuple(vllm_flags or ()),
     )
+    options = tuned(model, options, profile, note if log_format == "text" else _say_json)  # type: ignore[arg-type]
     what = f"{model} on port {port}"
     policy = Policy(restarts=restarts)
     with stopped_by_signals():

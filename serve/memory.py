@@ -18,6 +18,8 @@ _GIB = 1 << 30
 #: What vLLM takes beside weights and KV cache. CPU: measured, two processes with torch and transformers loaded, no
 #: model to speak of. GPU: CUDA's context and the activations of a picture; vLLM measures the true figure itself.
 _OVERHEAD = {"cpu": int(1.5 * _GIB), "gpu": int(1.5 * _GIB)}
+#: A process beside the first on a CPU: measured with the embedded model.
+_PROCESS = int(0.9 * _GIB)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,12 @@ def need(checkpoint: Checkpoint, options: ServeOptions) -> MemoryNeed:
     """Estimate the least memory that serving takes. Packed weights keep their size, others take the compute dtype's."""
     element = DTYPE_BYTES[options.dtype_for(checkpoint)]
     weights = sum(t.nbytes if t.dtype == "I32" else t.numel * element for t in checkpoint.tensors.values())
-    return MemoryNeed(weights, options.kv_bytes_for(checkpoint), _OVERHEAD["gpu" if options.on_gpu else "cpu"])
+    cache, overhead = options.kv_bytes_for(checkpoint), _OVERHEAD["gpu" if options.on_gpu else "cpu"]
+    spread = options.parallel
+    if options.on_gpu:  # of each
+        return MemoryNeed(weights // (spread.tp * spread.pp), cache // (spread.tp * spread.pp), overhead)
+    # each process beyond the first has torch and transformers of its own
+    return MemoryNeed(weights * spread.dp, cache * spread.dp, overhead + (spread.gpus - 1) * _PROCESS)
 
 
 def available_host_memory() -> int:
@@ -78,9 +85,10 @@ def check(checkpoint: Checkpoint, options: ServeOptions) -> None:
                 f"{_advice(checkpoint, options)}"
             )
         return
-    if any(argument.partition("=")[0] in _PARALLEL for argument in options.extra):
+    if options.parallel.ray or any(argument.partition("=")[0] in _PARALLEL for argument in options.extra):
         return
-    gpu = max(find_gpus(), key=lambda g: g.free, default=None)
+    gpus = sorted(find_gpus(), key=lambda g: g.free, reverse=True)[: options.parallel.gpus]
+    gpu = gpus[-1] if gpus else None
     if gpu is None:
         raise ResourceError("nvidia-smi lists no GPU. Serve with --backend cpu, or check the driver with `nvidia-smi`.")
     share = options.gpu_memory_utilization or DEFAULT_GPU_SHARE

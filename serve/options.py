@@ -15,6 +15,8 @@ from serve.backend import Backend, choose
 from serve.jsonlog import write_config
 from serve.limits import Limits
 from serve.lora import Lora, lora_arguments
+from serve.parallel import Parallel
+from serve.profiles import Settings
 from toolkit.checkpoint import Checkpoint
 from toolkit.errors import ServerError
 from toolkit.paths import cache_dir
@@ -122,6 +124,10 @@ class ServeOptions:
     log_format: Literal["text", "json"] = "text"
     #: Compile the model with torch.compile and CUDA graphs: slower to start, faster to answer. None: on a GPU only.
     compile: bool | None = None
+    #: How the model is spread over GPUs.
+    parallel: Parallel = field(default_factory=Parallel)
+    #: What a profile sets; options that are given win.
+    settings: Settings = field(default_factory=Settings)
     #: Further arguments for `vllm serve`, appended last, so that they win.
     extra: tuple[str, ...] = ()
 
@@ -186,7 +192,7 @@ class ServeOptions:
         """Return the longest sequence in tokens. Raises ServerError for more than the model's positions."""
         positions = int(checkpoint.text_config.get("max_position_embeddings", 32768))
         if self.max_model_len is None:
-            return min(positions, _MAX_MODEL_LEN["gpu" if self.on_gpu else "cpu"])
+            return min(positions, self.settings.max_model_len or _MAX_MODEL_LEN["gpu" if self.on_gpu else "cpu"])
         if self.max_model_len > positions:
             raise ServerError(
                 f"--max-model-len {self.max_model_len}: {checkpoint.path} has {positions} positions. Give at most that."
@@ -195,7 +201,7 @@ class ServeOptions:
 
     def max_num_seqs_for(self) -> int | None:
         """Return how many sequences are computed together; None leaves it to vLLM."""
-        return self.max_num_seqs or (None if self.on_gpu else 8)
+        return self.max_num_seqs or self.settings.max_num_seqs or (None if self.on_gpu else 8)
 
     def kv_bytes_for(self, checkpoint: Checkpoint) -> int:
         """Return the bytes of KV cache: on the CPU for all sequences at full length, on a GPU the least, for one."""
@@ -243,6 +249,10 @@ class ServeOptions:
             arguments += ["--skip-mm-profiling"]
         if not self._compiles:
             arguments += ["--enforce-eager"]
+        if not self.parallel.is_one:
+            self.parallel.check(checkpoint, "gpu" if self.on_gpu else "cpu")
+            arguments += self.parallel.arguments(checkpoint)
+        arguments += self.settings.arguments([*arguments, *self.extra])
         return [*arguments, *self.extra]
 
     @property
@@ -287,7 +297,7 @@ class ServeOptions:
                 # vLLM compiles its log-probability ranking even in eager mode, at the first request that asks for
                 # them: 3 to 32 s on two cores.
                 defaults["TORCHDYNAMO_DISABLE"] = "1"
-        environment = {**defaults, **base}
+        environment = self.settings.environment({**self.parallel.environment(defaults), **base})
         # Development endpoints let any client reset caches and put the server to sleep.
         environment.pop("VLLM_SERVER_DEV_MODE", None)
         environment.pop("VLLM_API_KEY", None)
@@ -321,7 +331,8 @@ class ServeOptions:
 
     @property
     def _compiles(self) -> bool:
-        return self.on_gpu if self.compile is None else self.compile
+        asked = self.settings.compile if self.compile is None else self.compile
+        return self.on_gpu if asked is None else asked
 
 
 def kv_bytes_per_token(checkpoint: Checkpoint, dtype: str) -> int:

@@ -18,17 +18,6 @@ from toolkit.errors import ServerError
 
 __all__ = ["Parallel", "visible_gpus"]
 
-#: Flags of vLLM that say what `Parallel` says: two answers would be one too many.
-PARALLEL_FLAGS = {
-    "--tensor-parallel-size": "--tp",
-    "-tp": "--tp",
-    "--data-parallel-size": "--dp",
-    "-dp": "--dp",
-    "--pipeline-parallel-size": "--pp",
-    "-pp": "--pp",
-    "--distributed-executor-backend": "--ray",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:

@@ -12,6 +12,7 @@ from bench.cli import register as register_bench
 from bench.compare_cli import register as register_compare
 from bench.quantizer.cli import register as register_quant_bench
 from bench.tour import register as register_tour
+from bench.tune_cli import register as register_tune
 from serve.cli import register as register_serve
 from serve.plan_cli import register as register_plan
 from toolkit.verbs import register as register_toolkit
@@ -30,6 +31,7 @@ register_plan(app)
 register_bench(app)
 register_compare(app)
 register_tour(app)
+register_tune(app)
 register_quant_bench(app)
 
 
