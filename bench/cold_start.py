@@ -1,207 +1,168 @@
-"""How long `qvl serve` takes from the command to its first answer, and where the time goes.
+"""How long a start takes, from the command to the first answer, and where the time goes.
 
-    python -m bench.cold_start MODEL --out DIR [--runs 3] [-- FLAGS OF qvl serve]
+    python -m bench.cold_start --out docs/results/cold-start [--model demo] [--repeat 3]
 
-Each run starts twice: with vLLM's and the compiler's caches empty, and again with what the first start left in them.
-The operating system's page cache is left alone, so weights come from memory after the very first start. Seconds are
-read off the lines that `qvl serve` prints, as they arrive.
+Starts `qvl serve --detach` with and without compiling, each first with an empty compile cache, then with the one that
+was kept. Times come from the time stamps of the server's own JSON log. Runs on a GPU unchanged.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import re
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import httpx
+import psutil
 
-from toolkit.errors import BenchError
+from bench.boot import free_ports
+from bench.environment import cpu_name, gpu_names, system_name, versions
+from serve.media import sample_picture
 
-__all__ = ["Start", "draw", "markdown", "phases", "summarise"]
+__all__ = ["STEPS", "Start", "split"]
 
-STARTS = ("empty caches", "kept caches")
-#: The name of what comes before the first line that names a phase: Python, and what qvl checks before it starts vLLM.
-BEFORE = "qvl's own checks"
-_PHASE = re.compile(r"^starting .+ on port \d+: (?P<phase>.+) \(\d+ s\)$")
-_READY = re.compile(r"^ready: \S+ at (?P<url>\S+)/v1 ")
+#: What is over when a line of the log says so for the first time. Steps that do not occur take no time.
+STEPS = (
+    ("interpreter, checks before the boot", None),
+    ("imports of the API server", "Resolved architecture"),
+    ("config, processor, warm-up of pictures", "Initializing a V1 LLM engine"),
+    ("start and imports of the engine up to the weights", "Starting to load model"),
+    ("weights", "Loading weights took"),
+    ("profiling, compiling, KV cache, warm-up", "init engine (profile"),
+    ("endpoint", "Application startup complete"),
+    ("first probe", '"message": "ready.'),
+)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Start:
-    """One start: seconds from the command to its first answer, and of each phase, in order; they add up to it."""
+    """One start. Times in seconds."""
 
-    caches: str
-    seconds: float
-    phases: dict[str, float]
-
-
-def phases(lines: list[tuple[float, str]]) -> dict[str, float]:
-    """Return the seconds of each phase in order.
-
-    Args:
-        lines: what `qvl serve` printed until it was ready, each line with the seconds since the command.
-
-    Raises:
-        BenchError: it never became ready.
-    """
-    found: dict[str, float] = {}
-    name, since = BEFORE, 0.0
-    for seconds, line in lines:
-        phase = _PHASE.match(line)
-        if phase or _READY.match(line):
-            found[name] = found.get(name, 0.0) + seconds - since
-            since = seconds
-        if phase:
-            name = phase["phase"]
-        elif _READY.match(line):
-            return found
-    raise BenchError("the server did not become ready; it printed:\n" + "\n".join(line for _, line in lines[-20:]))
+    #: "compiled" or "not compiled".
+    mode: str
+    #: "first" with an empty compile cache, "second" with what the first has left there.
+    turn: str
+    #: From the command to ready, as the server itself sees it.
+    ready: float
+    #: From the command to the first answer to a client that asked as soon as `qvl serve --detach` returned.
+    first_answer: float
+    steps: dict[str, float]
+    #: What vLLM says of torch.compile, of it all.
+    compile: float | None
+    #: The machine's load average over the last minute, before the start.
+    load: float
 
 
-def _start(model: str, flags: list[str], port: int, caches: Path, name: str) -> Start:
-    environment = os.environ | {
+def split(log: str, began: float, spawned: float) -> dict[str, float]:
+    """Return the seconds of each step, from a JSON log and the times (since the epoch) of command and first process."""
+    marks = [text for _, text in STEPS]
+    seen: dict[str, float] = {}
+    for line in log.splitlines():
+        if not line.startswith('{"time"'):
+            continue
+        for mark in marks:
+            if mark is not None and mark not in seen and mark in line.replace('\\"', '"'):
+                seen[mark] = datetime.fromisoformat(json.loads(line)["time"]).timestamp()
+    steps, last = {}, began
+    for name, mark in STEPS:
+        at = spawned if mark is None else seen.get(mark, last)
+        steps[name] = round(at - last, 2)
+        last = at
+    return steps
+
+
+def start(model: str, mode: str, turn: str, caches: Path, scratch: Path) -> Start:
+    """Start a server, ask it once, stop it."""
+    load = os.getloadavg()[0]
+    port = free_ports(1)[0]
+    qvl = [sys.executable, "-m", "toolkit.cli"]
+    flag = "--compile" if mode == "compiled" else "--no-compile"
+    environment = {
+        **os.environ,
+        "QVL_CACHE": str(scratch),
         "VLLM_CACHE_ROOT": str(caches / "vllm"),
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
     }
-    command = [sys.executable, "-m", "toolkit.cli", "serve", model, "--port", str(port), *flags]
-    began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    began = time.time()
+    command = [*qvl, "serve", model, "--detach", "--port", str(port), "--log-format", "json", flag]
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        lines = []
-        for line in process.stdout or ():
-            lines.append((time.monotonic() - began, line.rstrip()))
-            if _READY.match(line):
-                break
-        found = phases(lines)
+        url = f"http://127.0.0.1:{port}"
+        known = json.loads((scratch / "servers" / f"{port}.json").read_text())
+        spawned = psutil.Process(known["pid"]).create_time()
+        content: list[dict[str, Any]] = [
+            {"type": "image_url", "image_url": {"url": sample_picture()}},
+            {"type": "text", "text": "Which shape?"},
+        ]
+        body = {"model": known["model_name"], "messages": [{"role": "user", "content": content}], "max_tokens": 8}
+        httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120, trust_env=False).raise_for_status()
+        first_answer = time.time() - began
+        log = Path(known["log"]).read_text()
     finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=120)
-    return Start(caches=name, seconds=sum(found.values()), phases=found)
-
-
-def summarise(starts: list[Start]) -> dict[str, Any]:
-    """Return medians over runs: seconds and phases by kind of start, and second / first paired by run."""
-    by_kind = {kind: [start for start in starts if start.caches == kind] for kind in STARTS}
-    first, second = (by_kind[kind] for kind in STARTS)
-    return {
-        "median_seconds": {kind: statistics.median(s.seconds for s in found) for kind, found in by_kind.items()},
-        "median_phases": {
-            kind: {
-                phase: statistics.median(s.phases.get(phase, 0.0) for s in found)
-                for phase in dict.fromkeys(phase for s in found for phase in s.phases)
-            }
-            for kind, found in by_kind.items()
-        },
-        "second_over_first": statistics.median(b.seconds / a.seconds for a, b in zip(first, second, strict=True)),
-    }
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """Return a table of phases by kind of start, and what it was measured on."""
-    medians, found = result["summary"]["median_seconds"], result["summary"]["median_phases"]
-    names = dict.fromkeys(phase for kind in STARTS for phase in found[kind])
-    made_with = (f"{name} {version}" for name, version in result["versions"].items())
-
-    def row(name: str, values: Iterable[str]) -> str:
-        return f"| {name} | {' | '.join(values)} |"
-
-    return f"""# Cold start: `{result["command"]}`
-
-Seconds, medians of {result["runs"]} runs; ready means that a question about a picture was answered.
-
-{row("", STARTS)}
-|---|---|---|
-{chr(10).join(row(name, (f"{found[kind].get(name, 0.0):.1f}" for kind in STARTS)) for name in names)}
-{row("**from the command to the first answer**", (f"**{medians[kind]:.1f}**" for kind in STARTS))}
-
-Second start / first: {result["summary"]["second_over_first"]:.0%}.
-
-![Phases of a start](cold-start.png)
-
-{"; ".join([result["cpu"], *result["gpus"], *made_with])}
-"""
-
-
-def draw(summary: dict[str, Any], file: Path) -> None:
-    """Draw the phases as stacked bars, one for each kind of start."""
-    from matplotlib.figure import Figure
-
-    colours = (
-        "#c9d1d9",
-        "#2f6fb3",
-        "#e08a1e",
-        "#3f9c6b",
-        "#8a5fbf",
-        "#c2474b",
-        "#37a3b5",
-        "#b58900",
-        "#7d8590",
-        "#22272e",
+        subprocess.run([*qvl, "stop", "--port", str(port)], env=environment, check=True, stdout=subprocess.DEVNULL)
+    steps = split(log, began, spawned)
+    compiled = [line for line in log.splitlines() if "torch.compile took" in line or "torch.compile takes" in line]
+    seconds = (
+        next((float(w) for w in compiled[-1].split() if w.replace(".", "", 1).isdigit()), None) if compiled else None
     )
-    found = summary["median_phases"]
-    names = list(dict.fromkeys(phase for kind in STARTS for phase in found[kind]))
-    figure = Figure(figsize=(8, 3.2), layout="constrained", facecolor="white")
-    axis = figure.add_subplot()
-    left = [0.0] * len(STARTS)
-    for i, name in enumerate(names):
-        widths = [found[kind].get(name, 0.0) for kind in STARTS]
-        axis.barh(STARTS, widths, left=left, color=colours[i % len(colours)], label=name, height=0.55)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    for y, kind in enumerate(STARTS):
-        axis.annotate(
-            f"{summary['median_seconds'][kind]:.1f} s", (left[y], y), (5, 0), textcoords="offset points", va="center"
-        )
-    axis.invert_yaxis()
-    axis.set_xlim(right=max(left) * 1.12)
-    axis.set_xlabel("seconds from the command to the first answer")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(file, dpi=144, metadata={"Software": None})
+    return Start(mode, turn, round(sum(steps.values()), 2), round(first_answer, 2), steps, seconds, round(load, 2))
 
 
-def main(
-    model: Annotated[str, typer.Argument(help="A directory, a hub name, or demo.")],
-    flags: Annotated[list[str] | None, typer.Argument(metavar="[-- FLAGS...]", help="Flags of `qvl serve`.")] = None,
-    out: Annotated[Path, typer.Option(help="Directory for cold-start.json, README.md and cold-start.png.")] = Path(),
-    runs: Annotated[int, typer.Option(min=1, help="Runs of two starts each.")] = 3,
-) -> None:
-    """Measure `qvl serve MODEL FLAGS` from the command to the first answer, twice a run."""
-    from bench.boot import free_ports
-    from bench.environment import cpu_name, gpu_names, versions
-    from toolkit.console import note
+def measure(model: str, modes: list[str], repeat: int) -> list[Start]:
+    """Start first and second of each mode, alternating, so that a slow minute of the machine hits all alike."""
+    found: list[Start] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for number in range(repeat):
+            for mode in modes:
+                caches = Path(scratch, f"{mode} {number}".replace(" ", "-"))
+                for turn in ("first", "second"):
+                    one = start(model, mode, turn, caches, Path(scratch))
+                    print(json.dumps(asdict(one)), flush=True)
+                    found.append(one)
+    return found
 
-    starts = []
-    for run in range(runs):
-        with tempfile.TemporaryDirectory(prefix="qvl-cold-start-") as caches:
-            for kind in STARTS:
-                starts.append(_start(model, flags or [], free_ports(1)[0], Path(caches), kind))
-                note(f"run {run + 1} of {runs}, {kind}: {starts[-1].seconds:.1f} s")
-    result: dict[str, Any] = {
-        "command": " ".join(["qvl serve", Path(model).name, *(flags or [])]),
-        "runs": runs,
-        "summary": summarise(starts),
-        "starts": [asdict(start) for start in starts],
-        "cpu": cpu_name(),
-        "gpus": gpu_names(),
-        "versions": versions(),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "cold-start.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "README.md").write_text(markdown(result))
-    draw(result["summary"], out / "cold-start.png")
-    note(f"{out / 'README.md'}")
+
+def table(starts: list[Start]) -> str:
+    """Return medians as a Markdown table."""
+    groups = sorted({(one.mode, one.turn) for one in starts}, key=lambda g: (g[0] == "compiled", g[1]))
+    of = {group: [one for one in starts if (one.mode, one.turn) == group] for group in groups}
+    lines = ["| step (s) | " + " | ".join(f"{mode}, {turn} start" for mode, turn in groups) + " |"]
+    lines += ["|---|" + "---|" * len(groups)]
+    for name, _ in STEPS:
+        cells = [f"{statistics.median(one.steps[name] for one in of[group]):.1f}" for group in groups]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name, pick in (("**ready**", "ready"), ("**first answer**", "first_answer")):
+        cells = [f"**{statistics.median(getattr(one, pick) for one in of[group]):.1f}**" for group in groups]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines.append("| starts | " + " | ".join(str(len(of[group])) for group in groups) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and write cold-start.json and table.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--modes", default="not compiled,compiled")
+    given = parser.parse_args()
+    starts = measure(given.model, given.modes.split(","), given.repeat)
+    given.out.mkdir(parents=True, exist_ok=True)
+    environment = {"versions": versions(), "system": system_name(), "cpu": cpu_name(), "gpus": gpu_names()}
+    record = {"model": given.model, "environment": environment, "starts": [asdict(one) for one in starts]}
+    (given.out / "cold-start.json").write_text(json.dumps(record, indent=1) + "\n")
+    (given.out / "table.md").write_text(table(starts) + "\n")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -90,6 +90,14 @@ def _inspect_in_process() -> None:
     registry._run_in_subprocess = run
 
 
+def _without_sklearn() -> None:
+    """Let scikit-learn look absent: transformers imports it, with pandas, for a way of decoding that vLLM never uses.
+
+    Where it is installed it takes 1 to 2 s of each process's start.
+    """
+    sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]  # what importlib keeps for what can't be imported
+
+
 def _die_with_parent() -> None:
     """Where `DIE_WITH` is set, have the kernel kill this process when its parent ends, however it ends.
 
@@ -120,6 +128,7 @@ if __name__ in ("__main__", "__mp_main__"):
     gc.set_threshold(100_000, 50, 50)
     # Nor need they be looked through once more when the process ends, which would take several seconds.
     atexit.register(gc.freeze)
+    _without_sklearn()
     answer_for_vllm()
     patch_torchvision()
     if os.environ.get("QVL_LOG_FORMAT") == "json":

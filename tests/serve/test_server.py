@@ -58,14 +58,16 @@ print((len(sys.meta_path), gc.get_threshold()) == before, "torch" in sys.modules
 def test_spawned_children_are_mended_too() -> None:
     """What vLLM does: a child started by multiprocessing's spawn imports its parent's main module again."""
     code = """
-import gc, importlib.metadata, multiprocessing, sys
+import gc, importlib.metadata, importlib.util, multiprocessing, sys
 import serve.server
 sys.modules["__main__"].__spec__ = serve.server.__spec__  # as `python -m serve.server` has it
 with multiprocessing.get_context("spawn").Pool(1) as pool:
     print(pool.apply(importlib.metadata.version, ("vllm",)))
     print(pool.apply(gc.get_threshold)[0])
+    print(pool.apply(importlib.util.find_spec, ("sklearn",)))
 """
-    version, threshold = run(code).split()
+    version, threshold, sklearn = run(code).split()
+    assert sklearn == "None"  # transformers asks so, and does without
     assert version == (f"{m_version()}+cpu" if CPU_BUILD else m_version())
     assert int(threshold) == 100_000
 
