@@ -33,7 +33,7 @@ _OTHERS = (
     (re.compile(rb"PK\x03\x04"), "ZIP"),
 )
 #: The first byte that a JPEG's entropy-coded data can't hold: 0xFF that is neither stuffed, nor a restart, nor fill.
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +146,6 @@ def _jpeg(data: bytes) -> Picture:
             scans += 1
             if scans > _MOST_SCANS:
                 raise _refusal(f"is a JPEG of more than {_MOST_SCANS} scans. Save it again.")
-            # The end is what mostly follows, and is found fastest.
-            only = scans == 1 and data.find(b"\xff\xda", position) < 0
-            if only and data.find(b"\xff\xd9", position) == len(data) - 2:
-                position = len(data) - 2
-                continue
             following = _MARKER.search(data, position)
             if following is None:
                 raise IndexError

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+import numpy as np
 import pybase64
 
 from serve.errors_http import Refusal
@@ -87,7 +88,7 @@ def parse(body: bytes, limits: Limits) -> dict[str, Any]:
     take different ones), nothing that is far more structure than text. Raises Refusal (body_json, too_deep).
     """
     # Base64 has neither commas nor backslashes; millions of them are millions of objects, made before any is looked at.
-    if len(body) > 1 << 18 and body.count(b",") + body.count(b"\\") > 4 * limits.max_prompt_chars:
+    if len(body) > 1 << 18 and _parts(body) > 4 * limits.max_prompt_chars:
         raise Refusal(400, "body_json", "The body's JSON has too many parts.")
     try:
         parsed = _DECODER.decode(body.decode("utf-8"))
@@ -104,6 +105,12 @@ def parse(body: bytes, limits: Limits) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise Refusal(400, "body_json", "The body must be a JSON object.")
     return parsed
+
+
+def _parts(body: bytes) -> int:
+    """Return the commas and backslashes in a body."""
+    values = np.frombuffer(body, np.uint8)
+    return int(np.count_nonzero(values == ord(","))) + int(np.count_nonzero(values == ord("\\")))
 
 
 def _too_deep(limits: Limits) -> Refusal:
