@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from bench import tune as module
 from bench.boot import Abort, Start
@@ -17,7 +18,8 @@ from bench.tune_cli import _profile, recommendation
 from serve import candidates as catalogue
 from serve.profiles import Key, Settings
 from tests.bench.fake_server import Behaviour, serving
-from toolkit.errors import BenchError, ServerError
+from toolkit.cli import app
+from toolkit.errors import BenchError, QvlError, ServerError
 
 PLAN = TunePlan(concurrencies=(1, 8), requests=4)
 CANDIDATES: dict[str, dict[str, Any]] = {"vllm": {}, "marlin": {"kernel": "marlin"}, "odd": {"ngram": 3}}
@@ -255,3 +257,38 @@ class TestBusyGpu:
     def test_a_free_one(self, monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
         self.answer(monkeypatch, text)
         catalogue.refuse_busy_gpu()
+
+
+class TestVerb:
+    """What is refused before anything boots."""
+
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("QVL_CACHE", str(tmp_path))
+
+    def refusal(self, *arguments: str) -> str:
+        result = CliRunner().invoke(app, ["tune", *arguments])
+        assert isinstance(result.exception, QvlError), result.output
+        return str(result.exception)
+
+    def test_settings_that_can_not_be(self) -> None:
+        assert "--only magic: no such candidate here. There are vllm" in self.refusal("demo", "--only", "magic")
+        assert "--concurrency" in self.refusal("demo", "--concurrency", "none")
+        assert "don't divide by 3" in self.refusal("demo", "--tp", "3")
+        assert "no such directory" in self.refusal("/nowhere")
+
+    def test_a_gpu_that_others_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("serve.backend.require_vllm", lambda backend: "0.32.0")
+        answer = SimpleNamespace(stdout="999999999, python train.py, 20480 MiB\n")
+        monkeypatch.setattr(catalogue.subprocess, "run", lambda *a, **k: answer)
+        assert "python train.py" in self.refusal("demo", "--backend", "gpu")
+
+    def test_nothing_that_boots(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def start(*arguments: Any, **settings: Any) -> None:
+            raise ServerError("vLLM died")
+
+        monkeypatch.setattr("serve.lifecycle.start", start)
+        said = self.refusal("demo", "--backend", "cpu", "--only", "vllm,ngram", "--fp16", "demo")
+        assert said == "nothing was measured: vllm: vLLM died\nngram: vLLM died\nfp16: vLLM died"
+        said = self.refusal("demo", "--backend", "cpu", "--only", "few-sequences", "--minutes", "0")
+        assert said == "nothing was measured: the time was up before the first load"
