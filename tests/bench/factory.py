@@ -10,13 +10,16 @@ from typing import Any
 from PIL import Image
 
 from bench.client import Failure, Trace
+from bench.inputs import Lengths
 from bench.load import Block
 from bench.report.build import build, workload
 from bench.report.model import Memory, Report, Role, SystemInfo
-from bench.run import Measurements, Plan
+from bench.run import Measurements, Plan, Stretch
 from bench.tasks import Picture, Question, check_picture
 
-PLAN = Plan(concurrencies=(1, 4), requests=8, rounds=2, output_tokens=5, image_sizes=((56, 56),), nonce="n")
+PLAN = Plan(
+    concurrencies=(1, 4), requests=8, rounds=2, output_tokens=Lengths.fixed(5), image_sizes=((56, 56),), nonce="n"
+)
 
 
 def trace(text: str = "x", ttft: float = 0.1, gap: float = 0.02, n: int = 5, counted: bool = True) -> Trace:
@@ -78,9 +81,10 @@ def report(
     for role in roles:
         scale = speed.get(role, 1.0)
         measured.answers[role] = {q.id: trace("no" if q.id in wrong.get(role, ()) else "yes") for q in asked}
-        for concurrency in plan.concurrencies:
+        for load in plan.loads:
             traces = tuple(trace(ttft=scale * (0.1 + i / 1000), gap=0.02 * scale, counted=counted) for i in range(4))
-            measured.blocks[role, concurrency] = [Block(traces, scale), Block(traces, scale)]
+            for round_ in range(2):
+                measured.units[role, load.name, round_] = [(load, Stretch(Block(traces, scale), load.rate_per_s))]
     if failure:
         measured.failures["candidate", "questions", failure] += 2
     return build(
@@ -88,15 +92,46 @@ def report(
         asked,
         {role: systems.get(role) or system(role) for role in roles},
         workload(plan, asked, source="t.jsonl", interleaved=True, seed=0),
+        plan,
         margin=margin,
         duration_s=1.0,
         command="qvl bench",
     )
 
 
+def second_version(found: Report) -> dict[str, Any]:
+    """What a report of closed loops looked like in schema version 2."""
+    data: dict[str, Any] = json.loads(found.model_dump_json()) | {"schema_version": 2}
+    del data["unfinished"], data["fidelity"], data["environment"]["commit"]
+    work = data["workload"]
+    for name in work.keys() & {
+        *("rates", "arrivals", "sweep", "sweep_concurrency", "duration_s", "ramp_s", "preset", "prompt_tokens"),
+        *("images_per_request", "slos"),
+    }:
+        del work[name]
+    work["output_tokens"] = int(work["output_tokens"])
+    kept = ("role", "requests", "wall_s", "requests_per_s", "output_tokens_per_s", "output_tokens", "prompt_tokens")
+    latencies = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "client_lag_ms")
+    for index, point in enumerate(data["speed"]):
+        old = {name: point[name] for name in kept} | {"concurrency": point["load"]["concurrency"]}
+        for name in latencies:
+            latency = point[name]
+            old[name] = latency and {key: latency[key] for key in ("p50", "p90", "p99", "mean", "n")}
+        data["speed"][index] = old
+    data["speed_ratios"] = [
+        {name: ratio[name] for name in ("metric", "ratio", "low", "high")}
+        | {"concurrency": int(ratio["load"].split()[0])}
+        for ratio in data["speed_ratios"]
+        if ratio["metric"] in ("ttft", "tpot", "e2e")
+    ]
+    for system_ in data["systems"].values():
+        del system_["memory"]["kv_cache_tokens"]
+    return data
+
+
 def first_version(found: Report) -> dict[str, Any]:
     """What a report looked like in schema version 1."""
-    data: dict[str, Any] = json.loads(found.model_dump_json()) | {"schema_version": 1}
+    data = second_version(found) | {"schema_version": 1}
     del data["accuracy"]["thumbnails"]
     for row in [data["accuracy"]["overall"], *data["accuracy"]["tasks"]]:
         for name in ("clusters", "recovery", "verdict", "p_adjusted", "items_needed"):

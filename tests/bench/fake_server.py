@@ -48,6 +48,7 @@ class Behaviour:
     slots: int | None = None  # requests answered at a time; others wait in the server's queue
     queue_time: bool = False  # usage says how long a request waited there
     obey_length: bool = True  # max_tokens under ignore_eos decides the length
+    metrics: bool = False  # /metrics counts the requests that ended, in vLLM's names
 
 
 @dataclass
@@ -83,6 +84,8 @@ class FakeServer:
             await self._json(writer, 200, {"data": [{"id": want.model}]})
         elif path == "/version":
             await self._json(writer, 200, {"version": "9.9.9"})
+        elif path == "/metrics" and want.metrics:
+            await self._metrics(writer)
         elif path == "/served":
             await self._json(writer, 200, self.served)
             self.served = []
@@ -91,6 +94,14 @@ class FakeServer:
         else:
             await self._json(writer, 404, {"error": {"message": f"no {path}"}})
         return True
+
+    async def _metrics(self, writer: asyncio.StreamWriter) -> None:
+        page = (
+            f'vllm:request_success_total{{finished_reason="length"}} {len(self.served)}.0\n'
+            'vllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1.0\n'
+        ).encode()
+        writer.write(f"HTTP/1.1 200 X\r\ncontent-length: {len(page)}\r\n\r\n".encode() + page)
+        await writer.drain()
 
     async def _json(self, writer: asyncio.StreamWriter, status: int, answer: Any) -> None:
         data = json.dumps(answer).encode()

@@ -1,16 +1,25 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from bench import scoring, stats, verdict
-from bench.client import Failure
-from bench.report.model import Judgement, Role
+from bench.client import Failure, Trace
+from bench.inputs import Lengths
+from bench.load import Block
+from bench.metrics import parse_slos
+from bench.report import html, markdown, speed
+from bench.report.build import build, workload
+from bench.report.model import Judgement, Load, Report, Role, SystemInfo
+from bench.run import Measurements, Plan, Stretch
+from bench.server_metrics import ServerPoint
 from bench.tasks import Question
-from tests.bench.factory import PLAN, pictured, questions, report, system
+from tests.bench.factory import PLAN, pictured, questions, report, system, trace
 
 
 def ids(task: str, *numbers: int) -> set[str]:
@@ -153,32 +162,187 @@ def test_verdicts_are_said_in_words() -> None:
 
 def test_speed_points_pool_their_rounds() -> None:
     found = report(speed={"candidate": 0.5})
-    point = found.point("baseline", 4)
-    assert point is not None and point.tpot_ms and point.itl_ms
-    assert point.requests == 8
+    point = found.point("baseline", "4 in flight")
+    assert point is not None and point.ttft_ms and point.tpot_ms and point.itl_ms
+    assert (point.requests, point.completed, point.rounds) == (8, 8, 2)
     assert point.ttft_ms.p50 == pytest.approx(101.5)
     assert point.tpot_ms.p50 == pytest.approx(20.0)
     assert point.itl_ms.n == 8 * 4
     assert point.output_tokens_per_s == pytest.approx(8 * 5 / 2.0)
     assert point.requests_per_s == pytest.approx(4.0)
-    ratio = next(r for r in found.speed_ratios if (r.metric, r.concurrency) == ("ttft", 1))
-    assert ratio.ratio == pytest.approx(0.5)
-    assert ratio.low <= 0.5 <= ratio.high < 1.0
+    ratio = found.ratio("ttft", "1 in flight")
+    assert ratio and ratio.ratio == pytest.approx(0.5)
+    assert ratio.low == pytest.approx(0.5) == ratio.high  # the rounds are equal
+    more = found.ratio("requests_per_s", "4 in flight")
+    assert more and more.ratio == pytest.approx(2.0) and len(more.rounds) == 2
+
+
+def test_latencies_have_their_percentiles_and_a_curve() -> None:
+    point = report().speed[0]
+    assert point.ttft_ms and point.ttft_ms.p95
+    assert point.ttft_ms.p50 <= point.ttft_ms.p90 <= point.ttft_ms.p95 <= point.ttft_ms.p99
+    assert len(point.ttft_ms.cdf) == 101
+    assert point.ttft_ms.cdf[50] == pytest.approx(point.ttft_ms.p50, rel=1e-4)
+    assert point.ttft_ms.cdf[95] == pytest.approx(point.ttft_ms.p95, rel=1e-4)
+    assert point.itl_ms and point.itl_ms.cdf == []  # not drawn
+
+
+def stretch(scale: float, count: int = 4, **more: Any) -> Stretch:
+    traces = tuple(trace(ttft=0.1 * scale, gap=0.02 * scale) for _ in range(count))
+    return Stretch(Block(traces, scale), **more)
+
+
+def measured(plan: Plan, scales: dict[Role, list[float]], load: Load | None = None, **more: Any) -> Measurements:
+    found = Measurements()
+    load = load or plan.loads[0]
+    for role, rounds in scales.items():
+        for number, scale in enumerate(rounds):
+            found.units[role, load.name, number] = [(load, stretch(scale, **more))]
+    return found
+
+
+def built(found: Measurements, plan: Plan, asked: Sequence[Question] = (), **more: Any) -> Report:
+    work = workload(plan, asked, source=None, interleaved=True, seed=0)
+    systems: dict[Role, SystemInfo] = {role: system(role) for role in ("baseline", "candidate")}
+    return build(found, asked, systems, work, plan, margin=0.01, duration_s=1.0, command="qvl bench", **more)
+
+
+def test_what_slows_both_in_a_round_is_not_in_the_ratio() -> None:
+    plan = replace(PLAN, concurrencies=(1,), rounds=3)
+    found = built(measured(plan, {"baseline": [1.0, 2.0, 4.0], "candidate": [0.8, 1.6, 3.2]}), plan)
+    ratio = found.ratio("tpot", "1 in flight")
+    assert ratio and ratio.ratio == pytest.approx(0.8) and ratio.low == pytest.approx(0.8) == ratio.high
+    estimate = found.speed[0].by_round["tpot"]
+    assert estimate.value == pytest.approx(40.0) and estimate.rounds == pytest.approx([20.0, 40.0, 80.0])
+    assert estimate.low and estimate.high and estimate.low < 20.0 and estimate.high > 80.0
+
+
+def test_intervals_over_rounds_cover_the_truth_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    plan = replace(PLAN, concurrencies=(1,), rounds=3)
+    hits, tries = 0, 200
+    for _ in range(tries):
+        rounds: dict[Role, list[float]] = {
+            "baseline": list(np.exp(rng.normal(0.0, 0.1, 3))),
+            "candidate": list(0.9 * np.exp(rng.normal(0.0, 0.1, 3))),
+        }
+        raw = measured(plan, rounds, count=1)
+        ratio = speed.ratios(raw, speed.points(raw, plan), plan)[1]
+        assert ratio.metric == "tpot" and ratio.low is not None and ratio.high is not None
+        hits += ratio.low <= 0.9 <= ratio.high
+    assert 0.90 <= hits / tries <= 0.99
+
+
+def test_one_round_has_no_interval() -> None:
+    plan = replace(PLAN, concurrencies=(1,), rounds=1)
+    found = built(measured(plan, {"baseline": [1.0], "candidate": [0.8]}), plan)
+    ratio = found.ratio("tpot", "1 in flight")
+    assert ratio and (ratio.low, ratio.high) == (None, None)
+    assert "one round: speed has no intervals" in found.warnings
+    assert "–" in html.render(found)
+
+
+def test_goodput_counts_requests_that_met_every_objective() -> None:
+    plan = replace(PLAN, concurrencies=(1,), slos=parse_slos("ttft=150ms,tpot=30ms"))
+    found = built(measured(plan, {"baseline": [1.0, 1.0], "candidate": [1.0, 2.0]}), plan)
+    before, after = (found.point(role, "1 in flight") for role in ("baseline", "candidate"))
+    assert before and after and before.goodput and after.goodput
+    assert (before.goodput.share, before.goodput.per_s) == (1.0, 4.0)
+    assert (after.goodput.share, after.goodput.per_s) == (0.5, pytest.approx(4 / 3))
+    assert found.workload.slos == ["ttft=150ms", "tpot=30ms"]
+
+
+def test_failures_within_bounds_are_counted_by_kind_and_never_timed() -> None:
+    plan = replace(PLAN, concurrencies=(1,))
+    found = measured(plan, {"baseline": [1.0], "candidate": [1.0]})
+    load = plan.loads[0]
+    bad = Trace(0.0, 0.0, 99.0, failure=Failure("http", "HTTP 429", 429))
+    found.units["candidate", load.name, 0] = [(load, Stretch(Block((*stretch(1.0, 30).block.traces, bad), 1.0)))]
+    out = built(found, plan)
+    point = out.point("candidate", "1 in flight")
+    assert point and point.e2e_ms and out.status == "ok"
+    assert (point.requests, point.completed, point.errors) == (31, 30, {"http 429": 1})
+    assert point.e2e_ms.p99 < 1000 and point.requests_per_s == 30
+    assert any("1 of 31 requests failed (1 http 429)" in warning for warning in out.warnings)
+
+
+def test_a_point_that_measures_the_client_is_invalid_and_compared_with_nothing() -> None:
+    plan = replace(PLAN, concurrencies=(1,))
+    found = measured(plan, {"baseline": [1.0, 1.0], "candidate": [1.0, 1.0]})
+    load = plan.loads[0]
+    late = tuple(replace(t, started=t.started + 0.02) for t in stretch(1.0).block.traces)
+    found.units["candidate", load.name, 1] = [(load, Stretch(Block(late, 1.0)))]
+    found.units["candidate", load.name, 0] = [(load, Stretch(Block(late, 1.0)))]
+    out = built(found, plan)
+    point = out.point("candidate", "1 in flight")
+    assert point and point.invalid and "20.0 ms late (p50)" in point.invalid
+    assert out.speed_ratios == []
+    assert any("candidate, 1 in flight: invalid" in warning for warning in out.warnings)
+    for text in (html.render(out), markdown.render(out)):
+        assert "invalid" in text
+
+
+def test_rates_of_a_sweep_are_not_compared_for_each_system_has_its_own() -> None:
+    plan = replace(PLAN, concurrencies=(), sweep=1)
+    load = Load(kind="rate", name="sweep: 95% of saturation", arrivals="poisson", share=0.95)
+    found = Measurements()
+    for role, rate in (("baseline", 3.0), ("candidate", 5.0)):
+        for number in range(2):
+            found.units[role, "sweep", number] = [(load, stretch(1.0, offered_per_s=rate + number))]
+    out = built(found, plan)
+    assert [(point.load.name, point.offered_per_s) for point in out.speed] == [(load.name, 3.5), (load.name, 5.5)]
+    assert out.speed_ratios == []
+
+
+def test_what_the_server_counted_is_added_up_over_the_rounds() -> None:
+    plan = replace(PLAN, concurrencies=(1,))
+    load = plan.loads[0]
+    found = measured(plan, {"baseline": [1.0, 1.0], "candidate": [1.0, 1.0]})
+    for number, (hits, queue, ended) in enumerate([(10, 0.002, 1), (30, 0.006, 3)]):
+        seen = ServerPoint(100, hits, 4, 1, number, 100, 20, ended, queue, 0, 50, 800)
+        found.units["candidate", load.name, number] = [(load, stretch(1.0, server=seen, joules=6.0))]
+    out = built(found, plan)
+    point, other = out.point("candidate", load.name), out.point("baseline", load.name)
+    assert point and other and point.server and other.server is None
+    assert (point.server.prefix_cache_share, point.server.image_cache_share) == (0.2, 0.25)
+    assert (point.server.preemptions, point.server.finished) == (1, 4)
+    assert point.server.queue_mean_ms == pytest.approx(5.0)
+    assert point.energy_j_per_token == pytest.approx(12.0 / 40) and other.energy_j_per_token is None
+    assert any("25% of the pictures in its cache" in warning for warning in out.warnings)
+
+
+def test_an_interrupted_run_keeps_what_it_has_and_judges_nothing_over_all() -> None:
+    plan = replace(PLAN, concurrencies=(1,), rounds=2)
+    asked = questions(10)
+    found = measured(plan, {"baseline": [1.0, 1.0], "candidate": [0.8]})
+    found.answers = {
+        "baseline": {q.id: trace("yes") for q in asked},
+        "candidate": {q.id: trace("yes") for q in asked[:12]},
+    }
+    out = built(found, plan, asked, interrupted=True)
+    assert out.status == "partial" and out.verdict.accuracy is None
+    assert out.unfinished == ["8 of 20 questions to the candidate", "1 of 2 blocks of load on the candidate"]
+    assert out.accuracy and out.accuracy.overall.n == 12
+    assert out.ratio("tpot", "1 in flight")
+    assert "interrupted and is not complete: 8 of 20 questions" in out.verdict.sentence
+    page = html.render(out)
+    assert page.index("Not complete") < page.index("<h2")
 
 
 def test_a_server_that_counts_no_tokens_gets_no_token_metrics() -> None:
     found = report(counted=False)
-    point = found.point("candidate", 1)
+    point = found.point("candidate", "1 in flight")
     assert point is not None
-    assert point.tpot_ms is None and point.output_tokens_per_s is None
+    assert point.tpot_ms is None and point.output_tokens_per_s is None and point.uncounted == 8
     assert point.itl_ms is not None
     assert any("no token counts" in warning for warning in found.warnings)
 
 
 def test_unequal_lengths_are_doubted() -> None:
-    longer = replace(PLAN, output_tokens=9)  # the traces have five
+    longer = replace(PLAN, output_tokens=Lengths.fixed(9))  # the traces have five
     assert any("instead of 9" in warning for warning in report(plan=longer).warnings)
     assert not any("instead of" in warning for warning in report().warnings)
+    assert not any("instead of" in w for w in report(plan=replace(PLAN, output_tokens=Lengths(2, 9))).warnings)
 
 
 def test_a_failed_run_has_no_figures() -> None:

@@ -12,10 +12,9 @@ from rich.console import Console
 from bench import report as reports
 from bench.client import Failure
 from bench.report import html, json, markdown, terminal, words
-from bench.report.compare import Side, compare
 from bench.report.model import SCHEMA_VERSION, Report, Role
 from bench.tasks import Question
-from tests.bench.factory import first_version, pictured, questions, report
+from tests.bench.factory import first_version, pictured, questions, report, second_version
 from toolkit.errors import BenchError
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -33,7 +32,7 @@ def test_json_survives_a_round_trip(tmp_path: Path) -> None:
 
 
 def test_the_schema_has_a_version() -> None:
-    assert stdlib_json.loads(json.render(report()))["schema_version"] == SCHEMA_VERSION == 2
+    assert stdlib_json.loads(json.render(report()))["schema_version"] == SCHEMA_VERSION == 3
 
 
 def test_the_printed_schema_describes_what_is_written() -> None:
@@ -73,6 +72,25 @@ def test_a_report_of_the_first_version_is_judged_anew(tmp_path: Path) -> None:
     assert found.warnings == [*new.warnings, json.UPGRADED]
 
 
+def test_a_report_of_the_second_version_has_its_loads(tmp_path: Path) -> None:
+    new = report({"candidate": {"red-1"}}, speed={"candidate": 0.8})
+    (tmp_path / "report.json").write_text(stdlib_json.dumps(second_version(new)))
+    found = json.read(tmp_path)
+    assert [(point.role, point.concurrency, point.rounds) for point in found.speed] == [
+        (point.role, point.concurrency, 2) for point in new.speed
+    ]
+    for old, now in zip(found.speed, new.speed, strict=True):
+        assert old.ttft_ms and now.ttft_ms and old.load == now.load
+        assert (old.ttft_ms.p50, old.ttft_ms.p95) == (now.ttft_ms.p50, None)
+        assert (old.completed, old.requests_per_s) == (now.completed, now.requests_per_s)
+    ratio = found.ratio("ttft", "4 in flight")
+    assert ratio and ratio.ratio == pytest.approx(0.8) and ratio.rounds == []
+    assert found.workload.output_tokens == "5" and found.workload.prompt_tokens is None
+    assert (found.verdict, found.accuracy, found.warnings) == (new.verdict, new.accuracy, new.warnings)
+    parsed(html.render(found))
+    markdown.render(found)
+
+
 @pytest.mark.parametrize("damage", [{"accuracy": 7}, {"accuracy": {"items": [{"id": "x"}]}}, {"verdict": None}])
 def test_a_damaged_report_of_the_first_version_is_said(tmp_path: Path, damage: dict[str, Any]) -> None:
     (tmp_path / "report.json").write_text(stdlib_json.dumps(first_version(report()) | damage))
@@ -87,9 +105,10 @@ def test_a_damaged_report_of_the_first_version_is_said(tmp_path: Path, damage: d
         ("{", "can't be read as JSON"),
         ("[]", "no schema_version"),
         ("{}", "no schema_version"),
-        ('{"schema_version": 99}', "schema version 99, this qvl reads 1 and 2"),
+        ('{"schema_version": 99}', "schema version 99, this qvl reads 1 to 3"),
         ('{"schema_version": 1}', "not a valid report"),
         ('{"schema_version": 2}', "not a valid report"),
+        ('{"schema_version": 3}', "not a valid report"),
     ],
 )
 def test_what_is_no_report_is_said(tmp_path: Path, text: str | None, words: str) -> None:
@@ -195,7 +214,7 @@ def test_ids_are_unique(page: str) -> None:
 
 
 def test_plots_take_the_pages_colours(page: str) -> None:
-    assert page.count('<svg role="img"') == 6  # accuracy, difference, TTFT, TPOT, E2E, throughput
+    assert page.count('<svg role="img"') == 8  # accuracy, difference, two curves, four distributions
     assert "var(--candidate)" in page
     assert "#0a0b0" not in page
 
@@ -350,14 +369,6 @@ def test_markdown_tables_have_equal_columns() -> None:
     for table in re.findall(r"(?:^\|.*\n?)+", text, flags=re.MULTILINE):
         assert len({line.count("|") for line in table.strip().split("\n")}) == 1
     assert "(E2E - TTFT) / (n_out - 1)" in text
-
-
-def test_the_terminal_shows_a_comparison() -> None:
-    console = Console(record=True, width=120)
-    found = compare(Side(report(), "candidate"), Side(report(speed={"candidate": 2.0}), "candidate"))
-    terminal.show_comparison(found, console)
-    text = console.export_text()
-    assert "+100%" in text and "ttft_p50@4" in text and "p99" not in text
 
 
 @pytest.mark.parametrize(

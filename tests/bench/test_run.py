@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bench.endpoint import discover
-from bench.report.model import Role
-from bench.run import Measurements, Plan, System, measure, merge
+from bench.inputs import Lengths
+from bench.load import Block
+from bench.report.model import Load, Role
+from bench.run import Measurements, Plan, System, measure
 from bench.tasks import Question
 from tests.bench.fake_server import Behaviour, FakeServer, serving
 from toolkit.errors import BenchError
@@ -18,7 +22,7 @@ PLAN = Plan(
     concurrencies=(1, 3),
     requests=6,
     rounds=2,
-    output_tokens=4,
+    output_tokens=Lengths.fixed(4),
     image_sizes=((56, 56), None),
     answer_tokens=8,
     question_concurrency=2,
@@ -41,20 +45,34 @@ def run(
     return asyncio.run(main())
 
 
+def blocks(found: Measurements, role: Role, load: Load) -> list[Block]:
+    """Of each round, in their order."""
+    rounds = found.stretches()[role, load]
+    return [rounds[number].block for number in sorted(rounds)]
+
+
 def test_both_systems_answer_every_question_and_carry_every_load() -> None:
     with serving(Behaviour(text=echo)) as a, serving(Behaviour(text=echo)) as b:
         seen: list[tuple[str, int, int]] = []
-        found = run(a, b, progress=lambda *step: seen.append(step))
+        said: list[str] = []
+
+        def progress(phase: str, done: int, total: int, now: str) -> None:
+            seen.append((phase, done, total))
+            said.append(now)
+
+        found = run(a, b, progress=progress)
     assert not found.failures
-    for role in ("baseline", "candidate"):
+    roles: tuple[Role, ...] = ("baseline", "candidate")
+    for role in roles:
         assert {q.id: found.answers[role][q.id].text for q in QUESTIONS} == {q.id: q.question for q in QUESTIONS}
         for concurrency, count in ((1, 3), (3, 9)):
-            blocks = found.blocks[role, concurrency]
-            assert [len(block.traces) for block in blocks] == [count, count]
-            assert all(trace.completion_tokens == 4 for block in blocks for trace in block.traces)
+            rounds = blocks(found, role, Load.in_flight(concurrency))
+            assert [len(block.traces) for block in rounds] == [count, count]
+            assert all(trace.completion_tokens == 4 for block in rounds for trace in block.traces)
     assert seen[-1] == ("load", 48, 48)
     assert ("questions", 18, 18) in seen
     assert {phase for phase, _, _ in seen} == {"questions", "warm-up", "load"}
+    assert any(re.search(r"candidate, 3 in flight, round 2 of 2, [\d.]+ requests/s, \d+ tokens/s", now) for now in said)
 
 
 def test_questions_end_naturally_and_load_has_a_fixed_length() -> None:
@@ -126,17 +144,17 @@ def test_blocks_take_turns_too() -> None:
 
 
 def test_measured_times_are_the_servers_delays() -> None:
-    plan = replace(PLAN, concurrencies=(2,), requests=6, rounds=1, output_tokens=6, image_sizes=(None,))
+    plan = replace(PLAN, concurrencies=(2,), requests=6, rounds=1, output_tokens=Lengths.fixed(6), image_sizes=(None,))
     with serving(Behaviour(first_s=0.08, gap_s=0.02)) as a, serving(Behaviour(first_s=0.16, gap_s=0.04)) as b:
         found = run(a, b, plan, questions=[])
     truth: dict[Role, tuple[float, float]] = {"baseline": (0.08, 0.02), "candidate": (0.16, 0.04)}
     for role, (first, gap) in truth.items():
-        (block,) = found.blocks[role, 2]
-        # A busy machine only ever adds to a delay, and not to each.
+        (block,) = blocks(found, role, Load.in_flight(2))
+        # A busy machine only ever adds to a delay, and not to each; a first token that is late makes TPOT short.
         firsts = [trace.chunks[0] - trace.scheduled for trace in block.traces]
         tpots = [(trace.ended - trace.chunks[0]) / 5 for trace in block.traces]
         assert min(firsts) == pytest.approx(first, abs=0.02)
-        assert min(tpots) == pytest.approx(gap, abs=0.008)
+        assert sorted(tpots)[len(tpots) // 2] == pytest.approx(gap, abs=0.012)
         assert block.wall_s >= 3 * (first + 5 * gap) - 0.01
 
 
@@ -147,11 +165,7 @@ def test_a_failed_request_ends_the_run(fail_after: int) -> None:
         sent = len(a.bodies)
     (role, phase, failure), count = found.failures.most_common(1)[0]
     assert (role, failure.kind) == ("baseline", "http")
-    assert (
-        phase == "questions"
-        if fail_after < 9
-        else phase in ("warm-up", "load at concurrency 1", "load at concurrency 3")
-    )
+    assert phase == "questions" if fail_after < 9 else phase in ("warm-up", "load, 1 in flight", "load, 3 in flight")
     assert 1 <= count <= 3
     assert sent <= fail_after + 3  # nothing new is sent once something failed
 
@@ -169,15 +183,156 @@ def test_an_empty_answer_to_a_question_is_no_failure() -> None:
     assert found.answers["baseline"]["q0"].text == ""
 
 
-def test_systems_measured_alone_are_merged() -> None:
+def test_systems_measured_alone_add_up() -> None:
     with serving(Behaviour(text=echo)) as a:
+        whole = Measurements()
+        roles: tuple[Role, ...] = ("baseline", "candidate")
+        for role in roles:
 
-        async def alone(role: Any) -> Measurements:
-            return await measure([System(role, await discover(a.url))], QUESTIONS, PLAN)
+            async def alone(role: Role = role) -> Measurements:
+                return await measure([System(role, await discover(a.url))], QUESTIONS, PLAN, found=whole)
 
-        whole = merge([asyncio.run(alone(role)) for role in ("baseline", "candidate")])
+            assert asyncio.run(alone()) is whole
     assert set(whole.answers) == {"baseline", "candidate"}
-    assert set(whole.blocks) == {(role, c) for role in ("baseline", "candidate") for c in (1, 3)}
+    assert set(whole.stretches()) == {(role, Load.in_flight(c)) for role in roles for c in (1, 3)}
+
+
+def test_what_was_measured_before_is_not_measured_again() -> None:
+    with serving(Behaviour(text=echo)) as a, serving(Behaviour(text=echo)) as b:
+        found = run(a, b)
+        asked = len(a.bodies)
+        assert run(a, b, found=found) is found
+        assert len(a.bodies) == asked
+        del found.units["baseline", "3 in flight", 1]
+        del found.answers["baseline"]["q5"]
+        run(a, b, replace(PLAN, nonce="another"), found=found)
+        again = a.bodies[asked:]
+        load = [body for body in again if body.get("ignore_eos")]
+    assert [body["messages"][0]["content"][-1]["text"] for body in again[:1]] == ["What is 5?"]
+    assert len(again) == 1 + len(load)
+    assert len(blocks(found, "baseline", Load.in_flight(3))) == 2
+    assert len(load) < asked - 9  # a warm-up and nine requests
+
+
+OPEN = replace(PLAN, concurrencies=(), rates=(40.0, 80.0), requests=24, rounds=2)
+
+
+def test_open_loops_keep_to_their_rate() -> None:
+    with serving() as a, serving() as b:
+        found = run(a, b, OPEN, questions=[])
+    roles: tuple[Role, ...] = ("baseline", "candidate")
+    for rate in OPEN.rates:
+        load = Load.at_rate(rate, "poisson")
+        dues = []
+        for role in roles:
+            rounds = blocks(found, role, load)
+            assert [len(block.traces) for block in rounds] == [12, 12]
+            dues.append([sorted(trace.scheduled - block.begun for trace in block.traces) for block in rounds])
+            assert all(found.stretches()[role, load][number].offered_per_s == rate for number in range(2))
+        assert np.allclose(dues[0], dues[1], atol=1e-6)  # both were due at the same moments
+        assert not np.allclose(dues[0][0], dues[0][1])  # other ones in each round
+        assert 0.3 * 12 / rate < np.mean([due[-1] for due in dues[0]]) < 3 * 12 / rate
+
+
+def test_a_rate_that_is_too_much_is_marked_and_no_higher_one_is_tried() -> None:
+    # Each third request under load is refused: the run goes on, the point says so.
+    plan = replace(OPEN, rates=(50.0, 100.0), rounds=1, requests=30)
+    with serving() as a, serving() as b:
+
+        def progress(phase: str, done: int, total: int, now: str) -> None:
+            if phase == "load":
+                a.behaviour.fail_every = 3
+
+        found = run(a, b, plan, questions=[], progress=progress)
+    assert not found.failures
+    slow, fast = (Load.at_rate(rate, "poisson") for rate in plan.rates)
+    (block,) = blocks(found, "baseline", slow)
+    assert block.stopped and "http" in block.stopped and block.unsent > 0
+    assert {trace.failure.status for trace in block.traces if trace.failure} == {429}
+    assert ("baseline", fast) not in found.stretches()
+    assert len(blocks(found, "candidate", fast)[0].traces) == 30
+
+
+def test_a_sweep_goes_from_one_at_a_time_to_saturation() -> None:
+    plan = replace(PLAN, concurrencies=(), sweep=2, sweep_concurrency=4, requests=16, rounds=2)
+    with serving(Behaviour(gap_s=0.004, slots=2)) as a, serving(Behaviour(gap_s=0.004, slots=2)) as b:
+        found = run(a, b, plan, questions=[])
+    names = [load.name for role, load in found.stretches() if role == "baseline"]
+    assert names[:2] == ["sweep: one at a time", "sweep: saturation"] and len(names) >= 3
+    single, saturation = (
+        next(load for _, load in found.stretches() if load.kind == kind) for kind in ("single", "saturation")
+    )
+    assert (single.concurrency, saturation.concurrency) == (1, 4)
+    for role in ("baseline", "candidate"):
+        assert len(blocks(found, role, single)) == 2
+    assert a.most_in_flight >= 4
+
+
+def test_durations_and_ramps_bound_a_point() -> None:
+    plan = replace(PLAN, concurrencies=(2,), rounds=1, duration_s=0.4, ramp_s=0.2)
+    with serving(Behaviour(first_s=0.01)) as a, serving(Behaviour(first_s=0.01)) as b:
+        found = run(a, b, plan, questions=[])
+    (block,) = blocks(found, "baseline", Load.in_flight(2))
+    assert block.ramp and not block.stopped
+    assert 0.2 < block.wall_s < 0.8
+    assert all(trace.scheduled < block.begun for trace in block.ramp)
+    assert all(block.begun <= trace.scheduled <= block.begun + 0.4 for trace in block.traces)
+
+
+def test_a_few_failures_of_a_block_are_a_result_and_more_end_the_run() -> None:
+    plan = replace(PLAN, concurrencies=(1,), rounds=1, requests=40)
+
+    def run_failing(every: int) -> Measurements:
+        with serving() as a, serving() as b:
+
+            def progress(phase: str, done: int, total: int, now: str) -> None:
+                if phase == "load":
+                    a.behaviour.fail_every = every
+
+            return run(a, b, plan, questions=[], progress=progress)
+
+    found = run_failing(25)
+    (block,) = blocks(found, "baseline", Load.in_flight(1))
+    assert not found.failures and 1 <= len(block.failed) <= 2 and len(block.traces) == 40
+    found = run_failing(5)
+    assert {(role, phase, failure.status) for role, phase, failure in found.failures} == {
+        ("baseline", "load, 1 in flight", 429)
+    }
+
+
+def test_what_the_server_counts_is_read_around_each_block() -> None:
+    with serving(Behaviour(metrics=True)) as a, serving() as b:
+        found = run(a, b, replace(PLAN, concurrencies=(1,)), questions=[])
+    for stretch in found.stretches()["baseline", Load.in_flight(1)].values():
+        assert stretch.server and stretch.server.finished == len(stretch.block.traces) == 3
+        assert stretch.server.kv_tokens == 1600
+    assert all(s.server is None for s in found.stretches()["candidate", Load.in_flight(1)].values())
+    assert found.kv_cache_tokens == {"baseline": 1600}
+
+
+class Kept:
+    """Notes what it is told to keep."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+
+    def answer(self, role: Role, question: str, trace: Any) -> None:
+        self.seen.append(("answer", role, question))
+
+    def unit(self, role: Role, unit: str, round_: int, stretches: Any) -> None:
+        self.seen.append(("unit", role, unit, round_))
+
+    def observed(self, who: str, observed: Any) -> None:
+        self.seen.append(("observed", who))
+
+
+def test_what_failed_is_not_kept() -> None:
+    kept = Kept()
+    with serving(Behaviour(text=echo, fail_after=4)) as a, serving(Behaviour(text=echo)) as b:
+        found = run(a, b, keep=kept)
+    assert found.failures
+    assert set(found.answers["baseline"]) == {name for kind, role, name in kept.seen if role == "baseline"}
+    assert len(found.answers["baseline"]) == 4
 
 
 def test_a_block_is_more_than_one_wave() -> None:
@@ -190,8 +345,13 @@ def test_a_block_is_more_than_one_wave() -> None:
     [
         ({"requests": 0}, "--requests 0"),
         ({"rounds": -1}, "--rounds -1"),
-        ({"output_tokens": 1}, "at least 2"),
+        ({"output_tokens": Lengths.fixed(1)}, "at least 2"),
         ({"concurrencies": (0, 1)}, "--concurrency"),
+        ({"rates": (0.0,)}, "--rate"),
+        ({"duration_s": 0.0}, "--duration 0"),
+        ({"ramp_s": -1.0}, "--ramp -1"),
+        ({"sweep_concurrency": 0}, "--sweep-concurrency"),
+        ({"prompt_tokens": Lengths.fixed(3)}, "at least 8"),
         ({"timeout_s": 0}, "--timeout"),
         ({"question_concurrency": 0}, "--question-concurrency"),
         ({"answer_tokens": 0}, "--answer-tokens"),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench.boot import Abort, Start
+from bench.inputs import Lengths
 from bench.report.model import Report
 from bench.run import Plan
 from bench.session import Dataset, Settings, dataset, run
@@ -18,7 +19,9 @@ from tests.bench.fake_server import Behaviour, FakeServer, serving
 from tests.bench.test_datasets import docvqa, picture, write
 from toolkit.errors import BenchError, ManifestError, ServerError
 
-PLAN = Plan(concurrencies=(1, 2), requests=4, rounds=2, output_tokens=4, image_sizes=((56, 56),), timeout_s=5.0)
+PLAN = Plan(
+    concurrencies=(1, 2), requests=4, rounds=2, output_tokens=Lengths.fixed(4), image_sizes=((56, 56),), timeout_s=5.0
+)
 
 
 class Booted:
@@ -90,6 +93,9 @@ def settings(baseline: str | Path, candidate: str | Path, tasks: str | Path, **c
             plan=PLAN,
             tasks=str(tasks),
             per_task=None,
+            images=None,
+            image_prompt="Describe this picture.",
+            fidelity=0,
             margin=0.01,
             seed=0,
             side_by_side=True,

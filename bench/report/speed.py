@@ -1,0 +1,349 @@
+"""What the load measured, as a report holds it: each point's latencies, throughput, goodput and errors, whether its
+figures can be trusted, and how the candidate compares with the baseline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean, median, stdev
+from typing import get_args
+
+import numpy as np
+from scipy import stats
+
+from bench import metrics
+from bench.client import Trace
+from bench.energy import DEFINITION as ENERGY
+from bench.load import Block
+from bench.report.model import (
+    Distribution,
+    Estimate,
+    Goodput,
+    Load,
+    Role,
+    ServerCounters,
+    SpeedFigure,
+    SpeedPoint,
+    SpeedRatio,
+)
+from bench.run import Measurements, Plan, Stretch
+from bench.server_metrics import DEFINITIONS as SERVER
+from bench.server_metrics import ServerPoint
+from bench.stats import CONFIDENCE
+
+__all__ = ["DEFINITIONS", "doubts", "points", "ratios"]
+
+ROLES: tuple[Role, ...] = get_args(Role)
+KINDS = ("closed", "open", "single", "saturation", "rate")
+#: With fewer requests, p99 is next to the slowest one.
+FEW = 100
+#: Of the pictures looked up, more than this in the server's cache is no rounding; of the prompts' tokens, more than
+#: this is not the chat template's beginning alone.
+CACHED_IMAGES, CACHED_TOKENS = 0.01, 0.25
+
+
+# --- rounds -----------------------------------------------------------------------------------------------------------
+
+
+def _p50(metric: Callable[[Trace], float | None]) -> Callable[[Stretch], float | None]:
+    def of(stretch: Stretch) -> float | None:
+        found = metrics.spread(metric(trace) for trace in stretch.block.traces if not trace.failure)
+        return 1000.0 * found.p50 if found else None
+
+    return of
+
+
+def _itl_p50(stretch: Stretch) -> float | None:
+    found = metrics.spread(gap for trace in stretch.block.traces if not trace.failure for gap in metrics.itl(trace))
+    return 1000.0 * found.p50 if found else None
+
+
+def _figures(plan: Plan) -> dict[SpeedFigure, Callable[[Stretch], float | None]]:
+    """What is told by round."""
+
+    def rate(of: Callable[[Sequence[Trace], float], float | None]) -> Callable[[Stretch], float | None]:
+        return lambda stretch: of(stretch.block.traces, stretch.block.wall_s)
+
+    def good(stretch: Stretch) -> float | None:
+        block = stretch.block
+        found = metrics.goodput(block.traces, plan.slos, block.wall_s, unsent=block.unsent)
+        return found.per_s if found else None
+
+    return {
+        "ttft": _p50(metrics.ttft),
+        "tpot": _p50(metrics.tpot),
+        "itl": _itl_p50,
+        "e2e": _p50(metrics.e2e),
+        "requests_per_s": rate(metrics.requests_per_s),
+        "output_tokens_per_s": rate(metrics.output_tokens_per_s),
+        "total_tokens_per_s": rate(metrics.total_tokens_per_s),
+        "goodput_per_s": good,
+    }
+
+
+def _estimate(rounds: Sequence[float | None]) -> Estimate | None:
+    """By round = median of the rounds' figures, of latencies of their p50; 95% interval: Student's, on the logarithms
+    of the rounds' figures, with rounds - 1 degrees of freedom, for requests of one round share whatever the machine did
+    meanwhile. One round has no interval."""
+    values = [value for value in rounds if value is not None]
+    if not values:
+        return None
+    middle = median(values)
+    if len(values) < 2 or min(values) <= 0.0:
+        return Estimate(value=middle, low=None, high=None, rounds=values)
+    logs = [math.log(value) for value in values]
+    reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(logs) - 1)) * stdev(logs) / math.sqrt(len(logs))
+    # The median of many rounds may lie outside the interval of their mean.
+    low, high = min(middle, math.exp(fmean(logs) - reach)), max(middle, math.exp(fmean(logs) + reach))
+    return Estimate(value=middle, low=low, high=high, rounds=values)
+
+
+def _ratio(candidate: Sequence[float | None], baseline: Sequence[float | None]) -> Estimate | None:
+    """Ratio = candidate's figure / baseline's, round by round, so that what changed for both from round to round
+    cancels; over the rounds as above."""
+    pairs = zip(candidate, baseline, strict=True)
+    return _estimate([None if above is None or not below else above / below for above, below in pairs])
+
+
+# --- points -----------------------------------------------------------------------------------------------------------
+
+
+def points(measured: Measurements, plan: Plan) -> list[SpeedPoint]:
+    """Return every point, those of one load next to each other: closed loops, open loops, the sweep."""
+    found = measured.stretches()
+
+    def order(key: tuple[Role, Load]) -> tuple[int, float, int]:
+        role, load = key
+        return KINDS.index(load.kind), load.share or load.rate_per_s or load.concurrency or 0.0, ROLES.index(role)
+
+    return [_point(*key, found[key], plan) for key in sorted(found, key=order)]
+
+
+def _point(role: Role, load: Load, rounds: Mapping[int, Stretch], plan: Plan) -> SpeedPoint:
+    stretches = [rounds[round_] for round_ in sorted(rounds)]
+    blocks = [stretch.block for stretch in stretches]
+    traces = [trace for block in blocks for trace in block.traces]
+    done = [trace for trace in traces if not trace.failure]
+    found = metrics.summarise(
+        traces,
+        sum(block.wall_s for block in blocks),
+        slos=plan.slos,
+        loop_lag=[late for block in blocks for late in block.loop_lag],
+        unsent=sum(block.unsent for block in blocks),
+    )
+    by_round = {name: _estimate([of(stretch) for stretch in stretches]) for name, of in _figures(plan).items()}
+    steady = [_steady(block) for block in blocks]
+    offered = [stretch.offered_per_s for stretch in stretches if stretch.offered_per_s is not None]
+    tokens = _total([trace.completion_tokens for trace in done])
+    return SpeedPoint(
+        role=role,
+        load=load,
+        rounds=len(blocks),
+        requests=found.requests,
+        completed=found.completed,
+        errors=found.errors,
+        unsent=found.unsent,
+        held=found.held,
+        uncounted=found.uncounted,
+        wall_s=found.wall_s,
+        offered_per_s=median(offered) if offered else None,
+        ttft_ms=_ms(found.ttft, map(metrics.ttft, done)),
+        tpot_ms=_ms(found.tpot, map(metrics.tpot, done)),
+        itl_ms=_ms(found.itl),
+        e2e_ms=_ms(found.e2e, map(metrics.e2e, done)),
+        queueing_ms=_ms(found.queueing),
+        server_queueing_ms=_ms(found.server_queueing),
+        client_lag_ms=_ms(found.client_lag),
+        loop_lag_ms=_ms(found.loop_lag),
+        requests_per_s=found.requests_per_s or 0.0,
+        output_tokens_per_s=found.output_tokens_per_s,
+        total_tokens_per_s=found.total_tokens_per_s,
+        steady_requests_per_s=_middle([rate.requests_per_s for rate in steady if rate]),
+        steady_output_tokens_per_s=_middle([rate.output_tokens_per_s for rate in steady if rate]),
+        goodput=Goodput(per_s=found.goodput.per_s, share=found.goodput.share) if found.goodput else None,
+        by_round={name: estimate for name, estimate in by_round.items() if estimate},
+        output_tokens=tokens,
+        prompt_tokens=_total([trace.prompt_tokens for trace in done]),
+        server=_server([stretch.server for stretch in stretches]),
+        energy_j_per_token=_energy(stretches, tokens),
+        invalid=found.invalid,
+        stopped=list(dict.fromkeys(block.stopped for block in blocks if block.stopped)),
+    )
+
+
+def _ms(found: metrics.Spread | None, samples: Iterable[float | None] = ()) -> Distribution | None:
+    """Return the distribution in ms, with the percentiles of ``samples``."""
+    if found is None:
+        return None
+    known = [sample for sample in samples if sample is not None]
+    curve = np.percentile(known, range(101)) if known else ()
+    return Distribution(
+        p50=1000.0 * found.p50,
+        p90=1000.0 * found.p90,
+        p95=1000.0 * found.p95,
+        p99=1000.0 * found.p99,
+        mean=1000.0 * found.mean,
+        n=found.n,
+        cdf=[float(f"{1000.0 * value:.5g}") for value in curve],
+    )
+
+
+def _total(counts: Sequence[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known and len(known) == len(counts) else None
+
+
+def _middle(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def _steady(block: Block) -> metrics.Rates | None:
+    last = max((trace.scheduled for trace in block.traces), default=block.begun)
+    return metrics.steady([*block.ramp, *block.traces], block.begun, last)
+
+
+def _server(seen: Sequence[ServerPoint | None]) -> ServerCounters | None:
+    """Add up what the server counted in each round; None when it did not in some."""
+    known = [point for point in seen if point]
+    if not known or len(known) < len(seen):
+        return None
+
+    def share(hits: str, queries: str) -> float | None:
+        total, found = (_total([getattr(point, name) for point in known]) for name in (queries, hits))
+        return found / total if total and found is not None else None
+
+    queues = [(point.queue_mean_s, point.finished or 0) for point in known]
+    weight = sum(finished for queue, finished in queues if queue is not None)
+    queued = sum(queue * finished for queue, finished in queues if queue is not None)
+    return ServerCounters(
+        prefix_cache_share=share("prefix_hits", "prefix_queries"),
+        image_cache_share=share("image_hits", "image_queries"),
+        preemptions=_total([point.preemptions for point in known]),
+        queue_mean_ms=1000.0 * queued / weight if weight else None,
+        finished=_total([point.finished for point in known]),
+    )
+
+
+def _energy(stretches: Sequence[Stretch], tokens: int | None) -> float | None:
+    used = [stretch.joules for stretch in stretches]
+    known = [joules for joules in used if joules is not None]
+    # What the ramp's requests took is in the counter, and their tokens are not in the point's.
+    ramp = sum(trace.completion_tokens or 0 for stretch in stretches for trace in stretch.block.ramp)
+    return sum(known) / (tokens + ramp) if tokens and known and len(known) == len(used) else None
+
+
+# --- candidate against baseline ---------------------------------------------------------------------------------------
+
+
+def ratios(measured: Measurements, found: Sequence[SpeedPoint], plan: Plan) -> list[SpeedRatio]:
+    """Return candidate / baseline of each figure under each load that both were under, where both points are valid.
+
+    Rates of a sweep are shares of each system's own saturation: not the same load, so they have no ratio.
+    """
+    stretches = measured.stretches()
+    valid = {(point.role, point.load) for point in found if point.invalid is None}
+    result = []
+    for load in dict.fromkeys(point.load for point in found if point.load.kind != "rate"):
+        if not valid >= {("baseline", load), ("candidate", load)}:
+            continue
+        before, after = stretches["baseline", load], stretches["candidate", load]
+        both = sorted(before.keys() & after.keys())
+        for metric, of in _figures(plan).items():
+            ratio = _ratio([of(after[round_]) for round_ in both], [of(before[round_]) for round_ in both])
+            if ratio:
+                result.append(
+                    SpeedRatio(
+                        metric=metric,
+                        load=load.name,
+                        ratio=ratio.value,
+                        low=ratio.low,
+                        high=ratio.high,
+                        rounds=ratio.rounds,
+                    )
+                )
+    return result
+
+
+# --- doubts -----------------------------------------------------------------------------------------------------------
+
+
+def doubts(found: Sequence[SpeedPoint], measured: Measurements, plan: Plan) -> list[str]:
+    """Return what a reader should know before trusting a figure."""
+    notes = []
+    for role in ROLES:
+        mine = [point for point in found if point.role == role]
+        notes += _counting(role, mine, measured, plan)
+    for point in found:
+        name = f"{point.role}, {point.load.name}"
+        if point.invalid:
+            notes.append(f"{name}: invalid, read no figure from it: {point.invalid}")
+        if point.errors:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in point.errors.items())
+            notes.append(f"{name}: {sum(point.errors.values())} of {point.requests} requests failed ({kinds})")
+        notes += [f"{name}: stopped: {reason}" for reason in point.stopped]
+        server = point.server
+        if server and (server.image_cache_share or 0.0) > CACHED_IMAGES:
+            notes.append(f"{name}: the server had {server.image_cache_share:.0%} of the pictures in its cache")
+        if server and (server.prefix_cache_share or 0.0) > CACHED_TOKENS:
+            notes.append(f"{name}: the server had {server.prefix_cache_share:.0%} of the prompts' tokens in its cache")
+        if server and server.finished is not None and server.finished > _sent(measured, point):
+            notes.append(f"{name}: the server answered others meanwhile ({server.finished} requests ended there)")
+    notes += _untried(found, plan)
+    fewest = min((point.completed for point in found), default=FEW)
+    if fewest < FEW:
+        notes.append(f"{fewest} requests in a point: its p99 is close to the slowest request, read it as such")
+    if found and plan.rounds < 3:
+        notes.append(
+            "one round: speed has no intervals" if plan.rounds == 1 else "two rounds: the intervals of speed are wide"
+        )
+    return notes
+
+
+def _sent(measured: Measurements, point: SpeedPoint) -> int:
+    rounds = measured.stretches()[point.role, point.load].values()
+    return sum(len(stretch.block.traces) + len(stretch.block.ramp) for stretch in rounds)
+
+
+def _counting(role: Role, mine: Sequence[SpeedPoint], measured: Measurements, plan: Plan) -> list[str]:
+    if any(point.uncounted for point in mine):
+        return [f"the {role}'s server reports no token counts (stream_options.include_usage): no TPOT and no tokens/s"]
+    lengths = {
+        trace.completion_tokens
+        for (of, _), rounds in measured.stretches().items()
+        if of == role
+        for stretch in rounds.values()
+        for trace in stretch.block.traces
+        if trace.completion_tokens is not None
+    }
+    if not lengths or plan.output_tokens.low <= min(lengths) <= max(lengths) <= plan.output_tokens.high:
+        return []
+    return [
+        f"the {role}'s answers have {min(lengths)} to {max(lengths)} tokens instead of {plan.output_tokens} each: its "
+        "server ignores ignore_eos or cuts answers, so throughput and E2E compare unequal work"
+    ]
+
+
+def _untried(found: Sequence[SpeedPoint], plan: Plan) -> list[str]:
+    notes = []
+    for role in ROLES:
+        tried = {point.load.rate_per_s for point in found if (point.role, point.load.kind) == (role, "open")}
+        skipped = [rate for rate in sorted(plan.rates) if rate not in tried]
+        if tried and skipped:
+            rates = ", ".join(f"{rate:g}" for rate in skipped)
+            notes.append(f"{role}: {rates} requests/s not tried, it did not keep up with less")
+    return notes
+
+
+def _definition(function: Callable[..., object]) -> str:
+    return " ".join((function.__doc__ or "").split())
+
+
+#: Name -> definition of everything a point holds.
+DEFINITIONS: dict[str, str] = {
+    **metrics.FORMULAS,
+    "by_round": _definition(_estimate),
+    "ratio": _definition(_ratio),
+    **SERVER,
+    "energy": ENERGY,
+}
