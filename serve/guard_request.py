@@ -22,9 +22,11 @@ from serve.limits import Limits
 
 __all__ = ["CHAT_FIELDS", "COMPLETION_FIELDS", "Checker", "parse"]
 
-#: What both endpoints take: OpenAI's fields, and of vLLM's own those that only choose among the tokens of the answer.
+#: What both endpoints take: OpenAI's fields; of vLLM's own those that only choose among the tokens of the answer, and
+#: the salt with which a client keeps its prompts' cache to itself.
 _SAMPLING = {
-    "frequency_penalty", "ignore_eos", "include_stop_str_in_output", "logit_bias", "logprobs", "max_tokens", "min_p",
+    "cache_salt", "frequency_penalty", "ignore_eos", "include_stop_str_in_output", "logit_bias", "logprobs",
+    "max_tokens", "min_p",
     "min_tokens", "model", "n", "presence_penalty", "repetition_penalty", "response_format", "seed",
     "skip_special_tokens", "spaces_between_special_tokens", "stop", "stop_token_ids", "stream", "stream_options",
     "temperature", "top_k", "top_p", "user",
