@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from serve import parallel
+from serve import memory, parallel
 from serve.backend import Gpu
+from serve.capacity import shape as sized
+from serve.options import ServeOptions
 from serve.parallel import Parallel
 from tests.toolkit import tiny
 from tests.toolkit.test_engines import awq
 from tests.toolkit.test_engines import checkpoint as shape
 from toolkit.checkpoint import Checkpoint
-from toolkit.errors import ServerError
+from toolkit.errors import ResourceError, ServerError
 
 
 def refusal(spread: Parallel, checkpoint: Checkpoint, gpus: int = 8, backend: parallel.Backend = "gpu") -> str:
@@ -94,3 +96,27 @@ def test_visible_gpus(monkeypatch: pytest.MonkeyPatch, named: str | None, count:
     if named is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     assert parallel.visible_gpus() == count
+
+
+def test_the_memory_of_each_gpu_and_of_all_processes() -> None:
+    seven = sized("7b", True)
+
+    def needed(backend: parallel.Backend, **spread: int) -> memory.MemoryNeed:
+        return memory.need(seven, ServeOptions(backend=backend, parallel=Parallel(**spread)))
+
+    one, four = needed("gpu"), needed("gpu", tp=2, pp=2)
+    assert four.weights == one.weights // 4 and four.kv_cache == one.kv_cache // 4
+    assert needed("gpu", dp=2) == one  # each has a GPU of its own
+    whole, split, copies = needed("cpu"), needed("cpu", tp=2), needed("cpu", dp=2)
+    assert split.weights == whole.weights and copies.weights == 2 * whole.weights
+    assert whole.overhead < split.overhead == copies.overhead
+
+
+def test_the_fullest_of_the_gpus_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = 1 << 30
+    gpus = [Gpu("L4", 24 * gib, 23 * gib), Gpu("L4", 24 * gib, 4 * gib)]
+    monkeypatch.setattr(memory, "find_gpus", lambda: gpus)
+    seven = sized("7b", True)
+    memory.check(seven, ServeOptions(backend="gpu"))  # takes the free one
+    with pytest.raises(ResourceError, match=r"L4 has 4\.0 of 24\.0 GiB free"):
+        memory.check(seven, ServeOptions(backend="gpu", parallel=Parallel(dp=2)))
