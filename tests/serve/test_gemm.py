@@ -10,6 +10,7 @@ import torch
 from serve import gemm
 from tests.toolkit import tiny
 from toolkit.checkpoint import Checkpoint
+from toolkit.errors import ResourceError
 from toolkit.formats.packing import PackedLinear, unpack_gemm, unpack_gemv
 
 
@@ -29,7 +30,7 @@ def test_gemv_is_repacked_once_and_says_so(tmp_path: Path, cache: Path, capsys: 
     twin = gemm.servable(source)
     said = capsys.readouterr().err
     assert "GEMV" in said and "repacking it as GEMM" in said
-    assert twin.path == cache / "gemm" / source.content_hash()
+    assert twin.path.parent == cache / "gemm"
     assert twin.quantization is not None and twin.quantization.version == "gemm"
     for module in source.quantized_modules():
         before = unpack_gemv(packed(source, module), group_size=64)
@@ -75,3 +76,24 @@ def test_a_damaged_twin_is_made_again(tmp_path: Path) -> None:
     twin = gemm.servable(source).path
     (twin / "model.safetensors").write_bytes(b"damaged")
     assert gemm.servable(source).quantized_modules() == source.quantized_modules()
+
+
+def test_a_changed_chat_template_is_another_twin(tmp_path: Path) -> None:
+    source = tiny.write(tmp_path / "model", version="gemv")
+    before = gemm.servable(Checkpoint.open(source)).path
+    (source / "chat_template.json").write_text('{"chat_template": "changed"}')
+    after = gemm.servable(Checkpoint.open(source)).path
+    assert after != before
+    assert (after / "chat_template.json").read_text() == '{"chat_template": "changed"}'
+
+
+def test_a_full_disk_names_the_cache_and_leaves_nothing(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Checkpoint.open(tiny.write(tmp_path / "model", version="gemv"))
+    with monkeypatch.context() as full:
+        full.setattr("toolkit.writer.free_bytes", lambda place: 10)
+        with pytest.raises(ResourceError, match=r"disk full: .*QVL_CACHE"):
+            gemm.servable(source)
+    assert [entry.name for entry in (cache / "gemm").iterdir() if not entry.name.endswith(".lock")] == []
+    assert gemm.servable(source).quantization is not None
