@@ -188,10 +188,8 @@ class Checker:
         self._length(self._texts(request, 0, special=False))
 
     def _fields(self, request: dict[str, Any], known: frozenset[str] | set[str]) -> None:
-        if unknown := request.keys() - known:
-            name = min(unknown)
-            shown = name if name.isidentifier() and len(name) <= 60 else "with a name that is none"
-            raise _field(f"The field {shown} is not taken by this server. Leave it out.", shown)
+        if (unknown := _unknown(request, known)) is not None:
+            raise _field(f"The field {unknown} is not taken by this server. Leave it out.", unknown)
 
     def _common(self, request: dict[str, Any]) -> None:
         for name, most in _MOST_ENTRIES.items():
@@ -252,10 +250,8 @@ class Checker:
         """Check one message and return the characters of its texts."""
         if not isinstance(message, dict):
             raise _field("A message must be an object.", "messages")
-        if unknown := message.keys() - _MESSAGE_FIELDS:
-            name = min(unknown)
-            shown = name if name.isidentifier() and len(name) <= 60 else "with a name that is none"
-            raise _field(f"The field {shown} of a message is not taken by this server.", "messages")
+        if (unknown := _unknown(message, _MESSAGE_FIELDS)) is not None:
+            raise _field(f"The field {unknown} of a message is not taken by this server.", "messages")
         if message.get("role") not in _ROLES:
             raise _field(f"A message's role must be one of {', '.join(sorted(_ROLES))}.", "messages")
         content = message.get("content")
@@ -387,6 +383,17 @@ class Checker:
                 400, "special_token", f"A text holds the control token {found[0]}. Write it another way.", "messages"
             )
         return len(text)
+
+
+def _unknown(fields: dict[str, Any], known: frozenset[str] | set[str]) -> str | None:
+    """Return a field that is not known, as a message may show it. What is null is as good as absent: clients send back
+    answers as they got them, with fields that were empty.
+    """
+    unknown = [name for name in fields.keys() - known if fields[name] is not None]
+    if not unknown:
+        return None
+    name = min(unknown)
+    return name if name.isidentifier() and len(name) <= 60 else "with a name that is none"
 
 
 def _arguments(text: str) -> Any:

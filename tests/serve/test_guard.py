@@ -62,6 +62,16 @@ def test_what_common_clients_send_passes() -> None:
     assert run(client, path="/v1/completions", body=b'{"model": "m", "prompt": ["a", "b"]}').status == 200
 
 
+def test_an_answer_may_be_sent_back_as_it_came() -> None:
+    """vLLM's messages hold fields that are null, and clients append the message to the conversation."""
+    answer = {"role": "assistant", "content": "red", "refusal": None, "annotations": None, "audio": None}
+    answer |= {"function_call": None, "tool_calls": [], "reasoning": None}
+    messages = [{"role": "user", "content": "Colour?"}, answer, {"role": "user", "content": "Sure?"}]
+    assert run(Client(), body=chat(messages=messages, echo=None)).status == 200
+    answer["audio"] = {"id": "1"}
+    assert run(Client(), body=chat(messages=messages)).error["code"] == "field"
+
+
 def test_a_limit_is_set_where_none_was_asked_for() -> None:
     client = Client(Limits(api_key=KEY, max_tokens=77))
     for body in (chat(), chat(max_tokens=None), chat() + b" \n"):

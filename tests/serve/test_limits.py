@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from serve.errors_http import error_response
+from serve.guard_request import CHAT_FIELDS, COMPLETION_FIELDS
 from serve.limits import REASONS, Limits
 from toolkit.errors import ServerError
 
@@ -70,3 +73,13 @@ def test_errors_have_openais_shape() -> None:
     assert int(headers[b"content-length"]) == len(body["body"])
     expected = {"message": "Wait.", "type": "rate_limit_error", "param": "x", "code": "rate"}
     assert json.loads(body["body"]) == {"error": expected}
+
+
+def test_the_guide_names_every_reason_option_and_field() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    options = {field.metadata["option"] for field in fields(Limits) if "option" in field.metadata}
+    # "draining" is refused by `serve.ready`, not by the guard
+    for name in (set(REASONS) - {"draining"}) | CHAT_FIELDS | COMPLETION_FIELDS - {"prompt", "suffix"}:
+        assert f"`{name}`" in guide, name
+    for option in options:
+        assert option in guide, option
