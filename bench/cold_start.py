@@ -27,6 +27,7 @@ import psutil
 from bench.boot import free_ports
 from bench.environment import cpu_name, gpu_names, system_name, versions
 from serve.media import sample_picture
+from serve.supervisor import stopped_by_signals
 
 __all__ = ["STEPS", "Start", "split"]
 
@@ -156,7 +157,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--modes", default="not compiled,compiled")
     given = parser.parse_args()
-    starts = measure(given.model, given.modes.split(","), given.repeat)
+    with stopped_by_signals():
+        starts = measure(given.model, given.modes.split(","), given.repeat)
     given.out.mkdir(parents=True, exist_ok=True)
     environment = {"versions": versions(), "system": system_name(), "cpu": cpu_name(), "gpus": gpu_names()}
     record = {"model": given.model, "environment": environment, "starts": [asdict(one) for one in starts]}

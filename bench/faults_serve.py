@@ -32,6 +32,7 @@ import psutil
 from bench.boot import free_ports
 from serve import state
 from serve.media import sample_picture
+from serve.supervisor import stopped_by_signals
 
 __all__ = ["FAULTS", "Result", "Watched", "detached", "observe"]
 
@@ -415,7 +416,8 @@ def main() -> None:
     from bench.environment import cpu_name, gpu_names, system_name, versions
 
     environment = {"versions": versions(), "system": system_name(), "cpu": cpu_name(), "gpus": gpu_names()}
-    results = measure(given.model, set(filter(None, given.only.split(","))))
+    with stopped_by_signals():
+        results = measure(given.model, set(filter(None, given.only.split(","))))
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / "faults.json"
     if given.only and file.exists():
