@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from bench.capacity_check import compare, read_log
+from serve.capacity import kv_tokens
 from serve.options import ServeOptions
 from serve.profiles import Profile
 from serve.tuned import tuned
-from tests.e2e.conftest import free_port
+from tests.e2e.conftest import Served, free_port
+from toolkit.checkpoint import Checkpoint
+from toolkit.demo import checkpoint_dir
 from toolkit.paths import cache_dir
 
 pytestmark = pytest.mark.e2e
@@ -57,3 +61,11 @@ def test_killed_resumed_and_served(cache: Path) -> None:
     options = tuned("demo", ServeOptions(port=free_port()), "latency", notes.append)
     assert notes[0].startswith(f"profile latency: {profile.chosen('latency')}")
     assert options.settings == profile.candidates[profile.chosen("latency")]
+
+
+def test_the_plan_counts_the_tokens_that_vllm_reports(served: Served) -> None:
+    checkpoint, options = Checkpoint.open(checkpoint_dir()), ServeOptions(port=free_port())
+    given = options.kv_bytes_for(checkpoint)  # what `serve` tells vLLM to take
+    reported = read_log(served("demo").log.read_text(errors="replace"))
+    estimated = {"kv_tokens": kv_tokens(checkpoint, given, options.dtype_for(checkpoint))}
+    assert abs(compare(estimated, reported)["kv_tokens"]) <= 1.0
