@@ -11,10 +11,11 @@ __all__ = ["FAIL_IF", "exit_on", "register"]
 
 _PANEL = "Measurement"
 FAIL_IF = (
-    "Exit 1 when this change is seen: METRIC OP CHANGE, such as 'accuracy<-1pt', 'tpot_p50@4>+5%' (at 4 in flight; "
-    "without @ at any) or 'size_on_disk>0%'. Metrics: accuracy, accuracy.TASK, ttft_p50 (tpot, itl, e2e; p90, p99), "
-    "output_tokens_per_s, requests_per_s, size_on_disk, memory, gpu_memory, weights_memory. OP: < <= > >=. Units: % "
-    "(relative), pt (points of accuracy), ms. Repeatable."
+    "Exit 1 when this change is seen beyond chance: METRIC[@LOAD] OP CHANGE, such as 'accuracy<-1pt', 'tpot.p50@4>+5%' "
+    "(at 4 in flight; without @ under any load) or 'size_on_disk>0%'. Metrics: accuracy, accuracy.TASK, ttft.p50 "
+    "(tpot, itl, e2e; p90, p95, p99), output_tokens_per_s, requests_per_s, goodput_per_s, size_on_disk, memory, "
+    "gpu_memory, weights_memory, kv_cache, mean_kl, top1_agreement, ... OP: < <= > >=. Units: % (relative), pt (points "
+    "of a share), ms. Repeatable."
 )
 
 
@@ -25,41 +26,79 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
-    a: Annotated[Path, typer.Argument(help="Report directory or report.json to compare with.")],
-    b: Annotated[Path, typer.Argument(help="Report that is judged.")],
+    reports: Annotated[
+        list[Path],
+        typer.Argument(metavar="A B [C ...]", help="Report directories or report.json files; A is the reference."),
+    ],
     fail_if: Annotated[list[str] | None, typer.Option(metavar="CONDITION", help=FAIL_IF)] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page that needs nothing else.")] = None,
+    markdown: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write markdown for a pull request; - prints it, and no table.")
+    ] = None,
     anyway: Annotated[
-        bool, typer.Option("--anyway", help="Test conditions although the questions, the load or the machine differ.")
+        bool, typer.Option("--anyway", help="Compare although the questions, the load or the machine differ.")
     ] = False,
-    every: Annotated[bool, typer.Option("--all", help="Show p90 and p99 too.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Show p90, p95 and p99 too.")] = False,
 ) -> None:
-    """Compare the candidate of report A with the candidate of report B; changes are B relative to A.
+    """Compare the candidate of report A with those of the others; changes are relative to A.
 
-    Exits 1 on a regression: a --fail-if condition that is met or, without any, an accuracy worse beyond chance, over
-    all questions or in one task.
+    Exits 1 on a regression: a --fail-if condition that is met beyond chance or, without any, an accuracy worse beyond
+    chance, over all questions or in one task. A condition is worse when the change meets it and its 95% interval leaves
+    out no change at all, no worse when nothing in the interval meets it; anything between is shown as can't tell.
 
-    Worse beyond chance: paired by question, the 95% interval lies below zero and reaches past the margin, and p < 5%.
-
-    Exits 2 when the two can't be compared.
+    Exits 2 when they can't be compared.
     """
-    from bench.report import json, terminal
-    from bench.report.compare import Side, parse_condition
-    from bench.report.compare import compare as compare_sides
+    from bench.report import compare_html, compare_markdown, compare_terminal, json
+    from bench.report.compare import Side, compare_all, parse_condition
+    from toolkit.console import note, warn
     from toolkit.console import out as stdout
-    from toolkit.console import warn
+    from toolkit.errors import BenchError
 
+    if len(reports) < 2:
+        raise BenchError("nothing to compare: give two reports or more, the reference first")
     conditions = [parse_condition(text) for text in fail_if or []]
-    reports = {path: json.read(path) for path in (a, b)}
-    for path, report in reports.items():
+    sides = []
+    for path in reports:
+        report = json.read(path)
         if json.UPGRADED in report.warnings:
             warn(f"{path}: {json.UPGRADED}")
-    found = compare_sides(Side(reports[a], "candidate"), Side(reports[b], "candidate"), conditions, anyway=anyway)
-    for difference in found.differences:
-        warn(f"the reports differ: {difference}")
-    terminal.show_comparison(found, stdout, every=every)
-    worse = [] if conditions or found.accuracy is None else [*found.tasks, found.accuracy]
-    losses = [f"accuracy ({row.task}) is worse beyond chance" for row in worse if row.verdict == "worse"]
-    exit_on([*found.regressions, *losses])
+        sides.append(Side(report, "candidate", _name(path, report.systems["candidate"].label, reports)))
+    found = compare_all(sides, conditions, anyway=anyway)
+    for comparison in found:
+        for difference in comparison.differences:
+            warn(f"the reports differ: {difference}")
+    if markdown == "-":
+        typer.echo(compare_markdown.render(found), nl=False)
+    else:
+        compare_terminal.show(found, stdout, every=every)
+        for line in dict.fromkeys(line for comparison in found for line in comparison.notes):
+            note(line)
+    if markdown not in (None, "-"):
+        _write(Path(str(markdown)), compare_markdown.render(found))
+    if html is not None:
+        _write(html, compare_html.render(found))
+    for line in (line for comparison in found for line in comparison.undecided):
+        warn(f"can't tell: {line}")
+    lost = [] if conditions else [line for comparison in found for line in comparison.losses]
+    exit_on([*(line for comparison in found for line in comparison.regressions), *lost])
+
+
+def _name(path: Path, label: str, reports: list[Path]) -> str:
+    """The system's label, with the report's path where several reports might have the same."""
+    directory = path.resolve().parent if path.suffix == ".json" else path.resolve()
+    names = [other.resolve().parent if other.suffix == ".json" else other.resolve() for other in reports]
+    short = directory.name if sum(name.name == directory.name for name in names) == 1 else str(path)
+    return f"{label} ({short})"
+
+
+def _write(file: Path, text: str) -> None:
+    from toolkit.errors import BenchError
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BenchError(f"{file} can't be written: {error.strerror}") from error
 
 
 def schema() -> None:
