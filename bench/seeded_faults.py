@@ -1,51 +1,46 @@
-"""Does the benchmark find faults that are known to be there? The embedded model, quantized well and with faults, each
-against fp16: accuracy on thousands of held-out questions, and fidelity, through the real server.
+"""Are faults that are known to be there found? The embedded model, quantized well and with faults, each against fp16:
+accuracy on thousands of held-out questions and drift from fp16, judged by what judges reports (`bench.verdict`).
 
     python -m bench.seeded_faults --work out/seeded --out docs/results/seeded-faults --per-task 500
 
-Answers are kept in WORK as they come, so that a run that is stopped goes on where it was; ``--system NAME`` asks one
-system and writes no report. The faults are `toolkit.faults`' and one found in the wild: AutoAWQ's duo scaling on a CPU,
-which spoils the weights while it searches (docs/awq-on-cpu.md); this toolkit's mend is taken out for it.
+No server: weights are read back to float32 and each right answer goes through the model once. A question counts as
+right when every token of the right answer, its end included, is the likeliest after those before it, which is when
+greedy decoding gives that answer. KL divergence is over the whole vocabulary, on the same tokens.
+
+What was found of each system is kept in WORK, so that a run that is stopped goes on; ``--system NAME`` does one and
+writes no report. The faults are `toolkit.faults`' and one found in the wild: AutoAWQ's duo scaling on a CPU, which
+spoils the weights while it searches (docs/awq-on-cpu.md); this toolkit's mend is taken out for it.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
-import pickle
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from bench import environment, fidelity, tasks
-from bench.boot import free_ports
-from bench.client import ChatRequest, Trace, ask
-from bench.endpoint import Endpoint, discover, http_client
-from bench.load import closed_loop
-from bench.observe import Observed, items_from_questions, observe
+from bench import environment, stats, tasks
 from bench.report import words
 from bench.report.accuracy import Pair, rows
 from bench.report.model import TaskAccuracy
+from bench.stats import Interval
 from bench.tasks import Question
 from toolkit.demo import checkpoint_dir, write_tasks
-from toolkit.errors import BenchError, QvlError
+from toolkit.errors import QvlError
 from toolkit.faults import perturb_scales, round_linears, unfold
 from toolkit.quantize import quantize
 
-__all__ = ["SYSTEMS", "Found", "System", "make", "table"]
+__all__ = ["SYSTEMS", "Found", "Read", "System", "make", "read", "table"]
 
-ANSWER_TOKENS = 40
-CONCURRENCY = 8
-#: Questions between two saves.
-CHUNK = 160
 FP16 = "fp16"
 #: Scales of this layer of the embedded model's five are perturbed: the one in the middle.
 FAULTY_LAYER = 2
@@ -119,7 +114,24 @@ def make(work: Path, samples: int) -> None:
             next(system for system in SYSTEMS if system.name == name).made(work, samples)
 
 
-# --- asking -----------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a system makes of the right answers, by question.
+
+    Attributes:
+        right: whether greedy decoding gives the answer.
+        kl: KL divergence from fp16 summed over the answer's tokens, nats.
+        tokens: of the answer, its end included.
+        same: whether its likeliest tokens are fp16's.
+    """
+
+    right: list[bool]
+    kl: list[float]
+    tokens: list[int]
+    same: list[bool]
 
 
 def _questions(work: Path, per_task: int) -> list[Question]:
@@ -128,67 +140,79 @@ def _questions(work: Path, per_task: int) -> list[Question]:
     return tasks.load_questions(file if file.exists() else write_tasks(directory, per_task=per_task))
 
 
-async def _answer(endpoint: Endpoint, questions: Sequence[Question], file: Path) -> None:
-    """Ask what ``file`` holds no answer to, a chunk at a time. Raises BenchError when a request fails."""
-    known: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
-    left = [question for question in questions if question.id not in known]
-    async with http_client(endpoint.url, connections=CONCURRENCY) as http:
+@lru_cache(maxsize=1)
+def _chats(per_task: int) -> tuple[list[Any], list[int], int]:
+    """The questions with their right answers as model inputs; the ids that open an answer, and the one that ends it."""
+    from toolkit.compat import patch_torchvision
+    from toolkit.demo.fidelity import held_out_chats
 
-        async def send(question: Question, due: float) -> Trace:
-            pictures = tuple(picture.data_url() for picture in question.pictures)
-            request = ChatRequest(question.question, pictures, ANSWER_TOKENS)
-            trace = await ask(http, request.body(endpoint.model), timeout_s=300.0, scheduled=due)
-            if trace.failure:
-                raise BenchError(f"{question.id}: {trace.failure.kind}: {trace.failure.message}")
-            known[question.id] = trace.text
-            return trace
+    patch_torchvision()
+    from transformers import AutoProcessor
 
-        for start in range(0, len(left), CHUNK):
-            await closed_loop(send, left[start : start + CHUNK], CONCURRENCY)
-            file.write_text(json.dumps(known, indent=0))
-            print(f"{file.stem}: {len(known)} of {len(questions)} questions", file=sys.stderr, flush=True)
+    processor = AutoProcessor.from_pretrained(checkpoint_dir())
+    opening = processor.tokenizer.encode("<|im_start|>assistant\n")
+    return held_out_chats(processor, per_task), opening, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
-async def _drift(endpoint: Endpoint, questions: Sequence[Question], file: Path, reference: Path | None) -> None:
-    """Observe the server on ``questions``, unless ``file`` is there."""
+def _logits(path: Path | None, per_task: int, seen: Path) -> tuple[Any, Any]:
+    """Log-probabilities [tokens, vocabulary] of each right answer and its token ids [tokens].
+
+    Args:
+        path: a checkpoint; None is fp16, and writes what the vision tower makes of the pictures to ``seen``. AWQ leaves
+            the tower in fp16, so the others read it from there.
+    """
+    import torch
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    from toolkit.demo.fidelity import answer_logits, load
+
+    chats, opening, end = _chats(per_task)
+    model = load(path)
+    tower = model.model.visual
+    pictures = iter(torch.load(seen, weights_only=False) if path else ())
+    embeddings: list[Any] = []
+    look = tower.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        known = next(pictures, None)
+        if known is None:
+            made = look(*args, **kwargs)
+            embeddings.append(made.pooler_output)
+            return made
+        return BaseModelOutputWithPooling(pooler_output=known)
+
+    tower.forward = forward
+    found = answer_logits(model, chats, opening, end)
+    if path is None:
+        torch.save(embeddings, seen)
+    ids = []
+    for chat, logits in zip(chats, found, strict=True):
+        whole = chat.inputs["input_ids"][0]
+        stop = int((whole == end).nonzero()[-1]) + 1  # the answer's end is the chat's last
+        ids.append(whole[stop - len(logits) : stop])
+    return found, ids
+
+
+def read(work: Path, name: str, per_task: int) -> Read:
+    """Return what ``name`` makes of the answers, from WORK if it is there."""
+    import torch
+
+    file = work / f"{name}-{per_task}.json"
     if file.exists():
-        return
-    before: Observed | None = pickle.loads(reference.read_bytes()) if reference else None
-    found = await observe(
-        endpoint, items_from_questions(questions), reference=before, max_tokens=ANSWER_TOKENS, concurrency=CONCURRENCY
+        return Read(**json.loads(file.read_text()))
+    kept, seen = work / f"{FP16}-{per_task}.pt", work / f"pictures-{per_task}.pt"
+    if not kept.exists():
+        torch.save(_logits(None, per_task, seen), kept)
+    reference, ids = torch.load(kept)
+    logits = reference if name == FP16 else _logits(work / name, per_task, seen)[0]
+    found = Read(
+        right=[bool((x.argmax(-1) == answer).all()) for x, answer in zip(logits, ids, strict=True)],
+        kl=[float((r.exp() * (r - x)).sum()) for r, x in zip(reference, logits, strict=True)],
+        tokens=[len(x) for x in logits],
+        same=[bool((r.argmax(-1) == x.argmax(-1)).all()) for r, x in zip(reference, logits, strict=True)],
     )
-    file.write_bytes(pickle.dumps(found))
-
-
-def _few(questions: Sequence[Question], per_task: int) -> list[Question]:
-    """The first so many of each task."""
-    counts: dict[str, int] = {}
-    chosen = []
-    for question in questions:
-        counts[question.task] = counts.get(question.task, 0) + 1
-        if counts[question.task] <= per_task:
-            chosen.append(question)
-    return chosen
-
-
-def ask_system(work: Path, name: str, questions: Sequence[Question], read_per_task: int) -> None:
-    """Serve a system and take down what it answers; fp16, which the others are held against, also a second time."""
-    from serve import lifecycle
-    from serve.options import ServeOptions
-
-    answers, drift = work / f"{name}.json", work / f"{name}.drift"
-    reference = None if name == FP16 else work / f"{FP16}.drift"
-    asked = len(json.loads(answers.read_text())) if answers.exists() else 0
-    if asked == len(questions) and drift.exists():
-        return
-    model = "demo" if name == FP16 else str(work / name)
-    few = _few(questions, read_per_task)
-    with lifecycle.start(model, ServeOptions(port=free_ports(1)[0], timeout=400.0), attached=True) as server:
-        endpoint = asyncio.run(discover(server.url))
-        asyncio.run(_drift(endpoint, few, drift, reference))
-        if name == FP16:
-            asyncio.run(_drift(endpoint, few, work / f"{FP16}-again.drift", drift))
-        asyncio.run(_answer(endpoint, questions, answers))
+    file.write_text(json.dumps(asdict(found)))
+    return found
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -196,46 +220,42 @@ def ask_system(work: Path, name: str, questions: Sequence[Question], read_per_ta
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What was found of a system."""
+    """What was found of a system.
+
+    Attributes:
+        overall: accuracy beside fp16's; `tasks` likewise.
+        kl: mean divergence from fp16, nats a token, bootstrap over questions.
+        same: share of answers whose tokens are all fp16's.
+    """
 
     system: System
     overall: TaskAccuracy
     tasks: list[TaskAccuracy]
-    drift: fidelity.Drift
+    kl: Interval
+    same: float
 
 
-def _find(work: Path, system: System, questions: Sequence[Question], read_per_task: int, margin: float) -> Found:
-    before, after = (json.loads((work / f"{name}.json").read_text()) for name in (FP16, system.name))
+def judge(system: System, questions: Sequence[Question], fp16: Read, other: Read, margin: float) -> Found:
+    """Judge a system as a report does."""
     pairs = [
-        Pair(
-            task=question.task,
-            metric=question.metric,
-            cluster=question.cluster_id,
-            before=tasks.score(question, before[question.id]),
-            after=tasks.score(question, after[question.id]),
-        )
-        for question in questions
+        Pair(question.task, question.metric, question.cluster_id, float(before), float(after))
+        for question, before, after in zip(questions, fp16.right, other.right, strict=True)
     ]
     overall, by_task = rows(pairs, seed=0, margin=margin)
-    items = items_from_questions(_few(questions, read_per_task))
-    base, other = (pickle.loads((work / f"{name}.drift").read_bytes()) for name in (FP16, system.name))
-    return Found(system, overall, by_task, fidelity.compare(items, base, other, top_k=20).candidate)
+    kl = stats.ratio_of_means(other.kl, [float(count) for count in other.tokens], seed=0)
+    assert kl is not None  # every answer has its end
+    return Found(system, overall, by_task, kl, sum(other.same) / len(other.same))
 
 
-def table(found: Sequence[Found], noise: fidelity.Drift | None) -> str:
+def table(found: Sequence[Found]) -> str:
     """Return the table in markdown."""
     lines = [
-        "| | fault | accuracy | difference, points (95%) | lost/won | verdict | mean KL, nats (95%) | p99 KL | same |",
-        "|---|---|---:|---:|---:|---|---:|---:|---:|",
+        "| | fault | accuracy | difference, points (95%) | lost/won | verdict | mean KL, nats a token (95%) | same |",
+        "|---|---|---:|---:|---:|---|---:|---:|",
+        f"| fp16 | | {words.percent(found[0].overall.baseline.value)} | | | | | |",
     ]
-    if found:
-        base = found[0].overall.baseline
-        kl = f"{noise.mean_kl.value:.1e}" if noise and noise.mean_kl else "–"
-        p99 = f"{noise.p99_kl.value:.1e}" if noise and noise.p99_kl else "–"
-        same = words.percent(noise.identical.value) if noise and noise.identical else "–"
-        lines.append(f"| fp16, and asked again | | {words.percent(base.value)} | | | | {kl} | {p99} | {same} |")
     for one in found:
-        row, drift = one.overall, one.drift
+        row = one.overall
         d = row.difference
         verdict = f"**{row.verdict}**"
         if row.items_needed:
@@ -243,65 +263,53 @@ def table(found: Sequence[Found], noise: fidelity.Drift | None) -> str:
         worse = [task.task for task in one.tasks if task.verdict == "worse"]
         if worse and row.verdict != "worse":
             verdict += f"; worse in {', '.join(worse)}"
-        kl = f"{drift.mean_kl.value:.5f} ({drift.mean_kl.low:.5f}–{drift.mean_kl.high:.5f})" if drift.mean_kl else "–"
         lines.append(
             f"| {one.system.about} | {'yes' if one.system.faulty else ''} | {words.percent(row.candidate.value)} "
-            f"| {words.points(d.value)} ({words.interval(d)}) | {d.lost}/{d.won} | {verdict} | {kl} "
-            f"| {f'{drift.p99_kl.value:.4f}' if drift.p99_kl else '–'} "
-            f"| {words.percent(drift.identical.value) if drift.identical else '–'} |"
+            f"| {words.points(d.value)} ({words.interval(d)}) | {d.lost}/{d.won} | {verdict} "
+            f"| {one.kl.value:.5f} ({one.kl.low:.5f}–{one.kl.high:.5f}) | {words.percent(one.same)} |"
         )
     return "\n".join(lines)
 
 
-def _interval(value: Any) -> dict[str, float] | None:
-    return None if value is None else {"value": value.value, "low": value.low, "high": value.high}
-
-
-def _data(found: Found) -> dict[str, Any]:
-    drift = found.drift
-    return {
-        "name": found.system.name,
-        "made": found.system.about,
-        "faulty": found.system.faulty,
-        "accuracy": found.overall.model_dump(),
-        "tasks": [task.model_dump() for task in found.tasks],
-        "fidelity": {
-            "tokens": drift.tokens,
-            **{name: _interval(getattr(drift, name)) for name in ("mean_kl", "p99_kl", "top1_agreement", "identical")},
-            "perplexity_ratio": _interval(drift.perplexity_ratio),
-        },
-    }
-
-
-def _report(work: Path, out: Path, questions: Sequence[Question], given: argparse.Namespace) -> str:
-    found = [_find(work, system, questions, given.read_per_task, given.margin / 100.0) for system in SYSTEMS]
-    items = items_from_questions(_few(questions, given.read_per_task))
-    base, again = (pickle.loads((work / f"{FP16}{end}.drift").read_bytes()) for end in ("", "-again"))
-    noise = fidelity.compare(items, base, again, top_k=20).candidate
+def _report(work: Path, out: Path, given: argparse.Namespace) -> str:
+    margin = given.margin / 100.0
+    questions = _questions(work, given.per_task)
+    fp16 = read(work, FP16, given.per_task)
+    found = [judge(system, questions, fp16, read(work, system.name, given.per_task), margin) for system in SYSTEMS]
     command = shlex.join(["python", "-m", "bench.seeded_faults", *sys.argv[1:]])
+    created = datetime.now(UTC).isoformat(timespec="seconds")
     facts = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": created,
         "command": command,
         "device": environment.cpu_name(),
         "platform": environment.system_name(),
         "versions": environment.versions(),
         "questions": len(questions),
         "questions_sha256": tasks.digest(questions),
-        "read": len(items),
+        "answer_tokens": sum(fp16.tokens),
         "calibration_samples": given.samples,
-        "margin": given.margin / 100.0,
-        "noise": {"mean_kl": _interval(noise.mean_kl), "identical": _interval(noise.identical)},
-        "systems": [_data(one) for one in found],
+        "margin": margin,
+        "systems": [
+            {
+                "name": one.system.name,
+                "made": one.system.about,
+                "faulty": one.system.faulty,
+                "accuracy": one.overall.model_dump(),
+                "tasks": [task.model_dump() for task in one.tasks],
+                "mean_kl": asdict(one.kl),
+                "same_answers": one.same,
+            }
+            for one in found
+        ],
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
-    shown = table(found, noise)
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions().items())
+    shown = table(found)
     (out / "table.md").write_text(
-        f"{shown}\n\n{len(questions):,} held-out questions, {found[0].overall.clusters:,} pictures; fidelity on "
-        f"{len(items)} of them, {found[0].drift.tokens:,} tokens of fp16's answers. Verdicts against a margin of "
-        f"{words.limit(given.margin / 100.0)}. {environment.cpu_name()}; {versions}; {facts['created'][:10]}.\n\n"
-        f"    {command}\n"
+        f"{shown}\n\n{len(questions):,} held-out questions, {sum(fp16.tokens):,} tokens of right answers, "
+        f"{given.samples} calibration chats; verdicts against a margin of {words.limit(margin)}; same: all likeliest "
+        f"tokens are fp16's. {environment.cpu_name()}; {versions}; {created[:10]}.\n\n    {command}\n"
     )
     return shown
 
@@ -313,19 +321,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "qvl-seeded", help="kept files")
     parser.add_argument("--out", type=Path, default=Path("docs/results/seeded-faults"), help="table.md, results.json")
     parser.add_argument("--per-task", type=int, default=500, help="questions of each of the eight tasks")
-    parser.add_argument("--read-per-task", type=int, default=50, help="of them, those fidelity is measured on")
     parser.add_argument("--samples", type=int, default=48, help="calibration chats")
     parser.add_argument("--margin", type=float, default=1.0, help="loss, in points, that would not matter")
-    parser.add_argument("--system", choices=names, help="ask this one and write no report (fp16 comes first)")
+    parser.add_argument("--system", choices=names, help="read this one and write no report")
     given = parser.parse_args(arguments)
     given.work.mkdir(parents=True, exist_ok=True)
     try:
         make(given.work, given.samples)
-        questions = _questions(given.work, given.per_task)
         for name in [given.system] if given.system else names:
-            ask_system(given.work, name, questions, given.read_per_task)
+            read(given.work, name, given.per_task)
+            print(f"{name}: read", file=sys.stderr, flush=True)
         if given.system is None:
-            print(_report(given.work, given.out, questions, given))
+            print(_report(given.work, given.out, given))
     except QvlError as error:
         sys.exit(str(error))
 

@@ -1,9 +1,18 @@
-"""Settings for all tests."""
+"""Settings for all tests, and the options of those that measure a server that runs already:
+
+pytest --endpoint http://127.0.0.1:8000 --slo ttft=500ms,tpot=50ms
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from _pytest.terminal import TerminalReporter
 
 # Models here are tiny: on two busy cores torch's threads would wait for each other more than they would work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,3 +21,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # are sent a Ctrl-C must heed it wherever the tests themselves run.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+#: Lines that tests want to be read at the end.
+TOLD = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("server")
+    group.addoption("--endpoint", metavar="URL", help="run the latency tests alone, against this server; boot none")
+    group.addoption("--slo", metavar="SLO", help="objectives of the latency tests, such as ttft=500ms,tpot=50ms")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TOLD] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--endpoint"):
+        wanted = [item for item in items if "endpoint" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+        items[:] = wanted
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[TOLD]:
+        terminalreporter.section("measured")
+    for line in config.stash[TOLD]:
+        terminalreporter.line(line)

@@ -76,9 +76,7 @@ def unfold(awq: Path, out: Path, source: Path, layer: int | None = None, *, forc
         sizes[index] = max(float(scale.abs().log().square().mean().sqrt()) for scale in scales)
     chosen = max(sizes, key=lambda index: sizes[index])
     if not sizes[chosen] > 1e-3:
-        raise CheckpointError(
-            f"{awq}: nothing was scaled before layer {chosen}'s linears: leave it unfolded elsewhere."
-        )
+        raise CheckpointError(f"{awq}: nothing was folded into the norms of layer {chosen}, the most scaled.")
     ours, theirs = checkpoint.layer_prefix(chosen), original.layer_prefix(chosen)
     norms = {ours + norm: theirs + norm for norm in NORMS}
 
