@@ -18,6 +18,7 @@ from typing import Any
 from prometheus_client import Counter
 
 from serve.errors_http import Refusal, error_body
+from serve.guard_again import Beginning
 from serve.guard_fetch import Fetcher
 from serve.guard_http import harden
 from serve.guard_keys import Keys
@@ -38,6 +39,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 refusals = Counter("qvl_refusals", "Requests refused before the engine saw them.", ["reason"])
 for _reason in REASONS:
     refusals.labels(_reason)  # a series that exists can be alerted on
+
+#: Requests that vLLM failed before it answered, and that were sent to it a second time.
+retries = Counter("qvl_retries", "Requests given to the engine a second time.")
 
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 #: Method of each route that a client with a key may use.
@@ -127,7 +131,7 @@ class _Request:
         #: Whether a body may still be on its way.
         self.unread = b"transfer-encoding" in self.headers or self.headers.get(b"content-length", b"0") != b"0"
         self.held = 0
-        self.started = self.streams = self.finished = self.late = False
+        self.started = self.streams = self.finished = self.late = self.gone = False
         self.deadline = 0.0
 
     async def serve(self) -> None:
@@ -199,26 +203,36 @@ class _Request:
         else:
             checker.other(request)
         del request
-        replayed = False
-
-        async def replay() -> Message:
-            nonlocal replayed, body
-            if not replayed:
-                replayed = True
-                whole, body = body, b""
-                return {"type": "http.request", "body": whole, "more_body": False}
-            return await self._leaves()
-
         inner = self._inner_scope("POST", len(body))
         try:
             async with asyncio.timeout_at(self.deadline + _FORCE):
-                await self.guard._app(inner, replay, self._out)
+                beginning = Beginning(self._out)
+                await self._answer(inner, body, beginning)
+                if beginning.failed and not (self.late or self.gone):
+                    retries.inc()
+                    await self._answer(inner, body, self._out)
+                else:
+                    await beginning.release()
         except TimeoutError:
             if not self.late:
                 raise
         finally:
             if self.late:
                 await self._end_late()
+
+    async def _answer(self, inner: Scope, body: bytes, send: Send) -> None:
+        """Have vLLM answer."""
+        replayed = False
+
+        async def replay() -> Message:
+            nonlocal replayed
+            if not replayed:
+                replayed = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            return await self._leaves()
+
+        # A scope of its own: vLLM's application writes into it.
+        await self.guard._app(dict(inner), replay, send)
 
     def _inner_scope(self, method: str, length: int | None = None) -> Scope:
         headers = [header for header in self.scope["headers"] if header[0] in _INNER_HEADERS]
@@ -275,7 +289,9 @@ class _Request:
         """Return when the client leaves or its time is up: for vLLM both mean to abort."""
         try:
             async with asyncio.timeout_at(self.deadline):
-                return await self.receive()
+                message = await self.receive()
+                self.gone = message["type"] == "http.disconnect"
+                return message
         except TimeoutError:
             self.late = not self.finished
             return _DISCONNECT

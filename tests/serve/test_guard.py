@@ -202,6 +202,81 @@ def test_bodies_held_at_one_time_are_bounded() -> None:
     assert run(client, body=chat()).status == 200
 
 
+ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
+TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"red"}}]}\n\n'
+BROKEN = b'data: {"error": {"message": "Internal server error", "code": 500}}\n\n'
+
+
+class Fails(App):
+    """Fails the first `times` requests as vLLM does when it has lost a picture."""
+
+    def __init__(self, times: int, stream: bool, roles: int = 1) -> None:
+        super().__init__()
+        self.times, self.stream, self.roles = times, stream, roles
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        message = await receive()
+        self.requests.append((scope, message["body"]))
+        failed = len(self.requests) <= self.times
+        kind = b"text/event-stream" if self.stream else b"application/json"
+        status = 500 if failed and not self.stream else 200
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
+        events = [ROLE] * self.roles + ([BROKEN] if failed else [TOKEN, TOKEN])
+        for event in events if self.stream else [b"{}"]:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+@pytest.mark.parametrize("roles", [0, 1, 3])
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_fails_before_its_first_token_is_tried_again_once(stream: bool, roles: int) -> None:
+    whole = ROLE * roles + TOKEN * 2 if stream else b"{}"
+    body = chat(max_tokens=3)
+    for times in (0, 1):
+        app = Fails(times, stream, roles)
+        answer = run(Client(app=app), body=body)
+        assert (answer.status, answer.body) == (200, whole)
+        assert [sent for _, sent in app.requests] == [body] * (times + 1)
+    app = Fails(9, stream, roles)
+    answer = run(Client(app=app), body=body)
+    assert len(app.requests) == 2
+    assert answer.status == (200 if stream else 500)
+    assert stream is (BROKEN in answer.body)
+
+
+def test_what_fails_later_is_not_tried_again() -> None:
+    app = App((ROLE, TOKEN, BROKEN), b"text/event-stream")
+    assert run(Client(app=app), body=chat()).body == ROLE + TOKEN + BROKEN
+    assert len(app.requests) == 1
+
+
+def test_nothing_is_held_back_longer_than_the_first_token() -> None:
+    """The role waits for the token; the token waits for nothing."""
+
+    async def seen() -> list[bytes]:
+        client = Client(app=App((TOKEN, TOKEN), b"text/event-stream", pause=30))
+        sent: list[bytes] = []
+        body = chat()
+
+        async def receive() -> dict[str, Any]:
+            if not sent and not client.app.requests:
+                return {"type": "http.request", "body": body}
+            await asyncio.sleep(60)
+            raise AssertionError
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message.get("body", b""))
+
+        headers = [(b"authorization", f"Bearer {KEY}".encode()), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers}
+        task = asyncio.create_task(client.guard(scope, receive, send))
+        await asyncio.sleep(0.2)
+        task.cancel()
+        return sent
+
+    assert asyncio.run(seen()) == [b"", TOKEN]
+
+
 def test_whoever_leaves_while_sending_leaves_nothing_behind() -> None:
     client = Client()
     assert run(client, body=[b"{", b'"model"', 0.01], leaves_after=0).status == 0
