@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from serve.lifecycle import Server, start
+from serve.limits import Limits
 from serve.media import image_url
 from serve.options import ServeOptions
 from toolkit.demo import write_tasks
@@ -70,6 +71,67 @@ def served() -> Iterator[Served]:
     yield boot
     for server in servers.values():
         server.stop(drain=False)
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """Two servers behind the guard."""
+
+    #: demo-awq, with /play and the other beside it.
+    url: str
+    #: demo; no more than two requests of a key at once.
+    narrow_url: str
+    key: str = "k-0123456789"
+
+
+@pytest.fixture(scope="session")
+def guarded(awq_gemm: Path) -> Iterator[Guarded]:
+    """The embedded model in AWQ and in fp16, as `qvl serve --play --play-beside` has them."""
+    ends = Guarded(*(f"http://127.0.0.1:{free_port()}" for _ in range(2)))
+    beside = ServeOptions(
+        port=int(ends.narrow_url.rpartition(":")[2]), timeout=180, guard=Limits(api_key=ends.key, max_concurrency=2)
+    )
+    options = ServeOptions(
+        port=int(ends.url.rpartition(":")[2]),
+        timeout=180,
+        guard=Limits(api_key=ends.key),
+        play=True,
+        play_beside=ends.narrow_url,
+        extra=("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    )
+    with start("demo", beside), start(str(awq_gemm), options):
+        yield ends
+
+
+#: Limits of the server that is attacked, in seconds.
+BODY_SECONDS, REQUEST_SECONDS = 2.0, 8.0
+
+
+@dataclass(frozen=True)
+class Public:
+    """A server as it would stand on a public address."""
+
+    url: str
+    pid: int
+    log: Path
+    key_file: Path
+    keys: tuple[str, str]
+
+
+@pytest.fixture(scope="session")
+def public(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Public]:
+    """The embedded model behind the guard, with keys in a file."""
+    keys = ("first-key-0123456789abcdef", "second-key-0123456789abcdef")
+    key_file = tmp_path_factory.mktemp("keys") / "keys"
+    key_file.write_text("# of the tests\n" + "\n".join(keys) + "\n")
+    limits = Limits(
+        api_key_file=str(key_file),
+        body_seconds=BODY_SECONDS,
+        request_seconds=REQUEST_SECONDS,
+        image_hosts=("localhost",),
+    )
+    with start("demo", ServeOptions(port=free_port(), timeout=180, guard=limits)) as server:
+        yield Public(server.url, server.pid, server.log, key_file, keys)
 
 
 @dataclass(frozen=True)
