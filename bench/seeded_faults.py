@@ -53,13 +53,13 @@ class System:
     Attributes:
         name: of its directory in WORK.
         about: how it was made.
-        faulty: whether it has a fault.
-        made: writes it, given the sample count and the WORK directory.
+        sound: name of what it would be without its fault; None for what has none.
+        made: writes it, given the WORK directory and the number of calibration chats.
     """
 
     name: str
     about: str
-    faulty: bool
+    sound: str | None
     made: Callable[[Path, int], object]
 
 
@@ -79,30 +79,30 @@ SYSTEMS = (
     System(
         "rtn",
         "rounded to nearest",
-        False,
+        None,
         lambda work, _: round_linears(work / "ours", work / "rtn", checkpoint_dir(), force=True),
     ),
-    System("autoawq", "AutoAWQ's search, plain", False, _quantized("autoawq", search="autoawq", rounding="nearest")),
+    System("autoawq", "AutoAWQ's search, plain", None, _quantized("autoawq", search="autoawq", rounding="nearest")),
     System(
         "autoawq-duo",
         "AutoAWQ's search, duo, weights copied",
-        False,
+        None,
         _quantized("autoawq-duo", search="autoawq", rounding="nearest", scaling="duo"),
     ),
-    System("ours", "second moments, compensated", False, _quantized("ours")),
+    System("ours", "second moments, compensated", None, _quantized("ours")),
     System(
         "scales",
         f"ours, layer {FAULTY_LAYER}'s scales off by 5%",
-        True,
+        "ours",
         lambda work, _: perturb_scales(work / "ours", work / "scales", FAULTY_LAYER, 0.05, force=True),
     ),
     System(
         "unfolded",
         "AutoAWQ's plain, the most scaled layer's norms not divided",
-        True,
+        "autoawq",
         lambda work, _: unfold(work / "autoawq", work / "unfolded", checkpoint_dir(), force=True),
     ),
-    System("autoawq-duo-cpu", "AutoAWQ's search, duo, as it is on a CPU", True, _as_autoawq_does),
+    System("autoawq-duo-cpu", "AutoAWQ's search, duo, as it is on a CPU", "autoawq-duo", _as_autoawq_does),
 )
 
 
@@ -226,6 +226,7 @@ class Found:
         overall: accuracy beside fp16's; `tasks` likewise.
         kl: mean divergence from fp16, nats a token, bootstrap over questions.
         same: share of answers whose tokens are all fp16's.
+        kl_ratio: divergence / that of the system without the fault, paired by question; None for what has none.
     """
 
     system: System
@@ -233,24 +234,45 @@ class Found:
     tasks: list[TaskAccuracy]
     kl: Interval
     same: float
+    kl_ratio: Interval | None
 
 
-def judge(system: System, questions: Sequence[Question], fp16: Read, other: Read, margin: float) -> Found:
-    """Judge a system as a report does."""
+def _ratio(above: Sequence[float], below: Sequence[float]) -> Interval:
+    """Mean / mean of values of the same questions, with a bootstrap interval."""
+    mean = sum(below) / len(below)
+    found = stats.ratio_of_means([x / mean for x in above], [x / mean for x in below], seed=0)
+    assert found is not None  # given 10 questions
+    return found
+
+
+def judge(
+    system: System, questions: Sequence[Question], fp16: Read, other: Read, sound: Read | None, margin: float
+) -> Found:
+    """Judge a system as a report does.
+
+    Args:
+        sound: of `System.sound`.
+    """
     pairs = [
         Pair(question.task, question.metric, question.cluster_id, float(before), float(after))
         for question, before, after in zip(questions, fp16.right, other.right, strict=True)
     ]
     overall, by_task = rows(pairs, seed=0, margin=margin)
-    kl = stats.ratio_of_means(other.kl, [float(count) for count in other.tokens], seed=0)
-    assert kl is not None  # every answer has its end
-    return Found(system, overall, by_task, kl, sum(other.same) / len(other.same))
+    per_token = _ratio(other.kl, [float(count) for count in other.tokens])
+    return Found(
+        system=system,
+        overall=overall,
+        tasks=by_task,
+        kl=per_token,
+        same=sum(other.same) / len(other.same),
+        kl_ratio=_ratio(other.kl, sound.kl) if sound else None,
+    )
 
 
 def table(found: Sequence[Found]) -> str:
     """Return the table in markdown."""
     lines = [
-        "| | fault | accuracy | difference, points (95%) | lost/won | verdict | mean KL, nats a token (95%) | same |",
+        "| | fault | accuracy | difference, points (95%) | lost/won | verdict | KL (95%) | KL / sound one's (95%) |",
         "|---|---|---:|---:|---:|---|---:|---:|",
         f"| fp16 | | {words.percent(found[0].overall.baseline.value)} | | | | | |",
     ]
@@ -263,10 +285,12 @@ def table(found: Sequence[Found]) -> str:
         worse = [task.task for task in one.tasks if task.verdict == "worse"]
         if worse and row.verdict != "worse":
             verdict += f"; worse in {', '.join(worse)}"
+        r = one.kl_ratio
+        ratio = f"{words.number(r.value)} ({words.number(r.low)}–{words.number(r.high)})" if r else ""
         lines.append(
-            f"| {one.system.about} | {'yes' if one.system.faulty else ''} | {words.percent(row.candidate.value)} "
+            f"| {one.system.about} | {'yes' if one.system.sound else ''} | {words.percent(row.candidate.value)} "
             f"| {words.points(d.value)} ({words.interval(d)}) | {d.lost}/{d.won} | {verdict} "
-            f"| {one.kl.value:.5f} ({one.kl.low:.5f}–{one.kl.high:.5f}) | {words.percent(one.same)} |"
+            f"| {one.kl.value:.5f} ({one.kl.low:.5f}–{one.kl.high:.5f}) | {ratio} |"
         )
     return "\n".join(lines)
 
@@ -275,7 +299,11 @@ def _report(work: Path, out: Path, given: argparse.Namespace) -> str:
     margin = given.margin / 100.0
     questions = _questions(work, given.per_task)
     fp16 = read(work, FP16, given.per_task)
-    found = [judge(system, questions, fp16, read(work, system.name, given.per_task), margin) for system in SYSTEMS]
+    known = {system.name: read(work, system.name, given.per_task) for system in SYSTEMS}
+    found = [
+        judge(system, questions, fp16, known[system.name], known[system.sound] if system.sound else None, margin)
+        for system in SYSTEMS
+    ]
     command = shlex.join(["python", "-m", "bench.seeded_faults", *sys.argv[1:]])
     created = datetime.now(UTC).isoformat(timespec="seconds")
     facts = {
@@ -293,10 +321,11 @@ def _report(work: Path, out: Path, given: argparse.Namespace) -> str:
             {
                 "name": one.system.name,
                 "made": one.system.about,
-                "faulty": one.system.faulty,
+                "faulty": one.system.sound is not None,
                 "accuracy": one.overall.model_dump(),
                 "tasks": [task.model_dump() for task in one.tasks],
                 "mean_kl": asdict(one.kl),
+                "mean_kl_ratio_to_the_sound_one": asdict(one.kl_ratio) if one.kl_ratio else None,
                 "same_answers": one.same,
             }
             for one in found
@@ -308,8 +337,8 @@ def _report(work: Path, out: Path, given: argparse.Namespace) -> str:
     shown = table(found)
     (out / "table.md").write_text(
         f"{shown}\n\n{len(questions):,} held-out questions, {sum(fp16.tokens):,} tokens of right answers, "
-        f"{given.samples} calibration chats; verdicts against a margin of {words.limit(margin)}; same: all likeliest "
-        f"tokens are fp16's. {environment.cpu_name()}; {versions}; {created[:10]}.\n\n    {command}\n"
+        f"{given.samples} calibration chats; verdicts against a margin of {words.limit(margin)}; KL: mean "
+        f"divergence from fp16, nats a token. {environment.cpu_name()}; {versions}; {created[:10]}.\n\n    {command}\n"
     )
     return shown
 
