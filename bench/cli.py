@@ -406,7 +406,7 @@ def _sigterm_like_ctrl_c() -> Iterator[None]:
     """Let a polite kill stop the servers too."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)  # which asyncio takes for a reason to close what is open
 
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the main thread's business

@@ -46,7 +46,11 @@ def demo(
             tour.qvl("Ask", f"ask --url http://127.0.0.1:{port} --image {picture} {question}")
         finally:
             tour.qvl("Stop", f"stop --port {port}")
-    tour.qvl("Measure against fp16", f"bench --baseline demo --candidate {gemm} --out {report} --quick --force")
+    tour.qvl(
+        "Measure against fp16",
+        f"bench --baseline demo --candidate {gemm} --out {report} --quick --force"
+        " --concurrency 1,2,4 --sweep --slo ttft=500ms,tpot=50ms",
+    )
     tour.done(f"Look at {report / 'report.html'}")
 
 

@@ -91,6 +91,7 @@ def build(
         notes.append(
             "the systems ran one after the other, not in turns: what the machine did meanwhile is in the difference"
         )
+    ratios = speed.ratios(measured, points, plan)
     whole = found is not None and len(both) == len(questions)
     labels: dict[Role, str] = {role: system.label for role, system in systems.items()}
     sentence = words.sentence(found, margin, labels)
@@ -107,7 +108,7 @@ def build(
         accuracy=found,
         fidelity=drift,
         speed=points,
-        speed_ratios=speed.ratios(measured, points, plan),
+        speed_ratios=ratios,
         failures=[
             Failed(role=role, phase=phase, kind=failure.kind, message=failure.message, count=count)
             for (role, phase, failure), count in measured.failures.most_common()

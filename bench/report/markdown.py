@@ -38,7 +38,7 @@ def render(report: Report) -> str:
     base, cand = report.systems["baseline"], report.systems["candidate"]
     parts = [
         f"# {cand.label} against {base.label}",
-        f"**{report.verdict.sentence}**",
+        f"**{report.verdict.sentence}**" + (f" {report.verdict.speed}" if report.verdict.speed else ""),
         f"Measured {report.created:%Y-%m-%d %H:%M} UTC in {report.duration_s:.0f} s on {_machine(report)}.",
     ]
     if report.warnings:

@@ -524,11 +524,13 @@ class Verdict(Model):
             so, it lies below 0, and p is below 5%; ``can't tell``: neither; None when accuracy was not measured.
         margin: the loss that would not matter, as a fraction of 1.
         sentence: what a reader should take away.
+        speed: the same of the candidate's speed; None where it has no ratio to the baseline's.
     """
 
     accuracy: Judgement | None
     margin: float
     sentence: str
+    speed: str | None = None
 
 
 class Report(Model):

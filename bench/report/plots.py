@@ -130,16 +130,18 @@ CURVES: tuple[tuple[str, str, Callable[[SpeedPoint], Distribution | None]], ...]
 
 
 def speed_curves(report: Report) -> list[tuple[str, str, str]]:
-    """Return (title, how to read it, SVG) for the latencies against throughput, a point a load; empty when nothing
-    counts tokens or requests."""
-    counted = all(point.output_tokens_per_s is not None for point in report.speed)
+    """Return (title, how to read it, SVG) for the latencies against throughput, a point a load: those of the sweep
+    where there is one."""
+    swept = [point for point in report.speed if point.load.kind in ("single", "saturation", "rate")]
+    points = swept or report.speed
+    counted = all(point.output_tokens_per_s is not None for point in points)
     unit = "output tokens/s" if counted else "requests/s"
     plots = []
     for title, label, pick in CURVES:
         figure, axes = _figure(4.3, 2.9)
         drawn = False
         for role in ROLES:
-            known = [(point, latency) for point in report.speed if point.role == role and (latency := pick(point))]
+            known = [(point, latency) for point in points if point.role == role and (latency := pick(point))]
             spots = [
                 ((point.output_tokens_per_s if counted else point.requests_per_s) or 0.0, latency, point)
                 for point, latency in known
@@ -195,10 +197,10 @@ CDFS: tuple[tuple[str, Callable[[SpeedPoint], Distribution | None]], ...] = (
 
 def cdf_plots(report: Report) -> list[tuple[str, str, str]]:
     """Return (title, how to read it, SVG) for the distributions of latencies under the first and the last load that
-    both systems were under."""
-    loads = [
-        load for load in report.loads if load.kind != "rate" and all(report.point(role, load.name) for role in ROLES)
-    ]
+    both systems were under; those of a sweep only where there are no others."""
+    both = [load for load in report.loads if all(report.point(role, load.name) for role in ROLES)]
+    loads = [load for load in both if load.kind in ("closed", "open")]
+    loads = loads or [load for load in both if load.kind != "rate"]
     plots = []
     for name, pick in CDFS:
         for load in dict.fromkeys([*loads[:1], *loads[-1:]]):

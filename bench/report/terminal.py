@@ -77,3 +77,5 @@ def show(report: Report, console: Console) -> None:
     if report.verdict.accuracy:
         console.print(f"{report.verdict.accuracy}: ", style="bold", end="", markup=False)
     console.print(report.verdict.sentence, markup=False, highlight=False)
+    if report.verdict.speed:
+        console.print(report.verdict.speed, markup=False, highlight=False)

@@ -17,6 +17,7 @@ from bench.report.model import (
     Role,
     Share,
     SpeedPoint,
+    SpeedRatio,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "ratio_interval",
     "sentence",
     "small_interval",
+    "speed_sentence",
 ]
 
 MINUS = "\u2212"
@@ -213,6 +215,32 @@ def sentence(found: Accuracy | None, margin: float, labels: dict[Role, str]) -> 
     if worse and len(found.tasks) > 1:
         text += f" Worse by {'itself' if len(worse) == 1 else 'themselves'}: {', '.join(worse)}."
     return text
+
+
+def speed_sentence(ratios: Sequence[SpeedRatio]) -> str | None:
+    """The verdict on speed in a sentence: time per token under the first load and throughput under the last; None where
+    neither has a ratio."""
+    first = next((r for name in ("tpot", "e2e") for r in ratios if r.metric == name), None)
+    last = next((r for r in reversed(ratios) if r.metric in ("output_tokens_per_s", "requests_per_s")), None)
+    said = []
+    if first:
+        what = "Time per token" if first.metric == "tpot" else "End-to-end latency"
+        said.append(f"{what} is {_compared(first, 'shorter', 'longer', below=True)} at {first.load}")
+    if last:
+        what = "output tokens/s" if last.metric == "output_tokens_per_s" else "requests/s"
+        name = "throughput" if first else "Throughput"
+        said.append(f"{name} ({what}) is {_compared(last, 'higher', 'lower', below=False)} at {last.load}")
+    return f"{', '.join(said)}." if said else None
+
+
+def _compared(found: SpeedRatio, better: str, worse: str, *, below: bool) -> str:
+    """A ratio in words, which claim a difference only where the interval leaves 1 out."""
+    if found.low is None or found.high is None:
+        return f"{ratio(found.ratio)} (no interval)"
+    shown = f"{ratio(found.ratio)}, 95%: {ratio_interval(found.low, found.high)}"
+    if found.low <= 1.0 <= found.high:
+        return f"not told apart ({shown})"
+    return f"{better if (found.high < 1.0) == below else worse} ({shown})"
 
 
 def partial_sentence(missing: Sequence[str], said: str | None) -> str:

@@ -102,7 +102,7 @@ def report(
 def second_version(found: Report) -> dict[str, Any]:
     """What a report of closed loops looked like in schema version 2."""
     data: dict[str, Any] = json.loads(found.model_dump_json()) | {"schema_version": 2}
-    del data["unfinished"], data["fidelity"], data["environment"]["commit"]
+    del data["unfinished"], data["fidelity"], data["environment"]["commit"], data["verdict"]["speed"]
     work = data["workload"]
     for name in work.keys() & {
         *("rates", "arrivals", "sweep", "sweep_concurrency", "duration_s", "ramp_s", "preset", "prompt_tokens"),

@@ -33,6 +33,7 @@ class Behaviour:
     tokens: int = 8
     per_chunk: int = 1
     text: Callable[[Body], str | None] = lambda body: None  # an answer to stream instead of counted tokens
+    whole: Callable[[Body], str] = lambda body: "x"  # the answer to a request that asks for no stream
     model: str = "fake"
     api_key: str | None = None
     usage: bool = True
@@ -125,6 +126,10 @@ class FakeServer:
             return True
         if status != 200:
             await self._json(writer, status, {"error": {"message": "out of luck"}})
+            return True
+        if not body.get("stream"):
+            message = {"role": "assistant", "content": want.whole(body)}
+            await self._json(writer, 200, {"choices": [{"message": message, "finish_reason": "stop"}]})
             return True
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)

@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -10,14 +14,16 @@ from typing import Any
 
 import pytest
 
+from bench import report as reports
 from bench.boot import Abort, Start
 from bench.inputs import Lengths
+from bench.report.json import read
 from bench.report.model import Report
 from bench.run import Plan
 from bench.session import Dataset, Settings, dataset, run
 from tests.bench.fake_server import Behaviour, FakeServer, serving
 from tests.bench.test_datasets import docvqa, picture, write
-from toolkit.errors import BenchError, ManifestError, ServerError
+from toolkit.errors import BenchError, ManifestError, MediaError, ServerError
 
 PLAN = Plan(
     concurrencies=(1, 2), requests=4, rounds=2, output_tokens=Lengths.fixed(4), image_sizes=((56, 56),), timeout_s=5.0
@@ -294,3 +300,240 @@ def test_comparing_a_thing_with_itself_is_doubted(
     assert any(words in warning for warning in report.warnings)
     labels = [report.systems["baseline"].label, report.systems["candidate"].label]
     assert [label.split(" ")[-1] for label in labels] == ["(baseline)", "(candidate)"]
+
+
+class Interrupting:
+    """Progress that presses Ctrl-C at a step of a phase."""
+
+    def __init__(self, phase: str, done: int) -> None:
+        self.at = phase, done
+
+    def __call__(self, phase: str, done: int, total: int, now: str) -> None:
+        if (phase, done) == self.at:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("phase", "done"), [("questions", 5), ("warm-up", 3), ("load", 1), ("load", 20)])
+def test_an_interrupted_run_is_partial_and_goes_on(
+    tmp_path: Path, dirs: tuple[Path, Path], phase: str, done: int
+) -> None:
+    chosen, out = settings(*dirs, questions(tmp_path)), tmp_path / "out"
+    behaviours = {name: Behaviour(text=echo, model=name) for name in ("fp16", "awq")}
+    first = Booter(tmp_path, **behaviours)
+    try:
+        cut = run(chosen, boot=first, write_demo=no_demo, progress=Interrupting(phase, done), out=out)
+    finally:
+        first.stack.close()
+    assert cut.status == "partial" and cut.unfinished
+    assert (cut.verdict.accuracy is None) == (phase == "questions")
+    assert not any(booted.alive for booted in first.booted)
+    reports.write(cut, out)
+    assert read(out) == cut
+    kept = (out / "run.jsonl").read_text().splitlines()
+    answered = sum('"kind":"answer"' in line for line in kept)
+    assert answered <= 12 and (phase == "questions" or answered == 12)
+
+    second = Booter(tmp_path, **behaviours)
+    whole = go(chosen, second, out=out, resume=True)
+    assert whole.status == "ok" and whole.unfinished == []
+    assert whole.accuracy is not None and whole.accuracy.overall.n == 6
+    assert {(p.role, p.concurrency, p.rounds) for p in whole.speed} == {
+        (r, c, 2) for r in ("baseline", "candidate") for c in (1, 2)
+    }
+    assert any("interrupted and went on" in warning for warning in whole.warnings)
+    reports.write(whole, out, force=True)
+    assert not (out / "run.jsonl").exists()
+
+
+def test_nothing_is_kept_of_a_run_that_measured_nothing(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
+    booter = Booter(tmp_path)
+    with booter.stack, pytest.raises(KeyboardInterrupt):
+        run(
+            settings(*dirs, "none"),
+            boot=booter,
+            write_demo=no_demo,
+            progress=Interrupting("warm-up", 1),
+            out=tmp_path / "out",
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def interrupted(tmp_path: Path, dirs: tuple[Path, Path]) -> tuple[Settings, Path]:
+    """A run that was interrupted after some questions."""
+    chosen, out = settings(*dirs, questions(tmp_path)), tmp_path / "out"
+    booter = Booter(tmp_path, fp16=Behaviour(text=echo, model="fp16"), awq=Behaviour(text=echo, model="awq"))
+    with booter.stack:
+        run(chosen, boot=booter, write_demo=no_demo, progress=Interrupting("questions", 4), out=out)
+    return chosen, out
+
+
+def test_another_command_does_not_go_on(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
+    chosen, out = interrupted(tmp_path, dirs)
+    for changed, words in (
+        (replace(chosen, seed=7), "--seed was 0, is 7"),
+        (replace(chosen, plan=replace(PLAN, rounds=3, rates=(2.0,))), "--rate was none, is 2; --rounds was 2, is 3"),
+        (replace(chosen, sources=chosen.sources | {"candidate": str(dirs[0])}), "--candidate was"),
+    ):
+        with pytest.raises(BenchError, match=re.escape(words)):
+            go(changed, Booter(tmp_path), out=out, resume=True)
+    file = tmp_path / "t.jsonl"
+    file.write_text(file.read_text().replace("say 0", "tell 0"))
+    with pytest.raises(BenchError, match="the questions' SHA-256 was"):
+        go(chosen, Booter(tmp_path), out=out, resume=True)
+
+
+def test_a_key_may_change_before_a_run_goes_on(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
+    chosen, out = interrupted(tmp_path, dirs)
+    assert go(replace(chosen, api_key="new"), Booter(tmp_path), out=out, resume=True).status == "ok"
+    assert "new" not in (out / "run.jsonl").read_text()
+
+
+def test_a_line_that_was_cut_is_measured_again_and_a_damaged_one_is_said(
+    tmp_path: Path, dirs: tuple[Path, Path]
+) -> None:
+    chosen, out = interrupted(tmp_path, dirs)
+    file = out / "run.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-40])
+    assert go(chosen, Booter(tmp_path), out=out, resume=True).status == "ok"
+    file.write_bytes(whole.replace(b'"kind":"answer"', b'"kind":"anser"', 1))
+    with pytest.raises(BenchError, match=r"run\.jsonl:2: damaged"):
+        go(chosen, Booter(tmp_path), out=out, resume=True)
+
+
+def test_there_must_be_something_to_go_on_with(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
+    with pytest.raises(BenchError, match="holds no interrupted run"):
+        go(settings(*dirs, questions(tmp_path)), Booter(tmp_path), out=tmp_path / "out", resume=True)
+
+
+def test_a_failed_run_goes_on_once_the_server_is_well(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
+    chosen, out = settings(*dirs, questions(tmp_path)), tmp_path / "out"
+    ill = Booter(tmp_path, fp16=Behaviour(text=echo, model="fp16", fail_after=4), awq=Behaviour(text=echo, model="awq"))
+    failed = go(chosen, ill, out=out)
+    assert failed.status == "failed" and failed.accuracy is None and failed.speed == []
+    well = Booter(tmp_path, fp16=Behaviour(text=echo, model="fp16"), awq=Behaviour(text=echo, model="awq"))
+    report = go(chosen, well, out=out, resume=True)
+    assert report.status == "ok" and report.failures == []
+    assert report.accuracy is not None and report.accuracy.overall.baseline.value == 1.0
+
+
+def test_fidelity_is_measured_on_ones_own_pictures(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for number, colour in enumerate(("red", "green", "blue")):
+        (mine / f"{number}.png").write_bytes(picture(colour)["bytes"])
+    says = {
+        name: Behaviour(whole=lambda body, answer=answer: answer, model=name)
+        for name, answer in (("fp16", "a square"), ("awq", "a square, perhaps"))
+    }
+    nothing = replace(PLAN, concurrencies=())
+    found = go(settings(*dirs, "none", images=mine, plan=nothing), Booter(tmp_path, **says))
+    assert found.status == "ok" and found.accuracy is None and found.speed == []
+    assert found.fidelity is not None
+    assert [item.id for item in found.fidelity.items] == ["0.png", "1.png", "2.png"]
+    assert {item.prompt for item in found.fidelity.items} == {"Describe this picture."}
+    assert found.fidelity.candidate.identical and found.fidelity.candidate.identical.value == 0.0
+    assert found.fidelity.noise and found.fidelity.noise.identical and found.fidelity.noise.identical.value == 1.0
+    assert any("fidelity: not measured: KL" in warning for warning in found.warnings)  # no prompt_logprobs
+    assert str(mine) in found.fidelity.source
+
+
+def test_a_picture_that_cannot_be_read_is_named_before_anything_boots(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "torn.png").write_bytes(picture("red")["bytes"][:40])
+    booter = Booter(tmp_path)
+    with pytest.raises(MediaError, match=r"torn\.png"):
+        go(settings(*dirs, "none", images=tmp_path / "mine"), booter)
+    assert booter.booted == []
+
+
+def test_a_clock_that_is_set_meanwhile_is_said_and_changes_no_figure(
+    tmp_path: Path, dirs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, began = time.time, time.time()
+    # Half a second into the run somebody sets the clock back by an hour.
+    monkeypatch.setattr(time, "time", lambda: real() - (3600.0 if real() - began > 0.5 else 0.0))
+    behaviour = Behaviour(text=echo, first_s=0.05)
+    report = go(settings(*dirs, questions(tmp_path)), Booter(tmp_path, fp16=behaviour))
+    assert any("the machine's clock moved by -3600 s" in warning for warning in report.warnings)
+    assert 0.5 < report.duration_s < 60
+    assert all(point.e2e_ms and 0 < point.e2e_ms.p50 < 60_000 for point in report.speed)
+
+
+def test_a_clock_that_is_not_set_is_not_mentioned(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
+    report = go(settings(*dirs, questions(tmp_path)), Booter(tmp_path))
+    assert not any("clock" in warning for warning in report.warnings)
+
+
+def test_copies_of_a_checkpoint_are_the_same_model(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(dirs[0], copy)
+    assert any(
+        "the same model" in w for w in go(settings(dirs[0], copy, questions(tmp_path)), Booter(tmp_path)).warnings
+    )
+    (copy / "model.safetensors").write_bytes(b"x" * 999 + b"y")
+    found = go(settings(dirs[0], copy, questions(tmp_path)), Booter(tmp_path))
+    assert not any("the same model" in warning for warning in found.warnings)
+
+
+def test_two_servers_with_one_models_name_are_doubted(tmp_path: Path) -> None:
+    with serving(Behaviour(model="qwen")) as a, serving(Behaviour(model="qwen")) as b:
+        report = go(settings(a.url, b.url, questions(tmp_path)), Booter(tmp_path))
+    assert any("both servers call their model qwen" in warning for warning in report.warnings)
+
+
+#: What a server may do wrong, and what comes of it: an outcome of the run, and words that say why.
+WRONGS: list[tuple[Behaviour, str]] = [
+    (Behaviour(status=429), "HTTP 429"),
+    (Behaviour(status=500), "HTTP 500"),
+    (Behaviour(raw=b"data: {broken\n\n"), "malformed"),
+    (Behaviour(raw=b"<html>welcome</html>"), "does the server stream"),
+    (Behaviour(close_after=2), "truncated"),
+    (Behaviour(finish=False, done=False), "truncated"),
+    (Behaviour(stall_after=1), "no complete answer within"),
+    (Behaviour(first_s=30.0), "no complete answer within"),
+]
+
+
+@pytest.mark.parametrize(("behaviour", "words"), WRONGS, ids=[words for _, words in WRONGS])
+@pytest.mark.parametrize("tasks", ["questions", "none"])
+def test_what_a_server_does_wrong_is_never_a_wrong_answer(
+    tmp_path: Path, dirs: tuple[Path, Path], behaviour: Behaviour, words: str, tasks: str
+) -> None:
+    asked = "none" if tasks == "none" else questions(tmp_path)
+    chosen = settings(*dirs, asked, plan=replace(PLAN, timeout_s=1.0))
+    report = go(chosen, Booter(tmp_path, awq=replace(behaviour, model="awq")))
+    assert report.status == "failed" and report.accuracy is None and report.speed == []
+    assert {failed.role for failed in report.failures} == {"candidate"}
+    assert any(words in f"{failed.kind}: {failed.message}" for failed in report.failures)
+    assert words in report.verdict.sentence
+
+
+def test_a_server_that_goes_away_under_load_fails_the_run(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
+    booter = Booter(tmp_path)
+
+    def progress(phase: str, done: int, total: int, now: str) -> None:
+        if phase == "load" and done == 6:
+            booter.stack.close()  # both servers are gone
+
+    report = run(settings(*dirs, "none"), boot=booter, write_demo=no_demo, progress=progress, out=tmp_path / "out")
+    assert report.status == "failed"
+    assert {failed.kind for failed in report.failures} <= {"connect", "truncated"}
+    assert "load, " in report.verdict.sentence
+
+
+def test_a_server_that_ignores_stream_options_is_measured_without_tokens(
+    tmp_path: Path, dirs: tuple[Path, Path]
+) -> None:
+    report = go(settings(*dirs, "none"), Booter(tmp_path, awq=Behaviour(model="awq", usage=False)))
+    assert report.status == "ok"
+    point = report.point("candidate", "2 in flight")
+    assert point and point.ttft_ms and point.tpot_ms is None and point.uncounted == point.requests
+    assert any("the candidate's server reports no token counts" in warning for warning in report.warnings)
+
+
+def test_empty_answers_are_wrong_answers_and_no_failures(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
+    empty = Behaviour(text=lambda body: None if body.get("ignore_eos") else "", model="awq")
+    report = go(settings(*dirs, questions(tmp_path)), Booter(tmp_path, fp16=Behaviour(text=echo), awq=empty))
+    assert report.status == "ok" and report.accuracy is not None
+    assert report.accuracy.overall.candidate.value == 0.0 and report.accuracy.overall.difference.lost == 6
