@@ -19,7 +19,7 @@ import psutil
 from serve import memory, state
 from serve.backend import require_vllm
 from serve.gemm import servable
-from serve.log import Phases, decisive_lines, explain
+from serve.log import Phases, decisive_lines, explain, read_from
 from serve.lora import check_lora
 from serve.options import ServeOptions
 from serve.server import DIE_WITH
@@ -51,6 +51,8 @@ class Server:
     #: Seconds from start to ready.
     boot_seconds: float
     api_key: str | None = field(default=None, repr=False)
+    #: Bytes at the log's beginning that tell of earlier starts.
+    log_start: int = 0
     _state: state.ServerState = field(repr=False, kw_only=True)
     _process: subprocess.Popen[bytes] = field(repr=False, kw_only=True)
 
@@ -143,6 +145,7 @@ def start(
     with state.locked("start", "servers"):
         _refuse_taken_port(options)
         log = _new_log(options.port, keep=restarts > 0)
+        log_start = log.stat().st_size
         environment = options.environment(os.environ, name, began=began, restarts=restarts)
         process = _spawn(options.arguments(served, name), environment, log, attached)
         running = state.ServerState(
@@ -162,7 +165,7 @@ def start(
         )
     try:
         state.save(running)
-        _wait_until_ready(process, running, options, began, on_phase)
+        _wait_until_ready(process, running, options, began, on_phase, log_start)
         running = replace(running, ready=True)
         state.save(running)
     except BaseException:
@@ -180,6 +183,7 @@ def start(
         checkpoint=directory,
         boot_seconds=time.monotonic() - began,
         api_key=options.api_key,
+        log_start=log_start,
         _state=running,
         _process=process,
     )
@@ -275,8 +279,9 @@ def _wait_until_ready(
     options: ServeOptions,
     began: float,
     on_phase: OnPhase | None,
+    log_start: int,
 ) -> None:
-    phases = Phases(Path(running.log), start=Path(running.log).stat().st_size if running.restarts else 0)
+    phases = Phases(Path(running.log), start=log_start)
     said: dict[str, Any] | None = None
     with httpx.Client(base_url=running.url, timeout=10, trust_env=False) as client:
         for _ in _until(began + options.timeout):
@@ -284,7 +289,7 @@ def _wait_until_ready(
             if on_phase is not None:
                 on_phase(phase, time.monotonic() - began)
             if process.poll() is not None:
-                raise explain(Path(running.log), process.returncode, phase)
+                raise explain(Path(running.log), process.returncode, phase, log_start)
             said = readiness(client)
             if said is not None and said["ready"]:
                 return
@@ -318,8 +323,7 @@ def _status(known: state.ServerState) -> Status:
     reason = None
     if not alive:
         kind = "restarting" if known.supervised else "dead"
-        with contextlib.suppress(OSError):
-            reason = "; ".join(decisive_lines(Path(known.log).read_text(errors="replace"), limit=2))
+        reason = "; ".join(decisive_lines(read_from(Path(known.log)), limit=2)) or None
     elif not known.ready:
         kind = "booting"
     else:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from toolkit.errors import QvlError, ResourceError, ServerError
 
-__all__ = ["Phases", "cap", "decisive_lines", "explain", "follow"]
+__all__ = ["Phases", "cap", "decisive_lines", "explain", "follow", "read_from"]
 
 #: "(EngineCore pid=12) ERROR 11-23 04:45:07 [core.py:1120] message" -> "message".
 _LEVEL = r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[[^\]]*\] ?"
@@ -61,6 +61,15 @@ class Phases:
                 if mark in line:
                     self.current = phase
         return self.current
+
+
+def read_from(log: Path, start: int = 0, most: int = 4 << 20) -> str:
+    """Return what a log holds after its first `start` bytes (all of it where it was cut since), the last `most`."""
+    with contextlib.suppress(OSError), log.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        stream.seek(max(start if start <= size else 0, size - most))
+        return stream.read().decode(errors="replace")
+    return ""
 
 
 def follow(log: Path, while_true: Callable[[], bool]) -> Iterator[str]:
@@ -176,15 +185,16 @@ _REMEDIES = (
 _SIGKILL, _SIGILL = -9, -4
 
 
-def explain(log: Path, returncode: int | None, phase: str) -> QvlError:
+def explain(log: Path, returncode: int | None, phase: str, start: int = 0) -> QvlError:
     """Return the error to raise for a vLLM that died while booting.
 
     Args:
         log: its log file.
         returncode: as subprocess gives it, negative for a signal; None when unknown.
         phase: what it was doing.
+        start: bytes at the log's beginning that tell of an earlier boot.
     """
-    text = log.read_text(errors="replace")
+    text = read_from(log, start)
     lines = decisive_lines(text)
     joined = "\n".join(lines)
     remedy = next((advice for pattern, advice in _REMEDIES if pattern.search(joined)), None)

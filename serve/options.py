@@ -41,6 +41,7 @@ _OWN_FLAGS = {
     "--api-key": "--api-key",
     "--host": "--host",
     "--log-config-file": "--log-format",
+    "--logging-config": "--log-format",
     "--lora-modules": "--lora",
     "--model": "MODEL",
     "--port": "--port",

@@ -25,7 +25,7 @@ import psutil
 
 from serve.jsonlog import line
 from serve.lifecycle import OnPhase, Server, readiness, start
-from serve.log import cap, decisive_lines
+from serve.log import cap, decisive_lines, read_from
 from serve.options import ServeOptions
 from toolkit import errors
 from toolkit.errors import QvlError, ServerError
@@ -59,6 +59,8 @@ class Supervised(Protocol):
     url: str
     pid: int
     log: Path
+    #: Bytes at the log's beginning that tell of earlier starts.
+    log_start: int
 
     def running(self) -> bool:
         """Whether its process still runs."""
@@ -143,15 +145,8 @@ class Supervisor:
                     return f"{said['reason']}, {said['failures']} times in a row: it hangs"
                 if asked_at - heard_at > self.silence and server.running():
                     return f"nothing has answered at {server.url}/ready for {asked_at - heard_at:.0f} s: it hangs"
-        lines = "; ".join(decisive_lines(_tail(server.log), limit=2))
+        lines = "; ".join(decisive_lines(read_from(server.log, server.log_start), limit=2))
         return f"vLLM ended by itself (exit status {server.wait()}): {lines}"
-
-
-def _tail(log: Path, size: int = 1 << 20) -> str:
-    with contextlib.suppress(OSError), log.open("rb") as stream:
-        stream.seek(max(0, log.stat().st_size - size))
-        return stream.read().decode(errors="replace")
-    return ""
 
 
 def _reap(server: int) -> None:

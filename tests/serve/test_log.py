@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.log import Phases, decisive_lines, explain, follow
+from serve.log import Phases, cap, decisive_lines, explain, follow
 from toolkit.errors import QvlError, ResourceError, ServerError
 
 LOGS = Path(__file__).parent / "logs"
@@ -125,3 +125,48 @@ def test_follow_until_the_end(tmp_path: Path) -> None:
         return False
 
     assert list(follow(log, ended)) == ["last"]
+
+
+def test_a_log_is_cut_when_it_has_grown(tmp_path: Path) -> None:
+    log = tmp_path / "8000.log"
+    with log.open("ab", buffering=0) as writer:  # as a server holds it
+        writer.write(b"a" * 90 + b"\n")
+        cap(log, 100)
+        assert log.stat().st_size == 91
+        writer.write(b"b" * 20 + b"\n")
+        cap(log, 100)
+        assert log.read_bytes() == b""
+        assert (tmp_path / "8000.log.1").stat().st_size == 112
+        writer.write(b"c\n")
+        assert log.read_bytes() == b"c\n"
+    cap(tmp_path / "none.log", 1)
+
+
+def test_following_goes_on_after_the_cut(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("old\n" * 50)
+
+    def write(text: str) -> None:
+        with log.open("a") as stream:
+            stream.write(text)
+
+    steps = iter([lambda: write("new\n"), lambda: cap(log, 10), lambda: write("after\n")])
+
+    def more() -> bool:
+        step = next(steps, None)
+        if step is not None:
+            step()
+        return step is not None
+
+    lines = list(follow(log, while_true=more))
+    assert lines[0] == "new" and lines[-1] == "after"
+
+
+def test_phases_of_a_second_boot_in_the_same_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("Application startup complete\n")
+    phases = Phases(log, start=log.stat().st_size)
+    assert phases.update() == "importing vLLM"
+    with log.open("a") as stream:
+        stream.write("Starting to load model\n")
+    assert phases.update() == "loading weights"

@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -113,3 +115,41 @@ def test_locks_exclude_one_another() -> None:
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_setting_the_clock_moves_no_process(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a process began is counted from the machine's start, so a server is known after the clock was set."""
+    known = start(18140)
+    assert 0 < known.created < time.clock_gettime(time.CLOCK_BOOTTIME)
+    for jump in (-86_400.0, 86_400.0 * 365):
+        wrong = time.time() + jump
+        monkeypatch.setattr(time, "time", lambda wrong=wrong: wrong)
+        assert known.alive and 0 <= known.uptime < 600
+        assert len(state.group_members(known)) == 2
+        monkeypatch.undo()
+    with pytest.raises(psutil.NoSuchProcess):
+        state.process_start(2**22 + 1)
+
+
+def test_a_supervisor_is_asked_first_and_killed_if_it_does_not_heed(start: Start) -> None:
+    keeper = start(18141)
+    known = replace(start(18140), supervisor=keeper.pid, supervisor_created=keeper.created)
+    assert known.supervised
+    state.end_supervisor(known, grace=5)
+    assert not known.supervised and known.alive
+    state.end_supervisor(known, grace=5)  # it is gone: nothing to do
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        known = replace(known, supervisor=process.pid, supervisor_created=state.process_start(process.pid))
+        state.end_supervisor(known, grace=0.3)
+        assert process.wait(timeout=5) == -signal.SIGKILL
+
+
+def test_a_supervisor_forgets_what_it_started_last(start: Start) -> None:
+    first = replace(start(18140), supervisor=os.getpid(), supervisor_created=state.process_start(os.getpid()))
+    state.save(replace(start(18140), supervisor=os.getpid(), supervisor_created=first.supervisor_created))
+    state.remove(first)  # it holds the one before the last restart
+    assert state.load(18140) is None

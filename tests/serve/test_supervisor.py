@@ -30,6 +30,7 @@ class Fake:
     looks: int = 0
     url: str = "http://127.0.0.1:9"
     pid: int = 0
+    log_start: int = 0
     calls: list[str] = field(default_factory=list)
 
     def running(self) -> bool:
@@ -86,6 +87,16 @@ def test_it_restarts_with_longer_waits_and_gives_up_loudly(log: Path, waits: lis
     assert "died 5 times" in message and "exit status 3" in message
     assert "RuntimeError: the cause" in message and str(log) in message
     assert len(said) == 8 and "restart 1" in said[0] and "back at" in said[1]
+
+
+def test_each_death_has_its_own_cause(log: Path) -> None:
+    said: list[str] = []
+    servers = [Fake(log), Fake(log, log_start=log.stat().st_size)]
+    with log.open("a") as stream:
+        stream.write("ValueError: another one\n")
+    with pytest.raises(GaveUp, match="ValueError: another one") as caught:
+        keep(lambda restarts: servers[restarts], said, restarts=1).run()
+    assert "the cause" in said[0] and "RuntimeError: the cause" not in str(caught.value)
 
 
 def test_no_restarts(log: Path, waits: list[float]) -> None:
