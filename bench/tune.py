@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.boot import Abort, Start, booted
-from bench.client import Trace, ask
+from bench.client import ChatRequest, Trace, ask
 from bench.endpoint import Endpoint, discover, http_client
 from bench.inputs import ImageSize, SpeedInputs
 from bench.load import Block, closed_loop
 from bench.metrics import summarise
+from bench.tasks import load_questions
 from toolkit.errors import BenchError, QvlError
 
 __all__ = ["FP16", "Journal", "Measure", "Trial", "TunePlan", "table_rows", "tune"]
@@ -44,6 +45,7 @@ class TunePlan:
         requests: measured requests a load, at least three times as many as are in flight.
         output_tokens: exact length of each answer.
         image_sizes: pictures of the requests, in turn.
+        questions: file of questions that are asked instead; answers then end by themselves, or at ``output_tokens``.
         timeout_s: seconds a request may take.
     """
 
@@ -51,6 +53,7 @@ class TunePlan:
     requests: int = 64
     output_tokens: int = 128
     image_sizes: tuple[ImageSize, ...] = ((448, 448),)
+    questions: str | None = None
     timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
@@ -140,15 +143,40 @@ def measure_load(end: Endpoint, plan: TunePlan, concurrency: int) -> dict[str, f
     return asyncio.run(_measure(end, plan, concurrency))
 
 
+#: (what for, count, model) -> that many bodies of requests.
+Bodies = Callable[[str, int, str], list[bytes]]
+
+
+def _made(plan: TunePlan) -> Bodies:
+    """Requests that no server has seen before."""
+    return SpeedInputs(secrets.token_hex(8), plan.image_sizes, plan.output_tokens).bodies
+
+
+def _asked(plan: TunePlan, concurrency: int) -> Bodies:
+    """The questions in turn, from another place for every load and use, the same for all candidates."""
+    questions = load_questions(Path(plan.questions or ""))
+
+    def bodies(name: str, count: int, model: str) -> list[bytes]:
+        start = int.from_bytes(hashlib.sha256(f"{name}/{concurrency}".encode()).digest()[:4], "big")
+        chosen = [questions[(start + index) % len(questions)] for index in range(count)]
+        pictures = [tuple(picture.data_url() for picture in each.pictures) for each in chosen]
+        return [
+            ChatRequest(each.question, shown, plan.output_tokens).body(model)
+            for each, shown in zip(chosen, pictures, strict=True)
+        ]
+
+    return bodies
+
+
 async def _measure(end: Endpoint, plan: TunePlan, concurrency: int) -> dict[str, float]:
-    inputs = SpeedInputs(secrets.token_hex(8), plan.image_sizes, plan.output_tokens)
+    bodies = _asked(plan, concurrency) if plan.questions else _made(plan)
     async with http_client(end.url, end.api_key, timeout_s=plan.timeout_s, connections=concurrency) as http:
 
         async def send(body: bytes, due: float) -> Trace:
             return await ask(http, body, timeout_s=plan.timeout_s, scheduled=due)
 
         async def block(name: str, count: int, in_flight: int) -> Block:
-            found = await closed_loop(send, inputs.bodies(name, count, end.model), in_flight)
+            found = await closed_loop(send, bodies(name, count, end.model), in_flight)
             if found.failed:
                 failure = found.failed[0].failure
                 said = failure.message if failure else ""

@@ -36,6 +36,10 @@ def tune(
     ] = 64,
     output_tokens: Annotated[int, typer.Option(help="Exact length of answers.")] = 128,
     image_sizes: Annotated[str, typer.Option(help="Pictures, WIDTHxHEIGHT,... or text.")] = "448x448",
+    questions: Annotated[
+        Path | None,
+        typer.Option(help="FILE.jsonl of questions to ask instead; then guesses from n-grams are tried too."),
+    ] = None,
     only: Annotated[str | None, typer.Option(help="Candidates to try, by name, with commas.")] = None,
     lossy: Annotated[bool, typer.Option("--lossy", help="Try settings that change answers: KV cache in fp8.")] = False,
     tp: Annotated[int, typer.Option(help="GPUs that split the weights.")] = 1,
@@ -74,9 +78,9 @@ def tune(
     checkpoint = Checkpoint.open(resolve(model))
     parallel = Parallel(tp=tp)
     parallel.check(checkpoint, where)
-    plan = TunePlan(_concurrencies(concurrency), requests, output_tokens, parse_sizes(image_sizes))
+    plan = TunePlan(_concurrencies(concurrency), requests, output_tokens, parse_sizes(image_sizes), _file(questions))
     key = key_for(checkpoint, where, tp)
-    tried = candidates(where, key.card, checkpoint.quantization is not None, lossy)
+    tried = candidates(where, key.card, checkpoint.quantization is not None, text=questions is not None, lossy=lossy)
     if only is not None:
         names = only.split(",")
         if unknown := [name for name in names if name not in tried]:
@@ -128,6 +132,16 @@ def tune(
             raise typer.Exit(3)
 
 
+def _file(questions: Path | None) -> str | None:
+    """Return the file's absolute path, having read it once: a line that is no question is found before any boot."""
+    if questions is None:
+        return None
+    from bench.tasks import load_questions
+
+    load_questions(questions)
+    return str(questions.resolve())
+
+
 def _free_port() -> int:
     from bench.boot import free_ports
 
@@ -174,9 +188,15 @@ def _profile(key: Key, plan: TunePlan, journal: Journal, settings: dict[str, dic
     import sys
 
     measured = {name for load in loads for name in load.figures}
+    sizes = ", ".join("text" if size is None else f"{size[0]}x{size[1]}" for size in plan.image_sizes)
+    made = f"{plan.output_tokens} output tokens, pictures of {sizes}"
+    asked = (
+        f"questions of {Path(plan.questions).name}, {plan.output_tokens} output tokens at most"
+        if plan.questions
+        else ""
+    )
     provenance = {
-        "what": f"closed loop, {plan.output_tokens} output tokens, pictures of "
-        + ", ".join("text" if size is None else f"{size[0]}x{size[1]}" for size in plan.image_sizes),
+        "what": f"closed loop, {asked or made}",
         "when": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": command_line(sys.argv[1:]),
         "versions": versions(),

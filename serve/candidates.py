@@ -19,16 +19,20 @@ DEFAULT = "vllm"
 _HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
 
 
-def candidates(backend: Backend, card: str, quantized: bool, lossy: bool = False) -> dict[str, Settings]:
+def candidates(
+    backend: Backend, card: str, quantized: bool, *, text: bool = False, lossy: bool = False
+) -> dict[str, Settings]:
     """Return settings worth trying, by name, vLLM's own first.
 
-    On a GPU: the kernels beside vLLM's own choice, graphs and schedules for few or for many requests, guesses from the
-    prompt's n-grams. On a CPU there is one kernel and no graph: sequences and tokens of a step, and compiling.
+    On a GPU: the kernels beside vLLM's own choice, graphs and schedules for few or for many requests. On a CPU there is
+    one kernel and no graph: sequences and tokens of a step, and compiling.
 
     Args:
         backend: where the server computes.
         card: the GPU's name.
         quantized: whether the weights are packed.
+        text: whether real questions are asked; only then can guesses from n-grams be judged. Made requests are answered
+            beyond their end, which repeats itself, so any guess comes true.
         lossy: also settings that change answers, such as keys and values in 8 bits.
     """
     found = {DEFAULT: Settings()}
@@ -37,7 +41,8 @@ def candidates(backend: Backend, card: str, quantized: bool, lossy: bool = False
         found["many-sequences"] = Settings(max_num_seqs=16)
         found["short-steps"] = Settings(max_num_batched_tokens=512)
         found["compiled"] = Settings(compile=True)
-        found["ngram"] = Settings(ngram=3)
+        if text:
+            found["ngram"] = Settings(ngram=3)
         return found
     kernels: list[str | None] = [None]
     if quantized:
@@ -52,7 +57,8 @@ def candidates(backend: Backend, card: str, quantized: bool, lossy: bool = False
         found[f"{prefix}throughput"] = Settings(kernel=kernel, performance_mode="throughput")
         found[f"{prefix}long-steps"] = Settings(kernel=kernel, max_num_batched_tokens=16384)
         found[f"{prefix}full-graphs"] = Settings(kernel=kernel, cudagraph_mode="FULL_DECODE_ONLY")
-        found[f"{prefix}ngram"] = Settings(kernel=kernel, ngram=3)
+        if text:
+            found[f"{prefix}ngram"] = Settings(kernel=kernel, ngram=3)
     found["synchronous"] = Settings(async_scheduling=False)
     found["no-caches"] = Settings(prefix_caching=False, mm_cache_gb=0)
     if lossy:

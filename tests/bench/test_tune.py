@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,6 +211,22 @@ def test_a_load_on_a_server_of_known_speed() -> None:
     assert found["tpot_ms"] > 9.9 and found["ttft_ms"] > 19.9
 
 
+def test_questions_are_the_same_for_all_and_answered_to_their_end(tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    lines = [
+        {"id": str(i), "task": "t", "question": f"Question {i}?", "images": [], "answers": ["a"]} for i in range(9)
+    ]
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    plan = TunePlan(concurrencies=(2,), requests=6, output_tokens=8, questions=str(file))
+    seen = []
+    for _ in range(2):
+        with serving(Behaviour()) as server:
+            module.measure_load(Endpoint(server.url, "fake"), plan, 2)
+            assert not any(body.get("ignore_eos") for body in server.bodies)
+            seen.append(sorted(str(body["messages"]) for body in server.bodies))
+    assert seen[0] == seen[1] and len(set(seen[0])) > 4
+
+
 def test_a_load_that_fails() -> None:
     plan = TunePlan(concurrencies=(1,), requests=3, output_tokens=8, image_sizes=(None,))
     with serving(Behaviour(fail_after=4)) as server, pytest.raises(BenchError, match=r"requests failed at 1 in flight"):
@@ -220,7 +237,8 @@ class TestCandidates:
     def test_hopper(self) -> None:
         found = catalogue.candidates("gpu", "NVIDIA H100 80GB HBM3", True)
         assert next(iter(found)) == "vllm" and found["vllm"] == Settings()
-        assert found["marlin"].kernel == "marlin" and found["ngram"].ngram == 3
+        assert found["marlin"].kernel == "marlin" and "ngram" not in found
+        assert catalogue.candidates("gpu", "NVIDIA H100", True, text=True)["marlin-ngram"].ngram == 3
         assert not [s for s in found.values() if s.kv_cache_dtype]  # changes answers
         assert "fp8-cache" in catalogue.candidates("gpu", "NVIDIA H100", True, lossy=True)
 
@@ -234,7 +252,7 @@ class TestCandidates:
 
     @pytest.mark.parametrize("backend", ["cpu", "gpu"])
     def test_all_differ(self, backend: Any) -> None:
-        found = list(catalogue.candidates(backend, "H100", True, lossy=True).values())
+        found = list(catalogue.candidates(backend, "H100", True, text=True, lossy=True).values())
         assert all(a != b for i, a in enumerate(found) for b in found[:i])
 
 
@@ -276,6 +294,8 @@ class TestVerb:
         assert "--concurrency" in self.refusal("demo", "--concurrency", "none")
         assert "don't divide by 3" in self.refusal("demo", "--tp", "3")
         assert "no such directory" in self.refusal("/nowhere")
+        assert "no such file of questions" in self.refusal("demo", "--questions", "/nowhere.jsonl")
+        assert "--only ngram: no such candidate" in self.refusal("demo", "--only", "ngram")
 
     def test_a_gpu_that_others_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("serve.backend.require_vllm", lambda backend: "0.32.0")
@@ -288,7 +308,7 @@ class TestVerb:
             raise ServerError("vLLM died")
 
         monkeypatch.setattr("serve.lifecycle.start", start)
-        said = self.refusal("demo", "--backend", "cpu", "--only", "vllm,ngram", "--fp16", "demo")
-        assert said == "nothing was measured: vllm: vLLM died\nngram: vLLM died\nfp16: vLLM died"
+        said = self.refusal("demo", "--backend", "cpu", "--only", "vllm,compiled", "--fp16", "demo")
+        assert said == "nothing was measured: vllm: vLLM died\ncompiled: vLLM died\nfp16: vLLM died"
         said = self.refusal("demo", "--backend", "cpu", "--only", "few-sequences", "--minutes", "0")
         assert said == "nothing was measured: the time was up before the first load"
