@@ -36,6 +36,8 @@ from serve.supervisor import stopped_by_signals
 
 __all__ = ["FAULTS", "Result", "Watched", "detached", "observe"]
 
+#: Seconds that a client waits for the next bytes.
+_PATIENCE = 60.0
 KEY = "faults-key-1"
 NEW_KEY = "faults-key-2"
 _FAKETIME = Path(f"/usr/lib/{platform.machine()}-linux-gnu/faketime/libfaketimeMT.so.1")
@@ -124,7 +126,7 @@ class _Seen:
 async def _client(server: Watched, seen: list[_Seen], until: Callable[[], bool], key: Callable[[], str]) -> None:
     """Ask about a picture again and again, on a connection that is kept, as the openai package does without retries."""
     number = 0
-    async with httpx.AsyncClient(base_url=server.url, timeout=30, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=_PATIENCE, trust_env=False) as client:
         name = server.known.model_name
         while not until():
             number += 1

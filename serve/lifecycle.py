@@ -19,6 +19,7 @@ import psutil
 from serve import memory, state
 from serve.backend import require_vllm
 from serve.gemm import servable
+from serve.guard_keys import read_keys
 from serve.log import Phases, decisive_lines, explain, read_from
 from serve.lora import check_lora
 from serve.options import ServeOptions
@@ -129,7 +130,7 @@ def start(
         restarts: how often that has happened; the log is then continued.
 
     Raises CheckpointError for a model that can't be used, ResourceError for too little memory, ServerError for a port
-    that is taken and for a vLLM that dies or does not answer in time. No process is left behind then.
+    that is taken, for a file of keys that can't be read, and for a vLLM that dies or does not answer in time. No process is left behind then.
     """
     began = time.monotonic()
     require_vllm("gpu" if options.on_gpu else "cpu")
@@ -138,6 +139,8 @@ def start(
     checkpoint = Checkpoint.open(directory)
     name = options.name_for(directory)
     options.arguments(checkpoint, name)  # a setting that does not suit the model is refused before anything is repacked
+    if options.guard is not None and options.guard.api_key_file is not None:
+        read_keys(Path(options.guard.api_key_file))
     for lora in options.loras:
         check_lora(lora, checkpoint)
     memory.check(checkpoint, options)

@@ -59,7 +59,7 @@ def test_overflow_stops_the_boot_and_names_what_helps(tmp_path: Path, questions:
 class LongAnswer:
     """A streamed answer of many tokens, read in a thread."""
 
-    def __init__(self, url: str, tokens: int = 600) -> None:
+    def __init__(self, url: str, tokens: int = 300) -> None:
         self.finish: str | None = None
         self.begun = threading.Event()
         self._body = {"model": "demo", "max_tokens": tokens, "ignore_eos": True, "stream": True}
@@ -70,7 +70,9 @@ class LongAnswer:
 
     def _read(self) -> None:
         body: dict[str, Any] = {**self._body, "messages": [{"role": "user", "content": "Count."}]}
-        with httpx.stream("POST", f"{self._url}/v1/chat/completions", json=body, timeout=60, trust_env=False) as answer:
+        with httpx.stream(
+            "POST", f"{self._url}/v1/chat/completions", json=body, timeout=150, trust_env=False
+        ) as answer:
             for line in answer.iter_lines():
                 if found := re.search(r'"finish_reason":"(\w+)"', line):
                     self.finish = found[1]
@@ -84,7 +86,7 @@ class LongAnswer:
 
 def test_a_detached_server_drains(cache: Path) -> None:
     port = free_port()
-    started = qvl("serve", "demo", "--detach", "--port", str(port), "--log-format", "json")
+    started = qvl("serve", "demo", "--detach", "--port", str(port), "--log-format", "json", "--drain", "2m")
     assert started.returncode == 0 and started.stdout.startswith(f"ready: demo at http://127.0.0.1:{port}/v1"), started
     known = state.load(port)
     assert known is not None and known.supervised
@@ -108,7 +110,7 @@ def test_a_detached_server_drains(cache: Path) -> None:
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
         assert int(refused.headers["retry-after"]) > 0 and refused.headers["connection"] == "close"
         assert long.join() == "length"
-        assert stopping.wait(timeout=60) == 0
+        assert stopping.wait(timeout=150) == 0
         assert gone(members, within=0.5) and not known.supervised and state.load(port) is None
     finally:
         qvl("stop", "--port", str(port), "--now")
@@ -129,7 +131,10 @@ def test_as_the_first_process_of_a_container(tmp_path: Path) -> None:
     environment = {**os.environ, "QVL_CACHE": str(tmp_path)}
     with (tmp_path / "output").open("w") as output:
         outer = subprocess.Popen(
-            [*command, "serve", "demo", "--port", str(port)], stdout=output, stderr=output, env=environment
+            [*command, "serve", "demo", "--port", str(port), "--drain", "2m"],
+            stdout=output,
+            stderr=output,
+            env=environment,
         )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -150,7 +155,7 @@ def test_as_the_first_process_of_a_container(tmp_path: Path) -> None:
         long = LongAnswer(url)
         first.send_signal(signal.SIGTERM)
         assert long.join() == "length"
-        assert outer.wait(timeout=60) == 0, (tmp_path / "output").read_text()
+        assert outer.wait(timeout=150) == 0, (tmp_path / "output").read_text()
         assert len(everybody) >= 2 and gone(everybody, within=1)
     finally:
         outer.kill()

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from serve import lifecycle, state
+from serve.limits import Limits
 from serve.options import ServeOptions
 from tests.serve.conftest import Start
 from tests.serve.test_memory import sparse
@@ -62,6 +63,17 @@ def test_not_enough_memory_is_seen_before_anything_starts(tmp_path: Path, free: 
 def test_setting_that_does_not_suit_the_model(free: int) -> None:
     with pytest.raises(ServerError, match="has 4096 positions"):
         lifecycle.start("demo", ServeOptions(port=free, max_model_len=100_000))
+
+
+def test_a_file_of_keys_is_read_before_the_boot(free: int, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    options = ServeOptions(port=free, guard=Limits(api_key_file=str(keys)))
+    with pytest.raises(ServerError, match="can't be read"):
+        lifecycle.start("demo", options)
+    keys.write_text("# none yet\n")
+    with pytest.raises(ServerError, match="holds no key"):
+        lifecycle.start("demo", options)
+    assert state.load_all() == []
 
 
 def test_stop_and_status_of_what_is_not_there(start: Start) -> None:
