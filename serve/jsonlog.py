@@ -65,9 +65,12 @@ _CONFIG: Mapping[str, Any] = {
 
 def write_config(path: Path) -> Path:
     """Write the logging configuration that VLLM_LOGGING_CONFIG_PATH is to name; returns its path."""
+    text = json.dumps(_CONFIG, indent=1)
+    if path.exists() and path.read_text() == text:
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(_CONFIG, indent=1))
+    temporary.write_text(text)
     temporary.replace(path)
     return path
 

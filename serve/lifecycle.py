@@ -25,7 +25,7 @@ from serve.lora import check_lora
 from serve.options import ServeOptions
 from serve.server import DIE_WITH
 from toolkit.checkpoint import Checkpoint, resolve
-from toolkit.errors import ServerError
+from toolkit.errors import ResourceError, ServerError
 from toolkit.paths import cache_dir
 
 __all__ = ["OnPhase", "Server", "Status", "readiness", "start", "status", "statuses", "stop"]
@@ -129,8 +129,9 @@ def start(
         supervised: this process will start it again when it dies; see `serve.supervisor`.
         restarts: how often that has happened; the log is then continued.
 
-    Raises CheckpointError for a model that can't be used, ResourceError for too little memory, ServerError for a port
-    that is taken, for a file of keys that can't be read, and for a vLLM that dies or does not answer in time. No process is left behind then.
+    Raises CheckpointError for a model that can't be used, ResourceError for too little memory or disk, ServerError for
+    a port that is taken, a file of keys that can't be read, and a vLLM that dies or does not answer in time. No
+    process is left behind then.
     """
     began = time.monotonic()
     require_vllm("gpu" if options.on_gpu else "cpu")
@@ -145,38 +146,39 @@ def start(
         check_lora(lora, checkpoint)
     memory.check(checkpoint, options)
     served = servable(checkpoint)
-    with state.locked("start", "servers"):
-        _refuse_taken_port(options)
-        log = _new_log(options.port, keep=restarts > 0)
-        log_start = log.stat().st_size
-        environment = options.environment(os.environ, name, began=began, restarts=restarts)
-        process = _spawn(options.arguments(served, name), environment, log, attached)
-        running = state.ServerState(
-            port=options.port,
-            pid=process.pid,
-            created=state.process_start(process.pid),
-            url=options.url,
-            model_name=name,
-            checkpoint=str(directory.resolve()),
-            served=str(served.path.resolve()),
-            backend=str(options.backend),
-            log=str(log),
-            drain=options.drain,
-            supervisor=os.getpid() if supervised else None,
-            supervisor_created=state.process_start(os.getpid()) if supervised else 0.0,
-            restarts=restarts,
-        )
     try:
-        state.save(running)
+        with state.locked("start", "servers"):
+            _refuse_taken_port(options)
+            log = _new_log(options.port, keep=restarts > 0)
+            log_start = log.stat().st_size
+            environment = options.environment(os.environ, name, began=began, restarts=restarts)
+            process = _spawn(options.arguments(served, name), environment, log, attached)
+            running = state.ServerState(
+                port=options.port,
+                pid=process.pid,
+                created=state.process_start(process.pid),
+                url=options.url,
+                model_name=name,
+                checkpoint=str(directory.resolve()),
+                served=str(served.path.resolve()),
+                backend=str(options.backend),
+                log=str(log),
+                drain=options.drain,
+                supervisor=os.getpid() if supervised else None,
+                supervisor_created=state.process_start(os.getpid()) if supervised else 0.0,
+                restarts=restarts,
+            )
+            with _ended_on_error(running, process):
+                _save(running)
+    except OSError as error:
+        raise ResourceError(
+            f"{cache_dir('servers')} can't be written ({error.strerror or error}). Free some space, or set QVL_CACHE."
+        ) from error
+    with _ended_on_error(running, process):
         _wait_until_ready(process, running, options, began, on_phase, log_start)
         running = replace(running, ready=True)
-        state.save(running)
-    except BaseException:
-        state.end_group(running, grace=0)
-        process.wait()
-        if restarts == 0:
-            state.remove(running)  # otherwise its supervisor goes on, and must be found
-        raise
+        with contextlib.suppress(OSError):
+            state.save(running)
     return Server(
         url=options.url,
         port=options.port,
@@ -250,6 +252,28 @@ def _new_log(port: int, keep: bool = False) -> Path:
         log.replace(log.with_suffix(".log.1"))
     log.touch(mode=0o600)
     return log
+
+
+def _save(running: state.ServerState) -> None:
+    """Write down a server. A restart goes on without: its supervisor is written down, and a full disk is no reason."""
+    try:
+        state.save(running)
+    except OSError:
+        if running.restarts == 0:
+            raise
+
+
+@contextlib.contextmanager
+def _ended_on_error(running: state.ServerState, process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Leave no process behind when the block fails or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        state.end_group(running, grace=0)
+        process.wait()
+        if running.restarts == 0:
+            state.remove(running)  # otherwise its supervisor goes on, and must be found
+        raise
 
 
 def _spawn(arguments: list[str], environment: dict[str, str], log: Path, attached: bool) -> subprocess.Popen[bytes]:

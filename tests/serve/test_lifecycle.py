@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +77,27 @@ def test_a_file_of_keys_is_read_before_the_boot(free: int, tmp_path: Path) -> No
     with pytest.raises(ServerError, match="holds no key"):
         lifecycle.start("demo", options)
     assert state.load_all() == []
+
+
+def test_a_full_disk_ends_a_first_start_and_no_restart(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    spawned: list[Any] = []
+    spawn = subprocess.Popen
+
+    def full(known: state.ServerState) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def sleeper(*arguments: Any, **options: Any) -> Any:
+        spawned.append(spawn([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True))
+        return spawned[-1]
+
+    monkeypatch.setattr(state, "save", full)
+    monkeypatch.setattr("serve.lifecycle.subprocess.Popen", sleeper)
+    with pytest.raises(ResourceError, match=r"No space left on device.*QVL_CACHE"):
+        lifecycle.start("demo", ServeOptions(port=free))
+    assert spawned[0].poll() is not None  # nothing is left behind
+    with pytest.raises(ServerError, match="not ready after 1 s"):  # it got as far as waiting for the server
+        lifecycle.start("demo", ServeOptions(port=free, timeout=1), supervised=True, restarts=1)
+    assert spawned[1].poll() is not None
 
 
 def test_stop_and_status_of_what_is_not_there(start: Start) -> None:
