@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -297,6 +298,11 @@ def main() -> int:
         except QvlError as error:
             _tell({"error": str(error), "kind": type(error).__name__})
             return 2
+        except Exception:  # nobody reads this process's stderr; its end takes the server with it
+            text = f"the supervisor itself failed:\n{traceback.format_exc()}"
+            say(text)
+            _tell({"error": text, "kind": "ServerError"})
+            return 1
     return 0
 
 
