@@ -102,7 +102,12 @@ def build(
         unfinished=[] if failed else missing,
         created=datetime.now(UTC).replace(microsecond=0),
         duration_s=round(duration_s, 1),
-        verdict=Verdict(accuracy=found.overall.verdict if found and whole else None, margin=margin, sentence=sentence),
+        verdict=Verdict(
+            accuracy=found.overall.verdict if found and whole else None,
+            margin=margin,
+            sentence=sentence,
+            speed=words.speed_sentence(ratios),
+        ),
         systems=systems,
         workload=work,
         accuracy=found,
