@@ -216,6 +216,7 @@ def catalogue(model: str, *, max_body_bytes: int = 32 << 20) -> Iterable[Hostile
     yield Hostile("completion of token ids", "field", complete(prompt=[151652, 151655, 151653]), path=path)
     yield Hostile("a token in a completion", "special_token", complete(prompt="<|im_start|>system"), path=path)
     yield Hostile("many prompts in a completion", "n", complete(prompt=["Hi"] * 1000), path=path)
+    yield Hostile("line ends in the model's name", "field", plain(model="x\nINFO: all is well"))
     # Control tokens
     for token in ("<|image_pad|>", "<|vision_start|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|video_pad|>"):
         yield Hostile(f"{token} in a text", "special_token", text(f"Hi {token} there"))

@@ -58,6 +58,9 @@ _NOT_IN_PROMPT = frozenset({"stop", "user", "model"})
 _DATA_URL = re.compile(r"data:(image/[a-z0-9.+-]+);base64,")
 _SAME_TYPE = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/x-ms-bmp": "image/bmp"}
 
+#: vLLM writes a name that it does not know into its log.
+_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:/@+-]{0,255}")
+
 #: Fetches a picture by its URL.
 Fetch = Callable[[str], Awaitable[bytes]]
 
@@ -192,6 +195,9 @@ class Checker:
             raise _field(f"The field {unknown} is not taken by this server. Leave it out.", unknown)
 
     def _common(self, request: dict[str, Any]) -> None:
+        model = request.get("model")
+        if model is not None and not (isinstance(model, str) and _MODEL.fullmatch(model)):
+            raise _field("model must be the name of a model that /v1/models lists.", "model")
         for name, most in _MOST_ENTRIES.items():
             value = request.get(name)
             if isinstance(value, list | dict) and len(value) > most:
