@@ -104,7 +104,7 @@ def guarded(awq_gemm: Path) -> Iterator[Guarded]:
 
 
 #: Limits of the server that is attacked, in seconds.
-BODY_SECONDS, REQUEST_SECONDS = 2.0, 8.0
+BODY_SECONDS, REQUEST_SECONDS = 2.0, 15.0
 
 
 @dataclass(frozen=True)
