@@ -21,8 +21,9 @@ pytestmark = pytest.mark.e2e
 QVL = [sys.executable, "-m", "toolkit.cli"]
 TINY = [
     *("--per-task", "2", "--answer-tokens", "32", "--concurrency", "1,2", "--requests", "6", "--rounds", "2"),
-    *("--output-tokens", "8", "--image-sizes", "112x112,168x112"),
+    *("--output-tokens", "8", "--image-sizes", "112x112,168x112", "--fidelity", "6"),
 ]
+LOADED = ["--rate", "3", "--slo", "ttft=5s,tpot=1s"]
 
 
 def environment(cache: Path) -> dict[str, str]:
@@ -54,6 +55,7 @@ def test_the_embedded_model_against_itself(tmp_path: Path) -> None:
         "--port",
         str(port),
         *TINY,
+        *LOADED,
     ]
     done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
@@ -67,25 +69,37 @@ def test_the_embedded_model_against_itself(tmp_path: Path) -> None:
     assert report.accuracy.overall.baseline.value >= 0.75
     assert report.accuracy.overall.difference.lost + report.accuracy.overall.difference.won <= 2
 
-    assert [(point.role, point.concurrency) for point in report.speed] == [
-        ("baseline", 1),
-        ("baseline", 2),
-        ("candidate", 1),
-        ("candidate", 2),
+    assert [(point.load.name, point.role) for point in report.speed] == [
+        (name, role) for name in ("1 in flight", "2 in flight", "3 requests/s") for role in ("baseline", "candidate")
     ]
     for point in report.speed:
         assert point.output_tokens == 8 * point.requests  # the length that was asked for, as the server counts it
-        assert point.tpot_ms is not None and point.itl_ms is not None
+        assert point.ttft_ms and point.tpot_ms and point.itl_ms and point.e2e_ms and point.client_lag_ms
         assert 0 < point.tpot_ms.p50 < point.ttft_ms.p50 < point.e2e_ms.p50
         assert point.e2e_ms.mean == pytest.approx(point.ttft_ms.mean + 7 * point.tpot_ms.mean, rel=1e-6)
         assert point.output_tokens_per_s == pytest.approx(8 * point.requests_per_s)
-        assert point.wall_s * 1000 * point.concurrency >= 0.9 * point.e2e_ms.mean * point.requests
-        assert point.client_lag_ms.p50 < 0.1 * point.ttft_ms.p50
+        if point.concurrency:
+            assert point.wall_s * 1000 * point.concurrency >= 0.9 * point.e2e_ms.mean * point.requests
+            assert point.client_lag_ms.p50 < 0.1 * point.ttft_ms.p50
+        assert point.errors == {} and point.stopped == [] and point.rounds == 2
+        assert point.goodput and 0 < point.goodput.share <= 1
+        # What the server counts agrees with what was sent: nothing came from a cache of pictures.
+        assert point.server is not None
+        assert point.server.finished == point.requests
+        assert point.server.image_cache_share in (None, 0.0)
+        assert point.server.preemptions == 0
+    assert {ratio.load for ratio in report.speed_ratios} == {load.name for load in report.loads}
+
+    fidelity = report.fidelity
+    assert fidelity is not None and len(fidelity.items) == 6 and fidelity.missing == []
+    assert fidelity.candidate.mean_kl is not None and fidelity.candidate.mean_kl.value < 1e-4  # the same model
+    assert fidelity.candidate.greedy is not None and fidelity.candidate.greedy > 0.9
     for system in report.systems.values():
         assert system.booted and system.quantization == "float16"
         assert 10e6 < (system.disk_weights_bytes or 0) < 13e6
         assert 0.3e9 < (system.memory.host_bytes or 0) < 8e9
         assert system.server_version
+        assert (system.memory.kv_cache_tokens or 0) > 1000
     assert "float16" in (out / "report.html").read_text()
     assert servers(tmp_path) == []
 
