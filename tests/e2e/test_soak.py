@@ -15,6 +15,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 def test_three_minutes_of_everything(public: Public) -> None:
     report = asyncio.run(soak(public.url, "demo", public.keys[1], 3, pid=public.pid, workers=4, pause=0.1))
     assert set(report.sent) == set(MIX)
-    assert sum(report.sent.values()) > 200
+    assert sum(report.sent.values()) > 50
     assert len(report.memory) > 50
     assert not report.problems()
