@@ -131,6 +131,8 @@ class _Request:
         #: Whether a body may still be on its way.
         self.unread = b"transfer-encoding" in self.headers or self.headers.get(b"content-length", b"0") != b"0"
         self.held = 0
+        #: What vLLM gets, until it answers.
+        self.body = b""
         self.started = self.streams = self.finished = self.late = self.gone = False
         self.deadline = 0.0
 
@@ -203,14 +205,20 @@ class _Request:
         else:
             checker.other(request)
         del request
+        self.body = body
         inner = self._inner_scope("POST", len(body))
+        del body
         try:
             async with asyncio.timeout_at(self.deadline + _FORCE):
                 beginning = Beginning(self._out)
-                await self._answer(inner, body, beginning)
+                try:
+                    await self._answer(inner, beginning)
+                except Exception:  # vLLM has sent its error, and raises it too
+                    await beginning.release()
+                    raise
                 if beginning.failed and not (self.late or self.gone):
                     retries.inc()
-                    await self._answer(inner, body, self._out)
+                    await self._answer(inner, self._out)
                 else:
                     await beginning.release()
         except TimeoutError:
@@ -220,7 +228,7 @@ class _Request:
             if self.late:
                 await self._end_late()
 
-    async def _answer(self, inner: Scope, body: bytes, send: Send) -> None:
+    async def _answer(self, inner: Scope, send: Send) -> None:
         """Have vLLM answer."""
         replayed = False
 
@@ -228,7 +236,7 @@ class _Request:
             nonlocal replayed
             if not replayed:
                 replayed = True
-                return {"type": "http.request", "body": body, "more_body": False}
+                return {"type": "http.request", "body": self.body, "more_body": False}
             return await self._leaves()
 
         # A scope of its own: vLLM's application writes into it.
@@ -301,7 +309,8 @@ class _Request:
             return
         if message["type"] == "http.response.start":
             self.started = True
-            self._let_go()  # vLLM has read it
+            self.body = b""  # vLLM has read it
+            self._let_go()
             headers = list(message["headers"])
             self.streams = any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in headers)
             message = message | {"headers": headers + self.cors} if self.cors else message

@@ -244,6 +244,29 @@ def test_what_fails_before_its_first_token_is_tried_again_once(stream: bool, rol
     assert stream is (BROKEN in answer.body)
 
 
+def test_an_error_that_is_sent_and_raised_reaches_the_client() -> None:
+    class Raises(App):
+        async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 500, "headers": []})
+            await send({"type": "http.response.body", "body": b"why"})
+            raise ZeroDivisionError
+
+    client, sent = Client(app=Raises()), []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": chat()}
+
+    headers = [(b"authorization", f"Bearer {KEY}".encode()), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers}
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(client.guard(scope, receive, send))
+    assert [message.get("body") for message in sent] == [None, b"why"]
+    assert client.guard._clients.running() == 0
+
+
 def test_what_fails_later_is_not_tried_again() -> None:
     app = App((ROLE, TOKEN, BROKEN), b"text/event-stream")
     assert run(Client(app=app), body=chat()).body == ROLE + TOKEN + BROKEN
