@@ -165,7 +165,7 @@ def test_large_grammars_do_not_hold_others_up(schema: dict[str, Any], client: ht
     asks.start()
     began = time.monotonic()
     assert client.post(CHAT, content=chat_body("demo", max_tokens=1)).status_code == 200
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
     asks.join()
 
 
