@@ -494,8 +494,10 @@ def compare(a: Side, b: Side, conditions: Sequence[Condition] = (), *, anyway: b
         tested = [r for r in shared if r.metric.name == condition.metric and condition.at in (None, r.metric.at)]
         if not tested:
             both = sorted({str(row.metric) for row in shared}) or ["nothing"]
+            invalid = [p for side in (a, b) for p in side.report.speed if p.role == side.role and p.invalid]
+            left_out = f" ({len(invalid)} invalid points are left out: they measured the client)" if invalid else ""
             raise BenchError(
-                f"--fail-if {condition.text!r}: not measured for both {a.label} and {b.label}; "
+                f"--fail-if {condition.text!r}: not measured for both {a.label} and {b.label}{left_out}; "
                 f"both have {', '.join(both)}"
             )
         gates += [Gate(condition, row, condition.judge(row)) for row in tested]

@@ -43,7 +43,8 @@ def show(found: Sequence[Comparison], console: Console, *, every: bool = False) 
             gates = _table(f"Conditions, {column.letter} against {columns[0].letter}", ["", "change (95%)", "verdict"])
             for gate in comparison.gates:
                 value, interval = view.change(gate.row)
-                name = f"{gate.condition.text} [{gate.row.metric}]"
+                load = gate.row.metric.at if gate.condition.at is None else None
+                name = gate.condition.text + (f" ({load})" if load else "")
                 gates.add_row(name, f"{value} ({interval})" if interval else value, gate.judgement)
             console.print(gates, "", markup=False)
 
