@@ -103,6 +103,9 @@ class Parallel:
             ("--pipeline-parallel-size", self.pp),
         ):
             arguments += [flag, str(number)] if number > 1 else []
+        if self.dp > 1:
+            # vLLM would start one for each copy, and readiness, limits and counters are those of a process.
+            arguments += ["--api-server-count", "1"]
         if self.ray:
             arguments += ["--distributed-executor-backend", "ray"]
             arguments += ["--data-parallel-backend", "ray"] if self.dp > 1 else []

@@ -69,5 +69,4 @@ def test_two_copies_answer_like_one(served: Served, questions: list[Question]) -
     expected = [chat(served("demo"), question)["message"]["content"] for question in sample]
     with spread("demo", Parallel(dp=2)) as server, ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda question: chat(server, question)["message"]["content"], sample))
-        assert workers(server) in (0, 2)  # a copy alone computes in its engine's process
     assert found == expected

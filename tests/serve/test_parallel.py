@@ -76,7 +76,8 @@ def test_ray_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_arguments() -> None:
     seven = shape("7B", awq())
     assert Parallel().arguments(seven) == []
-    assert Parallel(tp=2, dp=3).arguments(seven) == ["--tensor-parallel-size", "2", "--data-parallel-size", "3"]
+    words = ["--tensor-parallel-size", "2", "--data-parallel-size", "3", "--api-server-count", "1"]
+    assert Parallel(tp=2, dp=3).arguments(seven) == words
     assert Parallel(pp=2, ray=True).arguments(seven)[-2:] == ["--distributed-executor-backend", "ray"]
     assert Parallel(tp=2).arguments(shape("7B", vision_heads=5))[-2:] == ["--mm-encoder-tp-mode", "data"]
 
