@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bench.report import words
-from bench.report.model import Distribution, Fidelity, Report, Role, ServerCounters, SpeedFigure, SystemInfo
+from bench.report.model import Distribution, Fidelity, Report, Role, ServerCounters, SpeedFigure, SpeedPoint, SystemInfo
 
 __all__ = ["render"]
 
@@ -62,8 +62,10 @@ def render(report: Report) -> str:
         parts += ["## Speed", speed_table(report), "Each cell: p50 / p90 / p99."]
         if report.speed_ratios:
             parts += [ratio_table(report), "Candidate / baseline; of latencies their p50, below 1 is faster. 95%."]
-        if any(point.server or point.energy_j_per_token or point.goodput for point in report.speed):
-            parts.append(server_table(report))
+        head, rows_counted = counted(report)
+        if head:
+            rows = [[point.load.name, report.systems[point.role].label, *cells] for point, cells in rows_counted]
+            parts.append(_table(["load", "system", *head], rows))
     if any(system.booted or system.memory.kv_cache_tokens for system in (base, cand)):
         parts += ["## Size", size_table(report)]
     parts += ["## How it was measured", workload_text(report), f"    {report.environment.command}"]
@@ -179,26 +181,29 @@ def ratio_table(report: Report) -> str:
     return _table(["load", *(FIGURES[metric] for metric in metrics)], rows)
 
 
-def server_table(report: Report) -> str:
-    """Goodput, and what the servers and the GPUs counted, by load."""
-    rows = []
-    for point in report.speed:
-        server = point.server or ServerCounters()
-        rows.append(
-            [
-                point.load.name,
-                report.systems[point.role].label,
-                f"{words.number(point.goodput.per_s)} ({words.percent(point.goodput.share)})" if point.goodput else "–",
-                words.percent(server.prefix_cache_share),
-                words.percent(server.image_cache_share),
-                words.count(server.preemptions),
-                words.milliseconds(server.queue_mean_ms),
-                "–" if point.energy_j_per_token is None else f"{words.number(point.energy_j_per_token)} J",
-            ]
-        )
+def counted(report: Report) -> tuple[list[str], list[tuple[SpeedPoint, list[str]]]]:
+    """Goodput, and what the servers and the GPUs counted: names of the columns that some point has, and each point's
+    cells."""
     slos = f" under {', '.join(report.workload.slos)}" if report.workload.slos else ""
-    head = ["load", "system", f"goodput{slos}, requests/s", "cached tokens", "cached images", "preemptions"]
-    return _table([*head, "queue in the server", "energy a token"], rows)
+    columns: dict[str, Callable[[SpeedPoint, ServerCounters], str]] = {
+        f"Goodput{slos}, requests/s": lambda point, _: (
+            f"{words.number(point.goodput.per_s)} ({words.percent(point.goodput.share)})" if point.goodput else "–"
+        ),
+        "Cached tokens": lambda _, server: words.percent(server.prefix_cache_share),
+        "Cached images": lambda _, server: words.percent(server.image_cache_share),
+        "Preemptions": lambda _, server: words.count(server.preemptions),
+        "Queue, mean": lambda _, server: words.milliseconds(server.queue_mean_ms),
+        "Energy a token": lambda point, _: (
+            "–" if point.energy_j_per_token is None else f"{words.number(point.energy_j_per_token)} J"
+        ),
+    }
+    cells = {
+        name: [of(point, point.server or ServerCounters()) for point in report.speed] for name, of in columns.items()
+    }
+    shown = [name for name, column in cells.items() if set(column) != {"–"}]
+    if not shown:
+        return [], []
+    return shown, [(point, [cells[name][at] for name in shown]) for at, point in enumerate(report.speed)]
 
 
 def size_table(report: Report) -> str:
@@ -246,7 +251,7 @@ def workload_text(report: Report) -> str:
         pictures = f"pictures of {', '.join(work.image_sizes)}"
         if work.images_per_request != "1":
             pictures += f", {work.images_per_request} a request"
-        preset = f"Preset {work.preset}: " if work.preset else ""
+        preset = f"Preset {work.preset}: " if work.preset else "Requests: "
         text.append(
             f"Load: {'; '.join(loads)}, in {work.rounds} rounds{ramp}. {preset}{prompt}{pictures}, exactly "
             f"{work.output_tokens} output tokens (end-of-text is ignored). "

@@ -180,7 +180,7 @@ def test_the_first_screen_answers_the_question(tab: Tab, page: Path) -> None:
 
 def test_every_load_stands_there_with_the_reports_figures(tab: Tab, page: Path) -> None:
     report = read(page.parent)
-    body = rows(tab, "table.loads")
+    body = rows(tab, "#loads")
     assert len(body) == len(report.speed) == 12
     for cells, point in zip(body, report.speed, strict=True):
         assert cells[0] == f"{point.load.name} {report.systems[point.role].label}"
@@ -210,7 +210,7 @@ def test_ratios_counters_and_fidelity_are_the_reports(tab: Tab, page: Path) -> N
     for cells, point in zip(body, report.speed, strict=True):
         assert point.goodput and point.server and point.energy_j_per_token
         assert cells[1:] == [
-            f"{words.number(point.goodput.per_s)} {words.percent(point.goodput.share)}",
+            f"{words.number(point.goodput.per_s)} ({words.percent(point.goodput.share)})",
             words.percent(point.server.prefix_cache_share),
             words.percent(point.server.image_cache_share),
             words.count(point.server.preemptions),
