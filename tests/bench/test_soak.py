@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
 
-from bench.soak import Report, _difference
+import pytest
+import uvicorn
+from prometheus_client import generate_latest
+
+from bench.soak import Report, _difference, soak
+from serve.guard import Guard
+from serve.limits import Limits
+from serve.requestlog import RequestLog
 
 
 def sound() -> Report:
@@ -61,3 +73,61 @@ def test_counters_are_compared_by_one_label() -> None:
         "200": 5,
         "404": 1,
     }
+
+
+KEY = "a-key-for-tests-0123456789"
+#: Every so many-th good answer is an error.
+FAILING = {"every": 0}
+
+
+async def engine(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    """Answers as vLLM does, and has its metrics."""
+    if scope["type"] != "http":
+        return
+    status, kind, pause = 200, b"application/json", 0.0
+    if scope["path"] == "/metrics":
+        body = generate_latest() + b"vllm:num_requests_running 0.0\nvllm:num_requests_waiting 0.0\n"
+    else:
+        asked = await receive()
+        stream, pause = b'"stream": true' in asked["body"], 0.02
+        body = b'data: {"choices": []}\n\ndata: [DONE]\n\n' if stream else b'{"choices": [{"finish_reason": "stop"}]}'
+        kind = b"text/event-stream" if stream else kind
+        FAILING["seen"] = FAILING.get("seen", 0) + 1
+        if FAILING["every"] and FAILING["seen"] % FAILING["every"] < 2:  # the second try too
+            status, body, kind = 500, b'{"error": {"message": "x"}}', b"application/json"
+    await asyncio.sleep(pause)
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
+    await send({"type": "http.response.body", "body": body})
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    app = RequestLog(Guard(engine, Limits(api_key=KEY)))  # type: ignore[arg-type]
+    config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.mark.slow
+def test_the_accounts_of_a_guarded_server_add_up(url: str) -> None:
+    report = asyncio.run(soak(url, "m", KEY, 0.1, pid=os.getpgrp(), workers=4, pause=0.01))
+    assert report.sent["good"] > 30
+    assert report.sent["hostile"] > 10
+    assert report.memory
+    assert report.problems(allowed_growth=1.0) == []
+
+
+@pytest.mark.slow
+def test_a_server_that_fails_is_found_out(url: str) -> None:
+    FAILING["every"] = 7
+    try:
+        report = asyncio.run(soak(url, "m", KEY, 0.05, workers=2, pause=0.01))
+    finally:
+        FAILING["every"] = 0
+    assert any("a good request got 500" in problem for problem in report.problems())
