@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench.report.json import read
+from bench.seeded_faults import SYSTEMS
 from tests.e2e.conftest import Served
-from toolkit.faults import perturb_scales
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -21,8 +21,10 @@ def qvl(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_fault_is_worse_and_a_good_checkpoint_is_not(served: Served, awq_gemm: Path, tmp_path: Path) -> None:
-    # Half as large again or half as small, by groups: docs/results/seeded-faults tells what smaller faults cost.
-    faulty = perturb_scales(awq_gemm, tmp_path / "faulty", layer=2, by=0.5)
+    # AutoAWQ's duo scaling without the mend: docs/results/seeded-faults has what it costs, and what smaller faults do.
+    found_in_the_wild = next(system for system in SYSTEMS if system.name == "autoawq-duo-cpu")
+    found_in_the_wild.made(tmp_path, 8)
+    faulty = tmp_path / found_in_the_wild.name
     baseline = served("demo").url
     for name, model in (("good", awq_gemm), ("bad", faulty)):
         done = qvl(
