@@ -31,6 +31,7 @@ QUICK: dict[str, Any] = {
     "concurrency": "1,2,4",
     "requests": 24,
     "rounds": 3,
+    "sweep_rates": 3,
     "sweep_concurrency": 8,
     "output_tokens": "16",
     "image_sizes": "224x224,224x168",
@@ -42,6 +43,7 @@ FULL: dict[str, Any] = {
     "concurrency": "1,4,16",
     "requests": 96,
     "rounds": 3,
+    "sweep_rates": 5,
     "sweep_concurrency": 64,
     "output_tokens": "128",
     "image_sizes": "448x448",
@@ -49,8 +51,6 @@ FULL: dict[str, Any] = {
 }
 #: Seconds between two lines of progress where there is no terminal.
 NOTE_S = 30.0
-#: Open-loop rates of a sweep.
-SWEEP_RATES = 5
 ACCURACY, FIDELITY, SPEED, SERVERS = "Accuracy", "Fidelity", "Speed", "Servers"
 _PANEL = "Measurement"
 
@@ -75,7 +75,7 @@ def bench(
         bool, typer.Option("--resume", help="Go on with a run that was interrupted or failed; the same command.")
     ] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Smaller defaults: the demo on two cores in about two minutes.")
+        bool, typer.Option("--quick", help="Smaller defaults: the demo on two cores in a few minutes.")
     ] = False,
     fail_if: Annotated[list[str] | None, typer.Option(metavar="CONDITION", help=FAIL_IF)] = None,
     tasks: Annotated[
@@ -130,7 +130,7 @@ def bench(
         bool,
         typer.Option(
             "--sweep",
-            help=f"One request at a time, then saturation, then {SWEEP_RATES} rates between.",
+            help=f"One request at a time, then saturation, then rates between ({_both('sweep_rates')}).",
             rich_help_panel=SPEED,
         ),
     ] = False,
@@ -252,7 +252,7 @@ def bench(
         concurrencies=_concurrencies(chosen("concurrency", concurrency)),
         rates=_rates(rate),
         arrivals=_arrivals(arrivals),
-        sweep=SWEEP_RATES if sweep else 0,
+        sweep=defaults["sweep_rates"] if sweep else 0,
         sweep_concurrency=chosen("sweep_concurrency", sweep_concurrency),
         requests=chosen("requests", requests),
         duration_s=duration,

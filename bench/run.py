@@ -335,11 +335,11 @@ class _Run:
 
     def _begin(self, phase: str, total: int) -> None:
         self._phase, self._done, self._total = phase, 0, total
+        self._ended.clear()
 
     def _doing(self, now: str) -> None:
         """Say what goes on from now on."""
         self._now = now
-        self._ended.clear()
 
     def _tick(self, trace: Trace | None = None) -> None:
         """Count a request that has ended, and show the rates of the last seconds."""
@@ -350,7 +350,7 @@ class _Run:
         while now - self._ended[0][0] > LIVE_S:
             self._ended.popleft()
         seconds = now - self._ended[0][0]
-        if seconds > 0:
+        if seconds >= LIVE_S / 5:  # less is chance
             ended = list(self._ended)[1:]  # the first marks where the window begins
             tokens = sum(count for _, count in ended) / seconds
             text += f", {len(ended) / seconds:.1f} requests/s" + (f", {tokens:.0f} tokens/s" if tokens else "")
