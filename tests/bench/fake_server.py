@@ -145,7 +145,8 @@ class FakeServer:
     async def _stream(self, writer: asyncio.StreamWriter, body: Body, arrived: float) -> bool:
         want = self.behaviour
         queued = time.perf_counter() - arrived
-        tokens = body["max_tokens"] if body.get("ignore_eos") and want.obey_length else want.tokens
+        longest = body.get("max_tokens") or body.get("max_completion_tokens")
+        tokens = longest if longest and body.get("ignore_eos") and want.obey_length else want.tokens
         answer = want.text(body)
         pieces = [answer] if answer is not None else ["x" * want.per_chunk] * (tokens // want.per_chunk)
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
