@@ -121,5 +121,5 @@ def _quality(part: dict[str, Any]) -> Any:
         axis.set_yticks(range(len(found)), [m["name"] for m in found], fontsize=8)
         axis.invert_yaxis()
         axis.set_title(f"groups of {group}", color=_INK, fontsize=10)
-        axis.set_xlabel("KL from fp16, thousandths of a nat a token, lower is better", color=_MUTED, fontsize=9)
+    figure.supxlabel("KL from fp16, thousandths of a nat a token, lower is better", color=_MUTED, fontsize=9)
     return figure

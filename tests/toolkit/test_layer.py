@@ -166,3 +166,40 @@ def test_out_of_memory_in_a_pass_counts_no_token_twice() -> None:
     assert torch.allclose(output, whole, atol=1e-5)
     assert moments.weight == 600 and [s.stop for s in taken] == [200, 400, 600]
     assert len(notes) == 1 and "256 tokens at a time" in notes[-1]
+
+
+@pytest.mark.parametrize("place", ["screen", "round_to_grid", "dequantize", "factor", "compensate"])
+def test_out_of_memory_in_the_search_makes_room_and_changes_nothing(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from toolkit.quantize import layer as module
+
+    expected, _ = search(layer_of(2, 3, 1.0), rounding="compensated")
+    original = getattr(module, place)
+    calls = rooms = 0
+
+    def hungry(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1 and rooms < 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*args, **kwargs)
+
+    def make_room() -> bool:
+        nonlocal rooms
+        rooms += 1  # the second time helps
+        return True
+
+    monkeypatch.setattr(module, place, hungry)
+    layer = layer_of(2, 3, 1.0)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    found, _ = search(layer, rounding="compensated", make_room=make_room)
+    assert rooms == 2
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert found.choices == expected.choices
+    for name, linear_found in expected.linears.items():
+        assert torch.equal(found.linears[name].values, linear_found.values), name
+
+    rooms = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        search(layer_of(2, 3, 1.0), rounding="compensated", make_room=lambda: False)

@@ -6,9 +6,11 @@ does is taken back, in the end to plain rounding itself.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from toolkit.quantize.model import States
 
 __all__ = ["Held", "LayerSearch", "Searched", "linear"]
+
+Result = TypeVar("Result")
 
 #: What divides a unit's input by its scales: a norm, or the rows of the linear before it.
 _BEFORE = {
@@ -99,6 +103,7 @@ class LayerSearch:
         rounding: str = "nearest",
         skip: Iterable[str] = (),
         clock: Callable[[str], None] = lambda step: None,
+        make_room: Callable[[], bool] = lambda: False,
     ) -> None:
         """Args.
 
@@ -111,6 +116,7 @@ class LayerSearch:
         rounding: ``nearest`` or ``compensated``.
         skip: linears to leave as they are.
         clock: told the name of each step when it is over.
+        make_room: called when the device is out of memory; returns whether more of it is free now.
         """
         self.layer = layer
         self.moments = moments
@@ -122,6 +128,7 @@ class LayerSearch:
         self.compensated = rounding == "compensated"
         self.skip = frozenset(skip)
         self.clock = clock
+        self.make_room = make_room
         self.weights = {name: linear(layer, name).weight.data for names in FUSED.values() for name in names}
         attention: Any = layer.get_submodule("self_attn")
         self.heads = int(attention.config.num_attention_heads)
@@ -131,7 +138,7 @@ class LayerSearch:
     def run(self) -> Searched:
         """Search, round and check; see the module."""
         units = [unit for unit, names in FUSED.items() if names[0] not in self.skip]
-        scales = {unit: self._best_scale(unit) for unit in units}
+        scales = {unit: self._persist(partial(self._best_scale, unit)) for unit in units}
         self.clock("scale")
         norms_and_biases = {
             name: value
@@ -141,9 +148,16 @@ class LayerSearch:
         self.found = Searched({}, norms_and_biases)
         # a unit's scales divide the rows of the linear before it, so what comes last is settled first
         for unit in reversed(units):
-            self._round_unit(unit, scales[unit])
+            self._persist(partial(self._round_unit, unit, scales[unit]))
             del self.moments[unit]
         return self.found
+
+    def _persist(self, step: Callable[[], Result]) -> Result:
+        """Do a step, which changes nothing before its end; out of memory, again once there is more room."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return step()
+        # here the error is gone, and with it what the failed step had allocated
+        return self._persist(step) if self.make_room() else step()
 
     def _weight(self, unit: str) -> torch.Tensor:
         """Return the weights of a unit's linears, one above the other: [N, K]."""
@@ -216,13 +230,15 @@ class LayerSearch:
         """Return the squared error [C] of attention's or the MLP's output on the held tokens, rounding to nearest."""
         true = self._module_output(unit)
         losses = []
-        for scales in candidates:
+        try:
+            for scales in candidates:
+                for name in FUSED[unit]:
+                    rounded = round_to_grid(self.weights[name] * scales, self.group_size, self.bits)
+                    linear(self.layer, name).weight.data = dequantize(rounded).div_(scales)
+                losses.append(self._module_output(unit).sub_(true).pow_(2).sum())
+        finally:
             for name in FUSED[unit]:
-                rounded = round_to_grid(self.weights[name] * scales, self.group_size, self.bits)
-                linear(self.layer, name).weight.data = dequantize(rounded).div_(scales)
-            losses.append(self._module_output(unit).sub_(true).pow_(2).sum())
-        for name in FUSED[unit]:
-            linear(self.layer, name).weight.data = self.weights[name]
+                linear(self.layer, name).weight.data = self.weights[name]
         return torch.stack(losses)
 
     def _module_output(self, unit: str) -> torch.Tensor:

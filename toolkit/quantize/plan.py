@@ -55,6 +55,9 @@ _BASE_DEVICE = 0.6e9
 _FORWARD_SHARE = 0.2
 #: Scales that a search tries on some rows, and that it tries in full, no scaling among them.
 _CANDIDATES, _FINALISTS = 30, 4
+#: Seconds that a layer takes on a GPU whatever its size (launches, Python, reading), and how much longer than at the
+#: device's full rates the rest takes: within 10% of layers of the 2B's, 7B's and 72B's shape (docs/results/quantizer).
+_GPU_LAYER, _GPU_SHORTFALL = 0.12, 1.85
 #: How much slower a GPU factors a matrix than it multiplies: 30 against some 400 TFLOP/s on an H100.
 _CHOLESKY = 13
 
@@ -269,7 +272,8 @@ def _seconds(checkpoint: Checkpoint, recipe: Recipe, tokens: int, device: torch.
         flops += 2 * (hidden * (weights - hidden * inner) + inner * hidden * inner)
         flops += triangles * (_CHOLESKY if kernels else 2)
         traffic += (8 if kernels else 40) * _FLOAT * weights
-    return flops / flops_rate + traffic / bytes_rate
+    ideal = flops / flops_rate + traffic / bytes_rate
+    return _GPU_LAYER + _GPU_SHORTFALL * ideal if kernels else ideal
 
 
 def _rates(device: torch.device) -> tuple[float, float]:

@@ -195,6 +195,15 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
         self.chunk_tokens //= 2
         self.on_note(f"{self.device} is out of memory: going on with {self.chunk_tokens} tokens at a time")
 
+    def _make_room(self) -> bool:
+        """Let the hidden states wait in host memory; returns False when they do already."""
+        if self.inps.hidden.device.type == "cpu":
+            return False
+        self.inps.hidden = self.inps.hidden.cpu()
+        torch.cuda.empty_cache()
+        self.on_note(f"{self.device} is out of memory: from here on hidden states wait in host memory")
+        return True
+
     def _tokens_that_fit(self, alone: int) -> int:
         """Guess how long a sample may be, from the memory that is free and the widest tensors that it needs."""
         if self.device.type != "cuda":
@@ -289,6 +298,7 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
             rounding=self.rounding,
             skip=self.skip(index),
             clock=clock,
+            make_room=self._make_room,
         ).run()
 
     # --- errors -------------------------------------------------------------------------------------------------

@@ -149,9 +149,10 @@ def run(share: Share, samples: Sequence[PreparedSample], tell: Tell) -> None:
             for last in writing:
                 last.result()
     except torch.OutOfMemoryError as error:
+        less = ", use --rounding nearest, which needs less," if share.recipe.rounding == "compensated" else ""
         raise ResourceError(
-            f"out of memory on {device} after {done} layers: calibrate with fewer --samples (now {len(samples)}) "
-            "or a smaller --max-pixels, or free memory on the device"
+            f"out of memory on {device} after {done} layers, where fewer tokens at a time are no help: free memory "
+            f"there{less} or choose a larger device (`qvl quantize --dry-run` says what is needed)"
         ) from error
     total = time.perf_counter() - began
     peak = torch.cuda.max_memory_allocated(device) if cuda else 0
