@@ -47,7 +47,8 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 @dataclass
 class Report:
-    """What a soak found. Memory is in bytes: the processes' resident memory, shared pages split among them (PSS)."""
+    """What a soak found. Memory is in bytes: what is the processes' own (USS). Pages shared with other programs would
+    change with those."""
 
     minutes: float
     workers: int
@@ -304,7 +305,7 @@ def _group_memory(pid: int) -> int:
     for process in psutil.process_iter():
         with contextlib.suppress(OSError, psutil.Error):
             if os.getpgid(process.pid) == pid:
-                total += process.memory_full_info().pss
+                total += process.memory_full_info().uss
     return total
 
 
