@@ -1,47 +1,47 @@
 from __future__ import annotations
 
-from pathlib import Path
+import json
+from datetime import UTC, datetime
 
-import pytest
+from bench.cold_start import STEPS, Start, split, table
 
-from bench.cold_start import BEFORE, STARTS, Start, draw, markdown, phases, summarise
-from toolkit.errors import BenchError
-
-LINES = [
-    (1.0, "starting demo on port 8123: importing vLLM (0 s)"),
-    (1.1, "some warning"),
-    (9.0, "starting demo on port 8123: loading weights (8 s)"),
-    (12.0, "starting demo on port 8123: importing vLLM (11 s)"),
-    (12.5, "ready: demo at http://127.0.0.1:8123/v1 after 11 s"),
-    (99.0, "log: somewhere"),
-]
+BEGAN = 1_700_000_000.0
 
 
-def test_phases_add_up_to_the_time_until_ready() -> None:
-    found = phases(LINES)
-    assert found == {BEFORE: 1.0, "importing vLLM": 8.5, "loading weights": 3.0}
-    assert sum(found.values()) == 12.5
+def line(seconds: float, message: str) -> str:
+    return json.dumps({"time": datetime.fromtimestamp(BEGAN + seconds, UTC).isoformat(), "message": message})
 
 
-def test_a_start_that_fails_shows_what_was_printed() -> None:
-    with pytest.raises(BenchError, match="error: no such directory"):
-        phases([(0.5, "error: no such directory")])
-
-
-def test_the_report_says_medians_and_the_ratio_of_pairs(tmp_path: Path) -> None:
-    seconds = [(100, 50), (80, 48), (200, 60)]
-    starts = [
-        Start(kind, float(value), {"compiling": value - 10.0, "weights": 10.0})
-        for pair in seconds
-        for kind, value in zip(STARTS, pair, strict=True)
-    ]
-    summary = summarise(starts)
-    assert summary["median_seconds"] == {"empty caches": 100, "kept caches": 50}
-    assert summary["median_phases"]["kept caches"] == {"compiling": 40, "weights": 10}
-    assert summary["second_over_first"] == 0.5
-    page = markdown(
-        {"summary": summary, "command": "qvl serve demo", "runs": 3, "cpu": "a CPU", "gpus": [], "versions": {"v": "1"}}
+def test_steps_add_up_to_the_time_until_ready() -> None:
+    log = "\n".join(
+        [
+            line(9, "Resolved architecture: Qwen2VLForConditionalGeneration"),
+            "no JSON at all",
+            line(11, "Initializing a V1 LLM engine (v0.32)"),
+            line(20, "Starting to load model"),
+            line(21.5, "Loading weights took 0.1 seconds"),
+            line(50, "Starting to load model"),  # only the first of its kind counts
+            line(60, "init engine (profile, create kv cache, warmup model) took 38 s"),
+            line(61, "Application startup complete."),
+            line(64, "ready. It answered in 3 s"),
+        ]
     )
-    assert "| compiling | 90.0 | 40.0 |" in page and "**100.0** | **50.0**" in page and "first: 50%" in page
-    draw(summary, tmp_path / "a.png")
-    assert (tmp_path / "a.png").stat().st_size > 5000
+    found = split(log, BEGAN, BEGAN + 1.5)
+    assert list(found) == [name for name, _ in STEPS]
+    assert list(found.values()) == [1.5, 7.5, 2, 9, 1.5, 38.5, 1, 3]
+    assert sum(found.values()) == 64
+
+
+def test_a_step_that_the_log_does_not_name_takes_no_time() -> None:
+    found = split(line(5, "Starting to load model"), BEGAN, BEGAN + 1)
+    assert found["start and imports of the engine up to the weights"] == 4 and found["weights"] == 0
+
+
+def test_the_table_holds_medians_by_kind_of_start() -> None:
+    starts = [
+        Start("compiled", turn, seconds, seconds + 1, {name: seconds / len(STEPS) for name, _ in STEPS}, None, 0.1)
+        for turn, seconds in (("first", 80.0), ("first", 100.0), ("first", 96.0), ("second", 48.0))
+    ]
+    shown = table(starts)
+    assert "compiled, first start" in shown and "compiled, second start" in shown
+    assert "12.0" in shown and "97.0" in shown and "49.0" in shown
