@@ -268,28 +268,23 @@ def _stay(own: Supervisor, boot: contextlib.ExitStack) -> None:
     from serve.supervisor import Supervised
     from toolkit.console import note
 
-    start = own.boot
     stopped = threading.Event()
+    printer: threading.Thread | None = None
 
     def show(log: Path) -> None:
         for text in follow(log, while_true=lambda: not stopped.is_set()):
             sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
 
-    printer: threading.Thread | None = None
-
-    def boot_and_show(restarts: int) -> Supervised:
+    def up(server: Supervised) -> None:
         nonlocal printer
-        server = start(restarts)
-        if printer is None:
-            boot.close()
-            assert isinstance(server, Server)
-            _announce(server, "Ctrl-C")
-            printer = threading.Thread(target=show, args=(server.log,), daemon=True)
-            printer.start()
-        return server
+        boot.close()
+        assert isinstance(server, Server)
+        _announce(server, "Ctrl-C")
+        printer = threading.Thread(target=show, args=(server.log,), daemon=True)
+        printer.start()
 
-    own.boot = boot_and_show
+    own.up = up
     try:
         own.run()
     except KeyboardInterrupt:

@@ -87,6 +87,8 @@ class Supervisor:
     silence: float
     #: Told of deaths and restarts.
     say: Callable[[str], None]
+    #: Told of the server when it is up for the first time; `server` is set by then, so it can be stopped.
+    up: Callable[[Supervised], None] = lambda server: None
     server: Supervised | None = None
     restarts: int = 0
     _deaths: list[float] = field(default_factory=list, repr=False)
@@ -99,6 +101,7 @@ class Supervisor:
         told to end (the server still runs then).
         """
         self.server = self.boot(0)
+        self.up(self.server)
         while True:
             cause = self._watch(self.server)
             self.server.clear()
@@ -259,28 +262,23 @@ def main() -> int:
             with contextlib.suppress(OSError), log.open("a") as stream:
                 stream.write(line("warning", "qvl.supervisor", text, pid=os.getpid()) + "\n")
 
-    own = supervisor(model, options, policy, say, lambda phase, s: _tell({"phase": phase, "seconds": s}))
-    boot = own.boot
-
-    def first(restarts: int) -> Supervised:
+    def up(server: Supervised) -> None:
         nonlocal log
-        server = boot(restarts)
+        assert isinstance(server, Server)
         log = server.log
-        if restarts == 0:
-            assert isinstance(server, Server)
-            _tell(
-                {
-                    "url": server.url,
-                    "model_name": server.model_name,
-                    "log": str(server.log),
-                    "boot_seconds": server.boot_seconds,
-                }
-            )
-            with Path(os.devnull).open("w") as nowhere:
-                os.dup2(nowhere.fileno(), 1)  # the reader has gone its way
-        return server
+        _tell(
+            {
+                "url": server.url,
+                "model_name": server.model_name,
+                "log": str(server.log),
+                "boot_seconds": server.boot_seconds,
+            }
+        )
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)  # the reader has gone its way
 
-    own.boot = first
+    own = supervisor(model, options, policy, say, lambda phase, s: _tell({"phase": phase, "seconds": s}))
+    own.up = up
     with stopped_by_signals():
         try:
             own.run()

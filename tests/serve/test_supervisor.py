@@ -89,6 +89,20 @@ def test_it_restarts_with_longer_waits_and_gives_up_loudly(log: Path, waits: lis
     assert len(said) == 8 and "restart 1" in said[0] and "back at" in said[1]
 
 
+def test_one_that_is_interrupted_as_soon_as_it_is_up_can_be_stopped(log: Path) -> None:
+    server = Fake(log)
+    own = keep(lambda restarts: server)
+
+    def interrupted(seen: Any) -> None:
+        assert seen is server
+        raise KeyboardInterrupt
+
+    own.up = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        own.run()
+    assert own.server is server
+
+
 def test_each_death_has_its_own_cause(log: Path) -> None:
     said: list[str] = []
     servers = [Fake(log), Fake(log, log_start=log.stat().st_size)]
