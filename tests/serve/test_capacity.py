@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from serve.capacity import Load, capacity, need, shape, weight_bytes
 from tests.toolkit import tiny
+from toolkit import console
 from toolkit.checkpoint import Checkpoint
 from toolkit.cli import app
 from toolkit.engines import tensor_parallel
@@ -91,8 +92,12 @@ def test_no_card() -> None:
 
 
 class TestVerb:
+    @pytest.fixture(autouse=True)
+    def wide(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(console.out, "width", 160)
+
     def run(self, *arguments: str) -> tuple[int, str]:
-        result = CliRunner().invoke(app, ["plan", *arguments], env={"COLUMNS": "160"})
+        result = CliRunner().invoke(app, ["plan", *arguments])
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result.exit_code, result.output
