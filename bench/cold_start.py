@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
 from bench.boot import free_ports
 from bench.environment import cpu_name, gpu_names, system_name, versions
+from serve import state
 from serve.media import sample_picture
 from serve.supervisor import stopped_by_signals
 
@@ -35,8 +35,9 @@ __all__ = ["STEPS", "Start", "split"]
 STEPS = (
     ("interpreter, checks before the boot", None),
     ("imports of the API server", "Resolved architecture"),
-    ("config, processor, warm-up of pictures", "Initializing a V1 LLM engine"),
-    ("start and imports of the engine up to the weights", "Starting to load model"),
+    ("config, processor, warm-up of pictures", "Multi-modal warmup completed"),
+    ("start and imports of the engine", "Initializing a V1 LLM engine"),
+    ("set-up of the engine", "Starting to load model"),
     ("weights", "Loading weights took"),
     ("profiling, compiling, KV cache, warm-up", "init engine (profile"),
     ("endpoint", "Application startup complete"),
@@ -57,8 +58,6 @@ class Start:
     #: From the command to the first answer to a client that asked as soon as `qvl serve --detach` returned.
     first_answer: float
     steps: dict[str, float]
-    #: What vLLM says of torch.compile, of it all.
-    compile: float | None
     #: The machine's load average over the last minute, before the start.
     load: float
 
@@ -100,7 +99,7 @@ def start(model: str, mode: str, turn: str, caches: Path, scratch: Path) -> Star
     try:
         url = f"http://127.0.0.1:{port}"
         known = json.loads((scratch / "servers" / f"{port}.json").read_text())
-        spawned = psutil.Process(known["pid"]).create_time()
+        spawned = time.time() - state.ServerState(**known).uptime
         content: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": sample_picture()}},
             {"type": "text", "text": "Which shape?"},
@@ -112,11 +111,7 @@ def start(model: str, mode: str, turn: str, caches: Path, scratch: Path) -> Star
     finally:
         subprocess.run([*qvl, "stop", "--port", str(port)], env=environment, check=True, stdout=subprocess.DEVNULL)
     steps = split(log, began, spawned)
-    compiled = [line for line in log.splitlines() if "torch.compile took" in line or "torch.compile takes" in line]
-    seconds = (
-        next((float(w) for w in compiled[-1].split() if w.replace(".", "", 1).isdigit()), None) if compiled else None
-    )
-    return Start(mode, turn, round(sum(steps.values()), 2), round(first_answer, 2), steps, seconds, round(load, 2))
+    return Start(mode, turn, round(sum(steps.values()), 2), round(first_answer, 2), steps, round(load, 2))
 
 
 def measure(model: str, modes: list[str], repeat: int) -> list[Start]:

@@ -298,6 +298,10 @@ class ServeOptions:
                 # vLLM compiles its log-probability ranking even in eager mode, at the first request that asks for
                 # them: 3 to 32 s on two cores.
                 defaults["TORCHDYNAMO_DISABLE"] = "1"
+            else:
+                # On a CPU vLLM keeps compiled functions in a form that it can't load again ("finalize_loading"), tries
+                # to at each start, and compiles anew. Without, it finds what torch itself has kept.
+                defaults["VLLM_USE_AOT_COMPILE"] = "0"
         environment = self.settings.environment({**self.parallel.environment(defaults), **base})
         # Development endpoints let any client reset caches and put the server to sleep.
         environment.pop("VLLM_SERVER_DEV_MODE", None)

@@ -1,0 +1,90 @@
+"""The real vLLM breaks under load: clients get errors, not silence, and the server comes back. Or it gives up loudly.
+
+bench/faults_serve.py measures the same faults at length.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from bench.faults_serve import (
+    KEY,
+    Result,
+    Watched,
+    detached,
+    disk_full,
+    engine_hangs,
+    engine_killed,
+    keys_replaced,
+    server_killed,
+    tmpfs,
+)
+from serve import state
+from toolkit.demo import checkpoint_dir
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+SHORT = {"before": 2.0, "after": 2.0}
+
+
+def came_back(result: Result) -> None:
+    assert result.during.get("ok", 0) > 0, result  # by a client that only tried again
+    assert "no answer in time" not in result.during, result
+    assert result.ready_again_after is not None and result.restarts == 1, result
+
+
+def test_a_server_that_breaks_comes_back_and_one_that_keeps_breaking_ends(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.symlink_to(checkpoint_dir())
+    with detached(str(model), tmp_path / "cache", "--restarts", "3") as server:
+        assert keys_replaced(server, **SHORT).during.keys() == {"ok"}
+        came_back(engine_killed(server, **SHORT))
+        came_back(server_killed(server, **SHORT))
+        hung = engine_hangs(server, **SHORT)
+        came_back(hung)
+        assert hung.not_ready_after is not None and hung.not_ready_after < 20
+        log = server.log.read_text()
+        assert "it hangs" in log and "restart 3" in log
+        gives_up(server)
+
+
+def gives_up(server: Watched) -> None:
+    """The fourth death is one too many."""
+    known = server.known
+    assert known.supervisor is not None
+    os.kill(known.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(known.supervisor):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert state.group_members(known) == []
+    assert "died 4 times within 600 s" in server.log.read_text()
+    environment = {**os.environ, "QVL_CACHE": str(server.cache)}
+    command = [sys.executable, "-m", "toolkit.cli", "status", "--port", str(server.port)]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert told.returncode == 0 and "dead" in told.stdout
+
+
+def test_a_full_disk_for_logs_stops_no_answer(tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "disk") as allowed:
+        if not allowed:
+            pytest.skip("this user may not mount a file system")
+        with detached("demo", tmp_path / "disk") as server:
+            result = disk_full(server, **SHORT)
+            assert set(result.during) == {"ok"} and result.not_ready_after is None, result
+            assert result.note.startswith("0 blocks were free; the log goes on"), result
+            # It is stopped as ever, although nothing can be written down.
+            server.log.with_name("filler").write_bytes(b"x" * 1024)
+            headers = {"authorization": f"Bearer {KEY}"}
+            assert httpx.get(f"{server.url}/v1/models", headers=headers, trust_env=False).status_code == 200
+            assert replace(server.known, ready=True).alive
