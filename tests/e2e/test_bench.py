@@ -88,7 +88,9 @@ def test_the_embedded_model_against_itself(tmp_path: Path) -> None:
         assert point.server.finished == point.requests
         assert point.server.image_cache_share in (None, 0.0)
         assert point.server.preemptions == 0
-    assert {ratio.load for ratio in report.speed_ratios} == {load.name for load in report.loads}
+    # On a busy machine a point may be marked invalid; then nothing is said about it.
+    told = {point.load.name for point in report.speed} - {point.load.name for point in report.speed if point.invalid}
+    assert {ratio.load for ratio in report.speed_ratios} == told
 
     fidelity = report.fidelity
     assert fidelity is not None and len(fidelity.items) == 6 and fidelity.missing == []
