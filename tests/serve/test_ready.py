@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, Counter
 
 from serve.ready import Proof, Ready, ReadySettings
 
@@ -293,6 +293,33 @@ def test_a_slow_probe_under_load_is_no_failure() -> None:
             assert app.state == "ready" and app.failures == 0
 
     run(test)
+
+
+def test_an_engine_that_computes_for_others_is_alive() -> None:
+    """All slots are taken by long answers that come in one piece: only vLLM's count of tokens shows that it works."""
+    engine = Engine()
+    tokens = Counter("vllm:generation_tokens", "Stands for vLLM's own.", ["engine"])
+
+    async def full(body: dict[str, Any]) -> tuple[int, Any]:
+        if len(engine.bodies) > 1:
+            await asyncio.sleep(3600)
+        return 200, good()
+
+    engine.answer = full  # type: ignore[method-assign]
+
+    async def test() -> None:
+        async with running(engine, every=0.1, limit=0.2) as (app, _):
+            await wait_for(app, "ready")
+            for _ in range(15):
+                tokens.labels("0").inc(7)
+                await asyncio.sleep(0.05)
+            assert app.state == "ready" and app.failures == 0 and engine.probes >= 2
+            await wait_for(app, "stalled")  # it has stopped computing
+
+    try:
+        run(test)
+    finally:
+        REGISTRY.unregister(tokens)
 
 
 #: A server whose answers take a second each; like vLLM it ends by itself on SIGINT.
