@@ -3,7 +3,7 @@
     python -m bench.faults_serve --out docs/results/faults [--model demo] [--only engine_killed,...]
 
 Starts `qvl serve --detach` and keeps a few clients asking about pictures while one fault after the other is brought
-about; writes README.md and faults.json. Ends only processes that it has started. Also runs on a GPU.
+about; writes table.md and faults.json. Ends only processes that it has started. Also runs on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -34,13 +33,12 @@ from serve import state
 from serve.media import sample_picture
 from serve.supervisor import stopped_by_signals
 
-__all__ = ["FAULTS", "Result", "Watched", "detached", "observe"]
+__all__ = ["FAULTS", "Result", "Watched", "detached", "measure", "observe", "table"]
 
 #: Seconds that a client waits for the next bytes.
 _PATIENCE = 60.0
 KEY = "faults-key-1"
 NEW_KEY = "faults-key-2"
-_FAKETIME = Path(f"/usr/lib/{platform.machine()}-linux-gnu/faketime/libfaketimeMT.so.1")
 
 
 @dataclass
@@ -325,23 +323,6 @@ def _grow(server: Watched, clients: int, tokens: int) -> None:
     asyncio.run(go())
 
 
-def clock_moved(server: Watched, **short: Any) -> Result:
-    """The server runs with libfaketime, whose offset is changed: an hour ahead, then two back."""
-    offset = server.cache / "faketime"
-
-    def move() -> None:
-        for text in ("+3600", "-3600"):
-            offset.write_text(text)
-            time.sleep(5)
-
-    how = "the server's wall clock jumps an hour ahead and, 5 s later, two back (libfaketime)"
-    result = observe(server, "clock moved", how, move, **short)
-    stamps = [json.loads(text)["time"] for text in server.log.read_text().splitlines() if text.startswith('{"time"')]
-    hours = sorted({stamp[11:13] for stamp in stamps})
-    result.note = f"hours in the log's time stamps: {', '.join(hours)}"
-    return result
-
-
 #: Faults that one and the same server goes through.
 FAULTS = (engine_killed, server_killed, engine_hangs, keys_replaced)
 
@@ -358,44 +339,27 @@ def tmpfs(path: Path, size: str = "4m") -> Iterator[bool]:
             subprocess.run(["umount", "-l", str(path)], check=False)
 
 
-def measure(model: str, wanted: set[str]) -> list[Result]:
-    """Bring about the wanted faults, all if none is named, and return what they did."""
-    results: list[Result] = []
+def measure(model: str, wanted: set[str]) -> Iterator[Result]:
+    """Bring about the wanted faults, all if none is named, and yield what they did."""
 
     def want(fault: Any) -> bool:
         return not wanted or fault.__name__ in wanted
-
-    def add(result: Result) -> None:
-        print(json.dumps(asdict(result)), flush=True)
-        results.append(result)
 
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch)
         if any(map(want, FAULTS)):
             with detached(model, cache / "first", "--restarts", "9") as server:
                 for fault in filter(want, FAULTS):
-                    add(fault(server))
+                    yield fault(server)
         if want(memory_exhausted):
             flags = ("--max-model-len", "1024", "--", "--kv-cache-memory-bytes", str((1536 + 128) * 2560))
             with detached(model, cache / "memory", *flags) as server:
-                add(memory_exhausted(server))
+                yield memory_exhausted(server)
         if want(disk_full):
             with tmpfs(cache / "disk") as allowed:
                 if allowed:
                     with detached(model, cache / "disk") as server:
-                        add(disk_full(server))
-        if want(clock_moved) and _FAKETIME.exists():
-            (cache / "clock").mkdir()
-            (cache / "clock" / "faketime").write_text("+0")
-            fake = {
-                "LD_PRELOAD": str(_FAKETIME),
-                "FAKETIME_TIMESTAMP_FILE": str(cache / "clock" / "faketime"),
-                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-                "FAKETIME_NO_CACHE": "1",
-            }
-            with detached(model, cache / "clock", **fake) as server:
-                add(clock_moved(server))
-    return results
+                        yield disk_full(server)
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -418,27 +382,31 @@ def main() -> None:
     from bench.environment import cpu_name, gpu_names, system_name, versions
 
     environment = {"versions": versions(), "system": system_name(), "cpu": cpu_name(), "gpus": gpu_names()}
-    with stopped_by_signals():
-        results = measure(given.model, set(filter(None, given.only.split(","))))
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / "faults.json"
-    if given.only and file.exists():
-        kept = [Result(**one) for one in json.loads(file.read_text())["results"]]
-        results = [one for one in kept if one.fault not in {new.fault for new in results}] + results
-    record = {"model": given.model, "environment": environment, "results": [asdict(one) for one in results]}
-    file.write_text(json.dumps(record, indent=1) + "\n")
+    results = [Result(**one) for one in json.loads(file.read_text())["results"]] if file.exists() else []
+    with stopped_by_signals():
+        for new in measure(given.model, set(filter(None, given.only.split(",")))):
+            print(json.dumps(asdict(new)), flush=True)
+            results = [one for one in results if one.fault != new.fault] + [new]
+            record = {"model": given.model, "environment": environment, "results": [asdict(one) for one in results]}
+            file.write_text(json.dumps(record, indent=1) + "\n")
+            (given.out / "table.md").write_text(table(results))
+
+
+def table(results: list[Result]) -> str:
+    """Return the results as Markdown, with how each fault was brought about."""
     rows = [
         f"| {one.fault} | {_counts(one.during)} | {_seconds(one.not_ready_after)} | {_seconds(one.ready_again_after)} "
         f"| {one.gap:.1f} | {one.longest_wait:.1f} | {one.restarts} |"
         for one in results
     ]
-    table = "\n".join(rows)
-    (given.out / "table.md").write_text(
+    head = (
         "| fault | requests from then on | /ready said no after (s) | ready again after (s) | longest without a good "
-        f"answer (s) | longest wait of a client (s) | restarts |\n|---|---|---|---|---|---|---|\n{table}\n\n"
-        + "\n".join(f"- **{one.fault}**: {one.how}.{f' Then: {one.note}.' if one.note else ''}" for one in results)
-        + "\n"
+        "answer (s) | longest wait of a client (s) | restarts |"
     )
+    told = [f"- **{one.fault}**: {one.how}.{f' Then: {one.note}.' if one.note else ''}" for one in results]
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows, "", *told, ""])
 
 
 if __name__ == "__main__":

@@ -10,12 +10,17 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from _pytest.terminal import TerminalReporter
 
 # Models here are tiny: on two busy cores torch's threads would wait for each other more than they would work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# An example takes as long as the machine lets it; speed is measured elsewhere.
+settings.register_profile("qvl", deadline=None)
+settings.load_profile("qvl")
 
 # A shell starts background jobs with SIGINT ignored, and programs started by the tests would inherit that: those that
 # are sent a Ctrl-C must heed it wherever the tests themselves run.

@@ -205,7 +205,7 @@ def test_usage_says_what_was_cached_and_queued() -> None:
 
         waited = sorted(trace.queue_s or 0.0 for trace in asyncio.run(two()))
     assert waited[0] < 0.02
-    assert waited[1] == pytest.approx(0.05, abs=0.03)
+    assert 0.04 < waited[1] < 0.5  # until the other was done; a busy machine only ever adds
 
 
 @pytest.mark.parametrize(
