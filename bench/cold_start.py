@@ -95,8 +95,8 @@ def start(model: str, mode: str, turn: str, caches: Path, scratch: Path) -> Star
     }
     began = time.time()
     command = [*qvl, "serve", model, "--detach", "--port", str(port), "--log-format", "json", flag]
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         url = f"http://127.0.0.1:{port}"
         known = json.loads((scratch / "servers" / f"{port}.json").read_text())
         spawned = time.time() - state.ServerState(**known).uptime
@@ -109,7 +109,7 @@ def start(model: str, mode: str, turn: str, caches: Path, scratch: Path) -> Star
         first_answer = time.time() - began
         log = Path(known["log"]).read_text()
     finally:
-        subprocess.run([*qvl, "stop", "--port", str(port)], env=environment, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*qvl, "stop", "--port", str(port)], env=environment, check=False, stdout=subprocess.DEVNULL)
     steps = split(log, began, spawned)
     return Start(mode, turn, round(sum(steps.values()), 2), round(first_answer, 2), steps, round(load, 2))
 

@@ -106,8 +106,8 @@ def detached(model: str, cache: Path, *arguments: str, **environment: str) -> It
     probe = ("--probe-every", "2s", "--probe-timeout", "5s", "--log-format", "json")
     command = [*qvl, "serve", model, "--detach", *port, *probe, "--api-key-file", str(server.keys), *arguments]
     env = {**os.environ, **environment, "QVL_CACHE": str(cache)}
-    subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
     try:
+        subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
         yield server
     finally:
         plain = {**os.environ, "QVL_CACHE": str(cache)}
