@@ -185,8 +185,12 @@ def observe(
     after: float = 10.0,
     longest: float = 240.0,
     key: Callable[[], str] = lambda: KEY,
+    breaks: bool = False,
 ) -> Result:
-    """Bring about a fault while clients ask, until the server is ready again and `after` more seconds have passed."""
+    """Bring about a fault while clients ask, until the server is ready again and `after` more seconds have passed.
+
+    ``breaks``: the fault must end readiness first, however long that takes to be noticed; without, it may.
+    """
     seen: list[_Seen] = []
     changes: list[tuple[float, bool]] = []
     restarts = server.known.restarts
@@ -202,6 +206,8 @@ def observe(
         deadline = at + longest
         while time.monotonic() < deadline:
             await asyncio.sleep(0.2)
+            if breaks and not any(when > at and not ready for when, ready in changes):
+                continue
             if time.monotonic() - at > after and changes[-1][1] and time.monotonic() - changes[-1][0] > after:
                 break
         over = True
@@ -229,21 +235,33 @@ def engine_killed(server: Watched, **short: Any) -> Result:
     """What the kernel does when memory runs out: the largest process is killed."""
     how = "SIGKILL to the engine's process, as the kernel sends when host memory runs out"
     return observe(
-        server, "engine killed", how, lambda: server.process("VLLM::EngineCore").send_signal(signal.SIGKILL), **short
+        server,
+        "engine killed",
+        how,
+        lambda: server.process("VLLM::EngineCore").send_signal(signal.SIGKILL),
+        breaks=True,
+        **short,
     )
 
 
 def server_killed(server: Watched, **short: Any) -> Result:
     """The process that clients are connected to."""
     how = "SIGKILL to the API server's process"
-    return observe(server, "API server killed", how, lambda: os.kill(server.known.pid, signal.SIGKILL), **short)
+    return observe(
+        server, "API server killed", how, lambda: os.kill(server.known.pid, signal.SIGKILL), breaks=True, **short
+    )
 
 
 def engine_hangs(server: Watched, **short: Any) -> Result:
     """It lives, and answers nothing."""
     how = "SIGSTOP to the engine's process: it lives and does nothing, as with a driver that hangs"
     return observe(
-        server, "engine hangs", how, lambda: server.process("VLLM::EngineCore").send_signal(signal.SIGSTOP), **short
+        server,
+        "engine hangs",
+        how,
+        lambda: server.process("VLLM::EngineCore").send_signal(signal.SIGSTOP),
+        breaks=True,
+        **short,
     )
 
 

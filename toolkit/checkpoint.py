@@ -221,6 +221,28 @@ class Checkpoint:
             raise CheckpointError(f"{info.file} can't be read: {error}.") from error
         return tensor
 
+    def read_into(self, name: str, buffer: memoryview, start: int = 0) -> int:
+        """Fill ``buffer`` with a tensor's bytes from ``start`` on; returns how many they are, less only at its end.
+
+        Raises CheckpointError if there is no such tensor, or its file can't be read.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.path} has no tensor {name}.")
+        wanted = max(0, min(len(buffer), info.nbytes - start))
+        done = 0
+        try:
+            with info.file.open("rb", buffering=0) as stream:
+                stream.seek(info.offset + start)
+                while done < wanted:
+                    count = stream.readinto(buffer[done:wanted])
+                    if not count:
+                        raise CheckpointError(f"{info.file} was cut short while it was read.")
+                    done += count
+        except OSError as error:
+            raise CheckpointError(f"{info.file} can't be read: {error.strerror or error}.") from error
+        return done
+
     def content_hash(self) -> str:
         """Return 40 hex digits that change when the config or any weight changes.
 

@@ -18,14 +18,17 @@ from torch import nn
 from toolkit.formats.packing import QuantizedLinear
 from toolkit.quantize.compensate import Factor, compensate, factor
 from toolkit.quantize.mixed import FUSED
-from toolkit.quantize.plan import CHUNK_TOKENS, SCREEN_ROWS
+from toolkit.quantize.plan import CHUNK_TOKENS, screen_rows
 from toolkit.quantize.search import (
     Moments,
     best_clip,
     dequantize,
+    grid_steps,
+    round_error,
     round_to_grid,
     scale_candidates,
     screen,
+    takes_bfloat16,
     weight_means,
 )
 
@@ -174,7 +177,9 @@ class LayerSearch:
         the held tokens, the others, whose outputs are plain sums, on all rows.
         """
         moments, weight = self.moments[unit], self._weight(unit)
+        second = moments.second.bfloat16() if takes_bfloat16(weight.device) else moments.second
         sample = weight[:: _stride(weight)]
+        limits = self._limits(unit)
         tried: list[tuple[float, torch.Tensor]] = []
         for w_sizes in (None, weight_means(weight, self.group_size)):
             losses: dict[float, float] = {}
@@ -184,8 +189,8 @@ class LayerSearch:
                     best = min(losses, key=losses.__getitem__)
                     ratios = [r for r in (best - step, best + step) if 0 <= r <= 1]
                 exponents = torch.tensor(ratios, device=weight.device)
-                candidates = self._allowed(unit, scale_candidates(moments.sizes, w_sizes, exponents))
-                found = screen(sample, moments.second, candidates, self.group_size, self.bits).tolist()
+                candidates = self._allowed(unit, scale_candidates(moments.sizes, w_sizes, exponents), limits)
+                found = screen(sample, second, candidates, self.group_size, self.bits).tolist()
                 losses.update(zip(ratios, found, strict=True))
                 tried += zip(found, candidates, strict=True)
         tried.sort(key=lambda pair: pair[0])
@@ -193,17 +198,25 @@ class LayerSearch:
         if unit in ("self_attn.qkv_proj", "mlp.gate_up_proj"):
             exact = self._module_losses(unit, finalists)
         else:
-            exact = screen(weight, moments.second, finalists, self.group_size, self.bits)
+            exact = screen(weight, second, finalists, self.group_size, self.bits)
         return finalists[int(exact.argmin())]
 
-    def _allowed(self, unit: str, candidates: torch.Tensor) -> torch.Tensor:
+    def _limits(self, unit: str) -> torch.Tensor | None:
+        """Return the largest scales that leave the linear before a unit normal numbers in fp16; None behind a norm."""
+        before: Any = self.layer.get_submodule(_BEFORE[unit])
+        if not isinstance(before, nn.Linear):
+            return None
+        steps = grid_steps(before.weight, self.group_size, self.bits).amin(1)
+        return (steps / torch.finfo(torch.float16).tiny).clamp(min=1e-2)
+
+    def _allowed(self, unit: str, candidates: torch.Tensor, limits: torch.Tensor | None) -> torch.Tensor:
         """Return candidates [C, K] as they can be applied.
 
         What is divided must take the scales: heads that share a value head share its scales, a norm's weight is
-        rounded to its dtype, and the scales of the linear before must stay normal numbers in fp16.
+        rounded to its dtype, and the scales of the linear before must stay normal numbers in fp16 (``limits``).
         """
         before: Any = self.layer.get_submodule(_BEFORE[unit])
-        if not isinstance(before, nn.Linear):
+        if limits is None:
             old = before.weight.data
             new = (old / candidates).to(self.norm_dtype).float()
             return torch.where(new != 0, old / new, candidates)
@@ -213,8 +226,7 @@ class LayerSearch:
         if unit == "self_attn.o_proj":
             shared = candidates.view(len(candidates), self.kv_heads, self.heads // self.kv_heads, -1)
             rows = shared.log().mean(2).exp().flatten(1)
-        step = round_to_grid(before.weight, self.group_size, self.bits).scales.float().amin(1)
-        rows = rows.minimum((step / torch.finfo(torch.float16).tiny).clamp(min=1e-2))
+        rows = rows.minimum(limits)
         return self._per_head(rows) if unit == "self_attn.o_proj" else rows
 
     def _per_head(self, scales: torch.Tensor) -> torch.Tensor:
@@ -233,8 +245,9 @@ class LayerSearch:
         try:
             for scales in candidates:
                 for name in FUSED[unit]:
-                    rounded = round_to_grid(self.weights[name] * scales, self.group_size, self.bits)
-                    linear(self.layer, name).weight.data = dequantize(rounded).div_(scales)
+                    weight = self.weights[name]
+                    error = round_error(weight, scales, self.group_size, self.bits)
+                    linear(self.layer, name).weight.data = error.add_(weight)
                 losses.append(self._module_output(unit).sub_(true).pow_(2).sum())
         finally:
             for name in FUSED[unit]:
@@ -282,9 +295,15 @@ class LayerSearch:
         limits = errors(plain)
         some = slice(None, None, _stride(weight))
         trials: list[tuple[torch.Tensor, list[bool], float]] = []
+
+        def tried() -> list[QuantizedLinear]:
+            """Some rows unclipped and clipped, in one go: compensation takes as long for few rows as for more."""
+            rows, ways = weight[some], len(self.clips)
+            return _split(rounder(rows.repeat(ways, 1), self.clips, [len(rows)] * ways), [len(rows)] * ways)
+
         for candidate in [ones] if torch.equal(scales, ones) else [ones, scales]:
             rounder.scale(candidate)
-            by_clip = [errors(rounder(weight[some], [clip], [len(weight[some])]), some) for clip in self.clips]
+            by_clip = [errors(part, some) for part in tried()]
             best = [min(zip(told, self.clips, strict=True)) for told in zip(*by_clip, strict=True)]
             trials.append((candidate, [clip for _, clip in best], sum(error for error, _ in best)))
         for candidate, clips, _ in sorted(trials, key=lambda trial: trial[2]):
@@ -361,7 +380,7 @@ class _Rounder:
 
 def _stride(weight: torch.Tensor) -> int:
     """Return which of the rows of [N, K] are enough to compare candidates on: every so-manyth."""
-    return max(1, len(weight) // SCREEN_ROWS)
+    return max(1, len(weight) // screen_rows(weight.shape[1]))
 
 
 def _split(unit: QuantizedLinear, sizes: list[int]) -> list[QuantizedLinear]:

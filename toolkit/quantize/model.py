@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from toolkit.calibration import PreparedSample
     from toolkit.checkpoint import Checkpoint
 
-__all__ = ["Batch", "Qwen2VLAWQ", "States", "StreamedLayers", "embed", "load_shell"]
+__all__ = ["Batch", "Qwen2VLAWQ", "Staging", "States", "StreamedLayers", "embed", "load_shell"]
 
 _ATTENTION = "qvl_packed"
 
@@ -148,6 +148,40 @@ def _register_attention() -> None:
     AttentionInterface.register(_ATTENTION, _packed_attention)
 
 
+class Staging:
+    """Two pieces of page-locked host memory, through which tensors go from a file to a GPU.
+
+    Files are read, not mapped: mapped pages come one fault at a time, which keeps a layer waiting for its weights where
+    faults are slow, and a copy from page-locked memory goes on beside the next read.
+    """
+
+    #: Bytes of a piece.
+    _SIZE = 32 * 2**20
+
+    def __init__(self) -> None:
+        self._pieces = [torch.empty(self._SIZE, dtype=torch.uint8, pin_memory=torch.cuda.is_available()) for _ in "ab"]
+        self._sent: list[torch.cuda.Event | None] = [None, None]
+        self._turn = 0
+
+    def send(self, checkpoint: Checkpoint, name: str, device: torch.device) -> torch.Tensor:
+        """Return a checkpoint's tensor on the device, in its own dtype, once the current stream is through."""
+        like = checkpoint.get(name)  # mapped, not read: for its dtype and shape
+        tensor = torch.empty(like.shape, dtype=like.dtype, device=device)
+        target = tensor.view(-1).view(torch.uint8)
+        start = 0
+        while start < len(target):
+            piece, sent = self._pieces[self._turn], self._sent[self._turn]
+            if sent is not None:
+                sent.synchronize()
+            count = checkpoint.read_into(name, piece.numpy().data, start)
+            target[start : start + count].copy_(piece[:count], non_blocking=True)
+            if device.type == "cuda":
+                self._sent[self._turn] = torch.cuda.current_stream(device).record_event()
+            self._turn = 1 - self._turn
+            start += count
+        return tensor
+
+
 class StreamedLayers:
     """The decoder layers of a checkpoint, each read from its safetensors when asked for and kept by nobody here.
 
@@ -164,6 +198,7 @@ class StreamedLayers:
         self._pool = ThreadPoolExecutor(1) if device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._coming: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+        self._staging: Staging | None = None
 
     def __len__(self) -> int:
         return int(self._config.num_hidden_layers)
@@ -200,8 +235,10 @@ class StreamedLayers:
         if self._stream is None:
             # a copy: float32 sources would else share memory with the file
             return {name: self._checkpoint.get(prefix + name).clone() for name in names}
+        if self._staging is None:
+            self._staging = Staging()
         with torch.cuda.stream(self._stream):
-            state = {name: self._checkpoint.get(prefix + name).to(self._device) for name in names}
+            state = {name: self._staging.send(self._checkpoint, prefix + name, self._device) for name in names}
             self._stream.synchronize()
         return state
 
@@ -223,6 +260,22 @@ class _Rows(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return [..., D] float32 on the device."""
         return self._table[ids.cpu()].to(self._device, torch.float32)
+
+
+class _Patches(nn.Module):
+    """The patch embedding as the matrix product that it is: its convolution's kernel covers a patch exactly.
+
+    PyTorch's float32 convolutions in three dimensions are slow, on GPUs by far.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Args: the convolution's weight [D, channels, frames, height, width]."""
+        super().__init__()
+        self._weight = weight.flatten(1)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """[T, channels x frames x height x width] -> [T, D]."""
+        return nn.functional.linear(patches.to(self._weight.dtype), self._weight)
 
 
 class _Reached(Exception):
@@ -266,6 +319,7 @@ def load_shell(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, Any]:
         assign=True,
     )
     inner.visual.to(device)
+    inner.visual.patch_embed = _Patches(inner.visual.patch_embed.proj.weight)
     inner.language_model.rotary_emb.to(device)
     inner.language_model.layers = nn.ModuleList([_Stop()])
     inner.language_model.embed_tokens = _Rows(

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,6 +191,7 @@ class _Run:
         self.left = left
         self.layers_report = layers_report
         self.seconds: dict[str, float] = {}
+        self._copying: Future[None] = Future()
         self.layers: list[dict[str, Any]] = []
         self.ends: list[dict[str, Any]] = []
 
@@ -333,16 +334,15 @@ class _Run:
             if adapter is not None:
                 stack.callback(shutil.rmtree, merged, ignore_errors=True)
                 self.checkpoint = _merged(original, adapter, merged)
-            pool = stack.enter_context(ThreadPoolExecutor(1))
+            pool = stack.enter_context(ThreadPoolExecutor(2))
+            # both beside the search, which waits for neither
             hashing = pool.submit(self.checkpoint.content_hash)
-            journal.add_rest(
-                (name, self.checkpoint.get(name))
-                for name in self.checkpoint.tensors
-                if not name.startswith(self.checkpoint.layers_prefix)
-            )
+            rest = [name for name in self.checkpoint.tensors if not name.startswith(self.checkpoint.layers_prefix)]
+            self._copying = pool.submit(journal.add_rest, ((name, self.checkpoint.get(name)) for name in rest))
             self.progress.layers(len(journal.done), layers)
             if todo:
                 self._search(journal, prepared, plan, todo)
+            self._copying.result()
             self.source["hash"] = hashing.result()
             self.checkpoint = original
         if source_identity(original) != stamps:
@@ -422,6 +422,8 @@ class _Run:
         elif kind == "note":
             note(what)
         elif kind == "layer":
+            if self._copying.done():
+                self._copying.result()  # a full disk, say: why search on?
             self.layers.append({"layer": what["layer"], "seconds": what["seconds"]})
             self.progress.layer(what["layer"], what["error"], what["seconds"]["total"], what["peak"])
         elif kind == "end":

@@ -25,12 +25,12 @@ __all__ = [
     "FORMATS",
     "GROUP_SIZES",
     "HELD_TOKENS",
-    "SCREEN_ROWS",
     "Plan",
     "check_settings",
     "device_bytes",
     "divide",
     "make_plan",
+    "screen_rows",
 ]
 
 FORMATS = ("gemm", "gemv")
@@ -39,8 +39,8 @@ BITS = (4,)
 GROUP_SIZES = (32, 64, 128, -1)
 #: Tokens that go through a layer at once, to start with; halved when the device runs out of memory.
 CHUNK_TOKENS = 4096
-#: Rows of a weight that screening looks at; all of them where there are fewer.
-SCREEN_ROWS = 1024
+#: Rows of a weight that screening looks at, at most, and numbers in them; all of them where there are fewer.
+_SCREEN_ROWS, _SCREEN_WEIGHTS = 1024, 2**23
 #: Tokens kept out of the search to check it: at most about this many.
 HELD_TOKENS = 4096
 #: int32 words hold eight values along the outputs (GEMM) or the inputs (GEMV).
@@ -60,6 +60,11 @@ _CANDIDATES, _FINALISTS = 30, 4
 _GPU_LAYER, _GPU_SHORTFALL = 0.12, 1.85
 #: How much slower a GPU factors a matrix than it multiplies: 30 against some 400 TFLOP/s on an H100.
 _CHOLESKY = 13
+
+
+def screen_rows(columns: int) -> int:
+    """Return how many rows of so many columns screening looks at: fewer of wide ones, a row costs their square."""
+    return min(_SCREEN_ROWS, _SCREEN_WEIGHTS // columns)
 
 
 @dataclass(frozen=True)
@@ -259,9 +264,10 @@ def _seconds(checkpoint: Checkpoint, recipe: Recipe, tokens: int, device: torch.
         flops += 20 * 2.0 * tokens * weights
         traffic += 20 * _FLOAT * (6 * weights + 4 * tokens * inner)
     else:
-        rows = 1.3 * SCREEN_ROWS  # of each unit's weight, on average
-        flops += _CANDIDATES * 2 * rows * squares
-        traffic += _CANDIDATES * 10 * _FLOAT * rows * (3 * hidden + inner)
+        # 1.3 times as many rows as wanted, on average: a stride is a whole number
+        screened = [(1.3 * screen_rows(columns), columns) for columns in (hidden, hidden, hidden, inner)]
+        flops += _CANDIDATES * 2 * sum(rows * columns**2 for rows, columns in screened)
+        traffic += _CANDIDATES * 10 * _FLOAT * sum(rows * columns for rows, columns in screened)
         flops += _FINALISTS * 2 * hidden * (hidden**2 + inner**2)  # of o and down, exactly
         flops += (_FINALISTS + 4) * 2 * held * weights  # of the others; and what checks them
         traffic += 30 * _FLOAT * weights

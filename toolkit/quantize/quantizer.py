@@ -18,7 +18,15 @@ from toolkit.quantize.layer import Held, LayerSearch, Searched, linear
 from toolkit.quantize.mixed import FUSED
 from toolkit.quantize.model import States, StreamedLayers, embed
 from toolkit.quantize.plan import CHUNK_TOKENS, HELD_TOKENS
-from toolkit.quantize.search import Moments, best_clip, dequantize, group_moments, round_to_grid, weight_means
+from toolkit.quantize.search import (
+    Moments,
+    best_clip,
+    dequantize,
+    group_moments,
+    round_to_grid,
+    takes_bfloat16,
+    weight_means,
+)
 
 if TYPE_CHECKING:
     from toolkit.calibration import PreparedSample
@@ -141,8 +149,11 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Run all samples through a layer in micro-batches; ``states.hidden`` becomes, and is returned as, its output.
 
-        ``take`` is given each unit's input [n, K] and which tokens they are; it may overwrite them.
+        ``take`` is given each unit's input [n, K] and which tokens they are; it may overwrite them. Samples that are
+        searched on run in bfloat16 where that is fast, as the served model does, but for what is added up between
+        layers; those that check the search, in float32.
         """
+        narrow = takes_bfloat16(self.device) and states is self.inps
         seen: dict[str, torch.Tensor] = {}
         handles = [
             layer.get_submodule(names[0]).register_forward_pre_hook(
@@ -156,7 +167,10 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
             while first < len(states.lengths):
                 batch = states.batch(first, self.chunk_tokens)
                 output = None
-                with contextlib.suppress(torch.OutOfMemoryError):
+                with (
+                    contextlib.suppress(torch.OutOfMemoryError),
+                    torch.autocast("cuda", torch.bfloat16, enabled=narrow),
+                ):
                     output = layer(**states.inputs(batch, self.device))
                 if output is None:
                     seen.clear()
@@ -276,7 +290,11 @@ class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
         """Gather moments in one pass over the samples and search with them."""
         from toolkit.quantize.sensitivity import token_weights
 
-        moments = {unit: Moments(linear(layer, names[0]).in_features, self.device) for unit, names in FUSED.items()}
+        narrow = takes_bfloat16(self.device)
+        moments = {
+            unit: Moments(linear(layer, names[0]).in_features, self.device, narrow=narrow)
+            for unit, names in FUSED.items()
+        }
         weights = None if self.balance is None else token_weights(self.inps.vision, self.balance[index])
 
         def take(seen: dict[str, torch.Tensor], tokens: slice) -> None:
