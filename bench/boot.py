@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from bench.report.model import Role
 
-__all__ = ["Abort", "Server", "Start", "booted", "free_ports"]
+__all__ = ["Abort", "Here", "Server", "Start", "booted", "free_ports"]
 
 
 class Server(Protocol):
@@ -41,6 +42,15 @@ class Server(Protocol):
 
     def stop(self) -> None:
         """End it with all its processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """What this machine knows of a server that `qvl serve --detach` has left running: as in :class:`Server`."""
+
+    pid: int
+    log: Path
+    checkpoint: Path
 
 
 #: Seconds to wait for a boot that was told to end. One that can't be, such as a download, ends with this process.

@@ -11,13 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
 from bench.compare_cli import FAIL_IF, exit_on
 
 if TYPE_CHECKING:
-    from bench.boot import Abort, Server, Start
+    from bench.boot import Abort, Here, Server, Start
     from bench.inputs import Lengths, Preset
     from bench.load import Arrivals
     from bench.run import Progress
@@ -290,7 +291,14 @@ def bench(
     with _sigterm_like_ctrl_c(), _progress() as (progress, on_phase):
         booter = _Booter(settings.serve_arguments, port, shared=both_local and not sequential, on_phase=on_phase)
         report = run(
-            settings, boot=booter, write_demo=_write_demo, progress=progress, out=out, resume=resume, logs=logs
+            settings,
+            boot=booter,
+            write_demo=_write_demo,
+            progress=progress,
+            find_here=_find_here,
+            out=out,
+            resume=resume,
+            logs=logs,
         )
     reports.write(report, out, force=force or resume)
     if report.status == "failed":
@@ -357,6 +365,18 @@ def _write_demo(directory: Path, per_task: int | None) -> Path:
     from toolkit.demo import write_tasks
 
     return write_tasks(directory) if per_task is None else write_tasks(directory, per_task=per_task)
+
+
+def _find_here(url: str) -> Here | None:
+    """Return the server that `qvl serve --detach` has left on this machine under a URL, if it is one of those."""
+    from bench.boot import Here
+    from serve import state
+
+    parts = urlsplit(url)
+    if parts.hostname not in ("127.0.0.1", "localhost", "::1") or parts.port is None:
+        return None
+    known = state.load(parts.port)
+    return Here(known.pid, Path(known.log), Path(known.checkpoint)) if known and known.alive else None
 
 
 class _Booter:

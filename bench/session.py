@@ -15,7 +15,7 @@ from typing import Protocol, get_args
 from urllib.parse import urlsplit
 
 from bench import resources, tasks
-from bench.boot import Abort, Server, Start, booted
+from bench.boot import Abort, Here, Server, Start, booted
 from bench.datasets import LAYOUTS, load_dataset
 from bench.endpoint import discover, normalise_url, public_url
 from bench.journal import Journal
@@ -124,6 +124,8 @@ class Booter(Protocol):
         """Return how to start a server for a directory, hub id or ``demo``, and how to end it while it boots."""
 
 
+#: URL -> the server of `qvl serve --detach` that listens there, on this machine.
+FindHere = Callable[[str], Here | None]
 #: (directory, questions a task or None for the default) -> the file of questions written there.
 WriteDemo = Callable[[Path, int | None], Path]
 
@@ -134,6 +136,7 @@ def run(
     boot: Booter,
     write_demo: WriteDemo,
     progress: Progress,
+    find_here: FindHere = lambda url: None,
     out: Path | None = None,
     resume: bool = False,
     logs: list[Path] | None = None,
@@ -143,6 +146,7 @@ def run(
     Args:
         boot: starts servers for what is no URL.
         write_demo: writes the demo's questions.
+        find_here: finds a given URL's server on this machine, whose memory and checkpoint can then be told.
         out: directory in which measurements are kept as they come; None keeps none.
         resume: go on with what is kept there.
         logs: filled with the logs of servers that were started.
@@ -165,6 +169,7 @@ def run(
         for role in ROLES:
             if is_url(settings.sources[role]):
                 asyncio.run(discover(settings.sources[role], settings.api_key))
+        here = {role: find_here(settings.sources[role]) for role in ROLES if is_url(settings.sources[role])}
         local: list[Role] = [role for role in ROLES if not is_url(settings.sources[role])]
         together = settings.side_by_side or len(local) < 2
         groups: list[list[Role]] = [list(ROLES)] if together else [[role] for role in ROLES]
@@ -175,7 +180,8 @@ def run(
             with booted(starts, at_once=bool(starts) and boot.at_once) as servers:
                 if logs is not None:
                     logs += [server.log for server in servers.values()]
-                systems = [_system(role, settings, servers.get(role)) for role in group]
+                known = {role: servers.get(role) or here.get(role) for role in group}
+                systems = [_system(role, settings, servers.get(role), known[role]) for role in group]
                 try:
                     asyncio.run(
                         measure(
@@ -192,7 +198,7 @@ def run(
                     if found.empty:
                         raise
                     interrupted = True
-                infos |= {s.role: _info(s, settings, servers.get(s.role), found) for s in systems}
+                infos |= {s.role: _info(s, settings, known[s.role], found) for s in systems}
             if found.failures or interrupted:
                 break
         for role in ROLES:  # a run that ended at the first system never met the second
@@ -305,10 +311,9 @@ def dataset(text: str) -> Dataset | None:
     return Dataset(match[1], source[1:] or layout.hub_id, split)
 
 
-def _system(role: Role, settings: Settings, server: Server | None) -> System:
-    if server:
-        return System(role, asyncio.run(discover(server.url, server.api_key)), server.pid)
-    return System(role, asyncio.run(discover(settings.sources[role], settings.api_key)))
+def _system(role: Role, settings: Settings, server: Server | None, known: Server | Here | None) -> System:
+    url, key = (server.url, server.api_key) if server else (settings.sources[role], settings.api_key)
+    return System(role, asyncio.run(discover(url, key)), known.pid if known else None)
 
 
 def _name(source: str) -> str:
@@ -316,7 +321,7 @@ def _name(source: str) -> str:
     return Path(source).name or Path(source).resolve().name or source
 
 
-def _info(system: System, settings: Settings, server: Server | None, found: Measurements) -> SystemInfo:
+def _info(system: System, settings: Settings, server: Server | Here | None, found: Measurements) -> SystemInfo:
     """Describe a system while it still runs: its memory is read after the load."""
     source, end = settings.sources[system.role], system.endpoint
     kv_cache = found.kv_cache_tokens.get(system.role)
@@ -332,6 +337,7 @@ def _info(system: System, settings: Settings, server: Server | None, found: Meas
             server_version=end.version,
             memory=Memory(kv_cache_tokens=kv_cache),
         )
+    given = is_url(source)
     disk = resources.disk(server.checkpoint)
     host = resources.host_memory(server.pid)
     try:
@@ -340,11 +346,11 @@ def _info(system: System, settings: Settings, server: Server | None, found: Meas
         log = ""
     return SystemInfo(
         role=system.role,
-        label=_name(source),
-        source=source,
-        booted=True,
+        label=end.model if given else _name(source),
+        source=public_url(source) if given else source,
+        booted=not given,
         model=end.model,
-        url=end.url,
+        url=public_url(end.url) if given else end.url,
         server_version=end.version,
         quantization=resources.quantization(server.checkpoint),
         disk_bytes=disk.total,
@@ -358,7 +364,7 @@ def _info(system: System, settings: Settings, server: Server | None, found: Meas
                 "kv_cache_tokens": kv_cache,
             }
         ),
-        serve_arguments=list(settings.serve_arguments),
+        serve_arguments=[] if given else list(settings.serve_arguments),
     )
 
 

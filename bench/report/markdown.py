@@ -66,7 +66,7 @@ def render(report: Report) -> str:
         if head:
             rows = [[point.load.name, report.systems[point.role].label, *cells] for point, cells in rows_counted]
             parts.append(_table(["load", "system", *head], rows))
-    if any(system.booted or system.memory.kv_cache_tokens for system in (base, cand)):
+    if any(system.disk_bytes or system.memory.kv_cache_tokens for system in (base, cand)):
         parts += ["## Size", size_table(report)]
     parts += ["## How it was measured", workload_text(report), f"    {report.environment.command}"]
     parts.append("\n".join(f"- {definition}" for definition in report.definitions.values()))

@@ -1,0 +1,254 @@
+"""The figures of one card: 16 bits against 4, and vLLM's kernel against another, all servers up at once.
+
+    python -m bench.card prepare --shapes 7b,2b     # random weights in these shapes, and their AWQ
+    python -m bench.card up                         # all servers, side by side on the card, each with its own KV cache
+    python -m bench.card measure                    # `qvl bench` over pairs of them, taking turns; then the agreement
+    python -m bench.card down
+
+`python -m bench.card all` is these four in a row; each can be called again, and does what is left. Speed and memory
+depend on the shape of weights alone, so random ones will do; nothing here is said about answers. A shape `tiny`, two
+layers of the 2B's, shows on a CPU that it all runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolkit.errors import QvlError
+
+__all__ = ["Pair", "Shape", "main", "pairs"]
+
+#: vLLM's own choice of kernel on Hopper is Machete; Marlin is faster there under a low load.
+_MARLIN = "awq-marlin"
+_GIB = 2**30
+#: Pictures are scaled to at most so many pixels: what is reserved for the largest one is not measured here.
+_MAX_PIXELS = 1280 * 28 * 28
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model and its systems.
+
+    Attributes:
+        base: of `qvl random-model`; ``layers`` None: all of them.
+        systems: what is served of it.
+        kv_gib: of each server's KV cache.
+        seconds: that a point is measured in each round.
+        rates: requests/s of open loops.
+    """
+
+    name: str
+    base: str
+    layers: int | None
+    systems: tuple[str, ...]
+    kv_gib: float
+    seconds: float
+    rates: str
+    concurrency: str = "1,8,32,128"
+
+    def directory(self, work: Path, system: str) -> Path:
+        """Where a system's checkpoint lies; the server is called by its name."""
+        return work / f"{self.name}-{system}"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A report: candidate against baseline, with open loops or without."""
+
+    shape: Shape
+    baseline: str
+    candidate: str
+    rates: bool
+
+    @property
+    def name(self) -> str:
+        """Of the report's directory."""
+        return f"{self.shape.name}-{self.candidate}-against-{self.baseline}"
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("7b", "7b", None, ("bf16", "awq", _MARLIN), 4.0, 3.0, "4,12"),
+        Shape("2b", "2b", None, ("bf16", "awq", _MARLIN), 2.0, 2.5, "8,24"),
+        Shape("tiny", "2b", 2, ("bf16", "awq"), 0.5, 2.0, "1", "1,2"),
+    )
+}
+
+
+def pairs(shapes: Sequence[Shape]) -> list[Pair]:
+    """Return the reports to make, what matters most first."""
+    found = [Pair(shape, "bf16", _MARLIN if shape.name == "7b" else "awq", True) for shape in shapes]
+    return found + [Pair(shape, "awq", _MARLIN, False) for shape in shapes if _MARLIN in shape.systems]
+
+
+def _qvl(command: Sequence[object]) -> int:
+    from toolkit.console import err
+
+    words = [str(word) for word in command]
+    err.print(f"$ qvl {shlex.join(words)}", style="cyan", highlight=False, markup=False)
+    return subprocess.call([sys.executable, "-m", "toolkit.cli", *words])
+
+
+def _must(command: Sequence[object]) -> None:
+    if code := _qvl(command):
+        raise SystemExit(code)
+
+
+def prepare(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+    """Make the checkpoints that are not there yet. A kernel is no other checkpoint: its name is a link."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for shape in shapes:
+        source, awq = shape.directory(given.work, "bf16"), shape.directory(given.work, "awq")
+        if not source.exists():
+            made: list[object] = ["random-model", "--shape", shape.base, "--out", source, "--device", device]
+            made += ["--layers", shape.layers] if shape.layers else []
+            _must(made + (["--tokenizer", given.tokenizer] if given.tokenizer else []))
+        if not awq.exists():
+            _must(["quantize", "--model", source, "--out", awq, "--samples", given.samples])
+        for system in shape.systems:
+            directory = shape.directory(given.work, system)
+            if not directory.exists():
+                directory.symlink_to(awq.name)
+
+
+def _all(shapes: Sequence[Shape]) -> Iterator[tuple[int, Shape, str]]:
+    for number, (shape, system) in enumerate((s, system) for s in shapes for system in s.systems):
+        yield number, shape, system
+
+
+def up(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+    """Start every server that does not run, all at once, and wait until the last is ready."""
+    from serve import memory, state
+    from serve.backend import find_gpus
+    from serve.lifecycle import start
+    from serve.options import ServeOptions
+    from serve.profiles import Settings
+    from toolkit.checkpoint import Checkpoint
+    from toolkit.console import note
+
+    card = max((gpu.total for gpu in find_gpus()), default=0)
+
+    def boot(number: int, shape: Shape, system: str) -> str:
+        directory, port = shape.directory(given.work, system), given.port + number
+        known = state.load(port)
+        if known is not None and known.alive and known.ready:
+            return f"{directory.name}: runs on {known.url}"
+        kernel = "marlin" if system == _MARLIN and card else None
+        # Each has a KV cache of a given size: none measures what memory is left, which the others are taking.
+        cache = ("--kv-cache-memory-bytes", str(int(shape.kv_gib * _GIB)))
+        options = ServeOptions(
+            port=port,
+            max_model_len=4096,
+            max_num_seqs=256 if card else None,
+            images_per_request=1,
+            videos_per_request=0,
+            timeout=900,
+            settings=Settings(kernel=kernel, max_pixels=_MAX_PIXELS),
+            extra=cache if card else (),
+        )
+        if card:
+            least = memory.need(Checkpoint.open(directory), options).total
+            share = min(0.95, round(least / card + 0.01, 3))  # what is checked to be free; not what is taken
+            options = ServeOptions(**{**vars(options), "gpu_memory_utilization": share})
+        server = start(str(directory), options)
+        return f"{directory.name}: {server.url} after {server.boot_seconds:.0f} s"
+
+    with ThreadPoolExecutor(len(list(_all(shapes)))) as pool:
+        for booted in [pool.submit(boot, *each) for each in _all(shapes)]:
+            note(booted.result())
+
+
+def measure(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+    """Make the reports that are not there yet, then hold our figures against those of `vllm bench serve`."""
+    from toolkit.console import note, warn
+
+    urls = {(shape.name, system): f"http://127.0.0.1:{given.port + number}" for number, shape, system in _all(shapes)}
+    for pair in pairs(shapes):
+        out, shape = given.out / pair.name, pair.shape
+        if (out / "report.json").exists():
+            continue
+        if time.monotonic() > given.end:
+            note(f"the time is up before {pair.name}: the same command goes on")
+            return
+        command: list[object] = ["bench", "--baseline", urls[shape.name, pair.baseline]]
+        command += ["--candidate", urls[shape.name, pair.candidate], "--out", out, "--tasks", "none"]
+        command += ["--concurrency", shape.concurrency, "--duration", shape.seconds, "--rounds", 3]
+        command += ["--image-sizes", "text,448x448" if shape.name != "tiny" else "text,112x112", "--output-tokens", 128]
+        command += ["--prompt-tokens", 64, "--slo", "ttft=500ms,tpot=15ms"]
+        if code := _qvl(command + (["--rate", shape.rates] if pair.rates else [])):
+            warn(f"{pair.name} ended with {code}; going on")
+    shape = shapes[-1]
+    agreement = given.out / "agreement.json"
+    if time.monotonic() > given.end or agreement.exists():
+        return
+    url, tokenizer = urls[shape.name, "awq"], str(shape.directory(given.work, "awq"))
+    command = ["bench.agreement", "--url", url, "--tokenizer", tokenizer, "--out", str(agreement)]
+    load = ["--concurrency", "8", "--requests", "96"] if shape.name != "tiny" else ["--concurrency", "1"]
+    load += [] if shape.name != "tiny" else ["--requests", "3", "--image-sizes", "text", "--output-tokens", "16"]
+    subprocess.call([sys.executable, "-m", *map(str, command), *load])
+
+
+def down(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+    """Stop the servers that run."""
+    from serve import state
+
+    for number, _, _ in _all(shapes):
+        if state.load(given.port + number) is not None:
+            _qvl(["stop", "--port", given.port + number])
+
+
+STEPS = {"prepare": prepare, "up": up, "measure": measure, "down": down}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``python -m bench.card``."""
+    from toolkit.console import fail
+
+    parser = argparse.ArgumentParser(prog="python -m bench.card", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("step", choices=[*STEPS, "all"])
+    parser.add_argument("--shapes", default="7b,2b", help=f"of {', '.join(SHAPES)}, the most important first")
+    parser.add_argument("--work", type=Path, default=Path("out/card"), help="directory of the checkpoints")
+    parser.add_argument("--out", type=Path, default=Path("out/card/results"), help="directory of the reports")
+    parser.add_argument("--tokenizer", type=Path, help="directory with a Qwen2 tokenizer.json")
+    parser.add_argument("--samples", type=int, default=16, help="calibration chats: speed does not depend on them")
+    parser.add_argument("--port", type=int, default=18000, help="of the first server")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no report after so long")
+    given = parser.parse_args(arguments)
+    given.end = time.monotonic() + 60 * given.minutes
+    given.work, given.out = given.work.resolve(), given.out.resolve()
+    for directory in (given.work, given.out):
+        directory.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("QVL_CACHE", str(given.work / "cache"))
+    try:
+        shapes = [SHAPES[name] for name in given.shapes.split(",")]
+    except KeyError as error:
+        fail(f"--shapes: {error.args[0]!r} is none of {', '.join(SHAPES)}")
+        raise SystemExit(2) from None
+    try:
+        if given.step != "all":
+            STEPS[given.step](given, shapes)
+            return
+        try:
+            for step in (prepare, up, measure):
+                step(given, shapes)
+        finally:
+            down(given, shapes)
+    except QvlError as error:
+        fail(str(error))
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()
