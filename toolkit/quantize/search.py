@@ -92,7 +92,18 @@ def round_error(weight: torch.Tensor, scales: torch.Tensor, group_size: int, bit
 
 def takes_bfloat16(device: torch.device) -> bool:
     """Return whether products of bfloat16 are fast there, twice as fast as TF32's; sums are float32."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and trusted("products of bfloat16 summed in float32", device, lambda: _products_agree(device))
+    )
+
+
+def _products_agree(device: torch.device) -> bool:
+    """Multiply small factors both ways; the products of numbers that bfloat16 holds are exact in float32."""
+    rng = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-64, 64, (256, 256), generator=rng).to(device, torch.bfloat16) for _ in "ab")
+    return torch.equal(_product(a, b).cpu(), a.float().cpu() @ b.float().cpu())
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
