@@ -27,7 +27,8 @@ DONE := $(VENV)/.installed-$(BACKEND)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo quantize convert inspect serve stop status ask bench compare test lint format microbench \
-        microbench-compare gpu-bench quant-bench demo-model deploy-files image clean
+        microbench-compare gpu-bench card-bench tune-bench quant-bench guard-cost cold-start soak serve-faults \
+        seeded-faults demo-model deploy-files image clean
 
 help: ## show this
 	@printf 'Targets:\n'; sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 20
@@ -89,11 +90,29 @@ microbench-compare: setup ## the suites again beside the last saved times; fails
 gpu-bench: setup ## on a GPU: a Qwen2-VL-2B of random weights, quantized, served, measured against fp16
 	$(QVL) gpu-bench $(ARGS)
 
+card-bench: setup ## on a GPU: 7B and 2B, 16 bits against 4, kernels and loads, all servers at once (docs/tuning.md)
+	$(PY) -m bench.card all $(ARGS)
+
 tune-bench: setup ## on a GPU: the figures of docs/tuning.md; resumable (ARGS="--shape 7b --minutes 9")
 	$(PY) -m bench.tune_bench $(ARGS)
 
 quant-bench: setup ## on a GPU: the quantizer's time, memory and quality beside stock AutoAWQ (docs/quantizer-benchmark.md)
 	$(QVL) quant-bench $(ARGS)
+
+guard-cost: setup ## what the guard takes of throughput and latency (ARGS="--real" beside vLLM too)
+	$(PY) -m bench.guard_cost --out out/guard $(ARGS)
+
+cold-start: setup ## from the command to the first answer, by steps, first and second start
+	$(PY) -m bench.cold_start --out out/cold-start $(ARGS)
+
+soak: setup ## 30 minutes of good, hostile and vanishing clients against a server (ARGS="--minutes 3")
+	$(PY) -m bench.soak --out out/soak $(ARGS)
+
+serve-faults: setup ## what clients see when processes die or hang, keys change, the disk is full
+	$(PY) -m bench.faults_serve --out out/serve-faults $(ARGS)
+
+seeded-faults: setup ## which faults in a checkpoint the verdicts tell (long on a CPU)
+	$(PY) -m bench.seeded_faults --out out/seeded-faults $(ARGS)
 
 demo-model: setup ## train the embedded model anew into OUT
 	$(QVL) demo-model --out out/demo-model $(ARGS)

@@ -8,7 +8,8 @@ all rounds, so that no cache answers. Needs vLLM in this environment, whose comm
 
 Both define alike: TTFT is the first chunk of a request, counted from when it was sent; TPOT is per request, over the
 tokens after the first; throughput is output tokens over the time from the first request to the last answer. Where they
-differ in detail is told in docs/compare.md.
+differ in detail is told in docs/compare.md. What a server's unsteadiness hides shows against one that answers by the
+clock (`python -m bench.paced`).
 """
 
 from __future__ import annotations

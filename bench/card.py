@@ -4,8 +4,9 @@
     python -m bench.card up                         # all servers, side by side on the card, each with its own KV cache
     python -m bench.card measure                    # `qvl bench` over pairs of them, taking turns; then the agreement
     python -m bench.card down
+    python -m bench.card profile --profiles DIR     # what was measured of the kernels, as profiles for `qvl serve`
 
-`python -m bench.card all` is these four in a row; each can be called again, and does what is left. Speed and memory
+`python -m bench.card all` is the first four in a row; each can be called again, and does what is left. Speed and memory
 depend on the shape of weights alone, so random ones will do; nothing here is said about answers. A shape `tiny`, two
 layers of the 2B's, shows on a CPU that it all runs.
 """
@@ -150,6 +151,7 @@ def up(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
         cache = ("--kv-cache-memory-bytes", str(int(shape.kv_gib * _GIB)))
         options = ServeOptions(
             port=port,
+            served_model_name=directory.name,  # a link's own name
             max_model_len=4096,
             max_num_seqs=256 if card else None,
             images_per_request=1,
@@ -210,7 +212,55 @@ def down(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
             _qvl(["stop", "--port", given.port + number])
 
 
-STEPS = {"prepare": prepare, "up": up, "measure": measure, "down": down}
+def profile(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+    """Write a profile of each shape's kernels, at the loads that all its reports have."""
+    from bench.report.json import read
+    from serve.capacity import shape as published
+    from serve.profiles import Key, Measured, Profile, Settings, save
+    from toolkit.console import note
+
+    named = {"awq": "vllm", _MARLIN: "marlin", "bf16": "fp16"}
+    for shape in shapes:
+        figures: dict[int, dict[str, float]] = {}
+        reports = []
+        # The pair of kernels counts for both of them, that with 16 bits for 16 bits alone where there are both.
+        for pair in pairs([shape]):
+            path = given.out / pair.name / "report.json"
+            if not path.exists():
+                continue
+            report = read(path)
+            reports.append(pair.name)
+            for point in report.speed:
+                if point.load.concurrency is not None and point.output_tokens_per_s is not None:
+                    system = pair.baseline if point.role == "baseline" else pair.candidate
+                    figures.setdefault(point.load.concurrency, {})[named[system]] = point.output_tokens_per_s
+        if not reports:
+            continue
+        text = published(shape.base, True).text_config
+        sizes = (text["num_hidden_layers"], text["hidden_size"], text["intermediate_size"])
+        version = report.systems["candidate"].server_version or "unknown"
+        key = Key(report.environment.gpus[0].split(",")[0], "x".join(map(str, sizes)), "awq-g128", version)
+        candidates = {name: Settings(kernel="marlin") if name == "marlin" else Settings() for name in named.values()}
+        present = {name for found in figures.values() for name in found} - {"fp16"}
+        measured = tuple(
+            Measured(count, {name: found[name] for name in sorted(found) if name != "fp16"}, found.get("fp16"))
+            for count, found in sorted(figures.items())
+        )
+        made = Profile(
+            key,
+            {name: candidates[name] for name in sorted(present, reverse=True)},
+            measured,
+            provenance={
+                "what": "output tokens/s in closed loops, texts and pictures of 448x448 in turn, 128 output tokens, "
+                "random weights of the real shape",
+                "when": report.created.isoformat(),
+                "reports": reports,
+            },
+        )
+        note(str(save(made, given.profiles)))
+
+
+STEPS = {"prepare": prepare, "up": up, "measure": measure, "down": down, "profile": profile}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -224,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/card/results"), help="directory of the reports")
     parser.add_argument("--tokenizer", type=Path, help="directory with a Qwen2 tokenizer.json")
     parser.add_argument("--samples", type=int, default=16, help="calibration chats: speed does not depend on them")
+    parser.add_argument("--profiles", type=Path, help="directory of profiles (where `qvl serve` looks for yours)")
     parser.add_argument("--port", type=int, default=18000, help="of the first server")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no report after so long")
     given = parser.parse_args(arguments)

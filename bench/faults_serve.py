@@ -395,8 +395,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="", help="names of faults, with commas")
+    names = [fault.__name__ for fault in (*FAULTS, memory_exhausted, disk_full)]
+    parser.add_argument("--only", default="", help=f"of {', '.join(names)}, with commas")
     given = parser.parse_args()
+    wanted = set(filter(None, given.only.split(",")))
+    if not wanted <= set(names):
+        parser.error(f"--only: {', '.join(sorted(wanted - set(names)))} is none of {', '.join(names)}")
     from bench.environment import cpu_name, gpu_names, system_name, versions
 
     environment = {"versions": versions(), "system": system_name(), "cpu": cpu_name(), "gpus": gpu_names()}
@@ -404,7 +408,7 @@ def main() -> None:
     file = given.out / "faults.json"
     results = [Result(**one) for one in json.loads(file.read_text())["results"]] if file.exists() else []
     with stopped_by_signals():
-        for new in measure(given.model, set(filter(None, given.only.split(",")))):
+        for new in measure(given.model, wanted):
             print(json.dumps(asdict(new)), flush=True)
             results = [one for one in results if one.fault != new.fault] + [new]
             record = {"model": given.model, "environment": environment, "results": [asdict(one) for one in results]}

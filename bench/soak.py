@@ -16,6 +16,7 @@ import random
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -349,8 +350,8 @@ def _text(report: Report) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; returns 1 when something was wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
-    parser.add_argument("--url", required=True, help="root of the server")
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--url", help="root of the server; without, one with the embedded model is started")
+    parser.add_argument("--model", default="demo", help="what requests call it")
     parser.add_argument("--api-key", default=os.environ.get("QVL_API_KEY"), help="(QVL_API_KEY)")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--workers", type=int, default=4, help="clients at one time")
@@ -360,12 +361,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="directory for report.json and README.md")
     given = parser.parse_args(arguments)
     began = datetime.now(UTC)
-    report = asyncio.run(
-        soak(
-            given.url, given.model, given.api_key, given.minutes,
-            pid=given.pid, workers=given.workers, pause=given.pause, seed=given.seed,
-        )
-    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        if given.url is None:
+            from bench.faults_serve import KEY, detached
+
+            cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qvl-soak-")))
+            server = stack.enter_context(detached("demo", cache))
+            given.url, given.api_key, given.pid = server.url, KEY, server.known.pid
+        report = asyncio.run(
+            soak(
+                given.url, given.model, given.api_key, given.minutes,
+                pid=given.pid, workers=given.workers, pause=given.pause, seed=given.seed,
+            )
+        )  # fmt: skip
     text = _text(report)
     print(text)
     if given.out is not None:

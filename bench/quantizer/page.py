@@ -51,7 +51,8 @@ def _made(part: str, about: dict[str, Any]) -> str:
     tiny = " --tiny" if about["tiny"] else ""
     wanted = ("qvl", "python", "torch", "transformers", "autoawq")
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in wanted if name in about["versions"])
-    return f"`qvl quant-bench --parts {part}{stock}{tiny}`, {about['date']}, {about['device']}; {versions}."
+    note = f" {about['note']}" if about.get("note") else ""
+    return f"`qvl quant-bench --parts {part}{stock}{tiny}`, {about['date']}, {about['device']}; {versions}.{note}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

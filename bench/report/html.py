@@ -84,8 +84,7 @@ def _speed_cards(report: Report) -> list[Card]:
         if ratio:
             shown = words.ratio_interval(ratio.low, ratio.high)
             found.append(Card(name, words.ratio(ratio.ratio), f"{ratio.load} (95%: {shown})"))
-    last = {ratio.metric: ratio for ratio in report.speed_ratios}
-    most = last.get("output_tokens_per_s") or last.get("requests_per_s")
+    most = words.throughput(report.speed_ratios)
     if most:
         values = []
         for role in ROLES:

@@ -44,6 +44,7 @@ __all__ = [
     "sentence",
     "small_interval",
     "speed_sentence",
+    "throughput",
 ]
 
 MINUS = "\u2212"
@@ -218,10 +219,10 @@ def sentence(found: Accuracy | None, margin: float, labels: dict[Role, str]) -> 
 
 
 def speed_sentence(ratios: Sequence[SpeedRatio]) -> str | None:
-    """The verdict on speed in a sentence: time per token under the first load and throughput under the last; None where
-    neither has a ratio."""
+    """The verdict on speed in a sentence: time per token under the first load, and `throughput`; None where neither has
+    a ratio."""
     first = next((r for name in ("tpot", "e2e") for r in ratios if r.metric == name), None)
-    last = next((r for r in reversed(ratios) if r.metric in ("output_tokens_per_s", "requests_per_s")), None)
+    last = throughput(ratios)
     said = []
     if first:
         what = "Time per token" if first.metric == "tpot" else "End-to-end latency"
@@ -231,6 +232,18 @@ def speed_sentence(ratios: Sequence[SpeedRatio]) -> str | None:
         name = "throughput" if first else "Throughput"
         said.append(f"{name} ({what}) is {_compared(last, 'higher', 'lower', below=False)} at {last.load}")
     return f"{', '.join(said)}." if said else None
+
+
+def throughput(ratios: Sequence[SpeedRatio]) -> SpeedRatio | None:
+    """The ratio of throughput to quote: at saturation, else with most in flight. Under a rate a server that keeps up
+    does what is asked of it, so such a load is the last resort."""
+    found = [r for r in ratios if r.metric == "output_tokens_per_s"]
+    found = found or [r for r in ratios if r.metric == "requests_per_s"]
+    for sought in ("saturation", "in flight", ""):
+        for each in reversed(found):
+            if each.load.endswith(sought):
+                return each
+    return None
 
 
 def _compared(found: SpeedRatio, better: str, worse: str, *, below: bool) -> str:

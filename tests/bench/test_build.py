@@ -13,9 +13,9 @@ from bench.client import Failure, Trace
 from bench.inputs import Lengths
 from bench.load import Block
 from bench.metrics import parse_slos
-from bench.report import html, markdown, speed
+from bench.report import html, markdown, speed, words
 from bench.report.build import build, workload
-from bench.report.model import Judgement, Load, Report, Role, SystemInfo
+from bench.report.model import Judgement, Load, Report, Role, SpeedFigure, SpeedRatio, SystemInfo
 from bench.run import Measurements, Plan, Stretch
 from bench.server_metrics import ServerPoint
 from bench.tasks import Question
@@ -377,3 +377,17 @@ def test_labels_and_sizes_are_kept() -> None:
     found = report(candidate=system("candidate", label="mine", disk_bytes=7))
     assert found.systems["candidate"].label == "mine"
     assert "mine" in found.verdict.sentence
+
+
+def test_the_throughput_that_is_quoted_is_that_of_a_full_server() -> None:
+    def ratio(load: str, metric: SpeedFigure = "output_tokens_per_s") -> SpeedRatio:
+        return SpeedRatio(metric=metric, load=load, ratio=1.0, low=None, high=None)
+
+    closed, rates = [ratio("1 in flight"), ratio("128 in flight")], [ratio("4 requests/s"), ratio("12 requests/s")]
+    full = [ratio("sweep: one at a time"), ratio("sweep: saturation")]
+    assert words.throughput([]) is None
+    assert words.throughput(rates) is rates[1]
+    assert words.throughput([*closed, *rates]) is closed[1]
+    assert words.throughput([*closed, *rates, *full]) is full[1]
+    fallback = [ratio("1 in flight", "requests_per_s"), ratio("4 requests/s", "tpot")]
+    assert words.throughput(fallback) is fallback[0]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bench import report as reports
-from bench.boot import Abort, Start
+from bench.boot import Abort, Here, Start
 from bench.inputs import Lengths
 from bench.report.json import read
 from bench.report.model import Report
@@ -169,6 +169,18 @@ def test_a_server_given_by_url_is_left_alone(tmp_path: Path, dirs: tuple[Path, P
     assert (base.label, base.booted, base.disk_bytes, base.memory.host_bytes) == ("remote", False, None, None)
     assert "secret" not in report.model_dump_json()
     assert len(booter.booted) == 1
+
+
+def test_a_server_of_this_machine_given_by_url_tells_what_it_holds(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
+    booter, log = Booter(tmp_path), tmp_path / "server.log"
+    log.write_text("INFO Model loading took 2.50 GiB and 3.1 seconds")
+    with serving(Behaviour(model="remote")) as server:
+        known = {server.url: Here(os.getpid(), log, dirs[0])}
+        report = go(settings(server.url, dirs[1], questions(tmp_path)), booter, find_here=known.get)
+    base = report.systems["baseline"]
+    assert (base.label, base.source, base.booted, base.serve_arguments) == ("remote", server.url, False, [])
+    assert base.disk_bytes and base.memory.host_bytes
+    assert base.memory.weights_bytes == round(2.5 * 2**30)
 
 
 def test_a_failed_request_fails_the_run_and_stops_the_servers(tmp_path: Path, dirs: tuple[Path, Path]) -> None:

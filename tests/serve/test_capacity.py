@@ -20,7 +20,7 @@ from toolkit.random_model import SHAPES
 GIB = 1 << 30
 
 
-# What vLLM 0.25.1 reported on an H100: docs/results/gpu-2b, and for the 7B the table in docs/tuning.md.
+# What vLLM 0.25.1 reported on an H100: docs/results/h100.
 @pytest.mark.parametrize(
     ("name", "quantized", "reported"),
     [("2b", False, 4.26), ("2b", True, 2.39), ("7b", False, 15.6), ("7b", True, 6.65)],

@@ -56,8 +56,9 @@ _FORWARD_SHARE = 0.2
 #: Scales that a search tries on some rows, and that it tries in full, no scaling among them.
 _CANDIDATES, _FINALISTS = 30, 4
 #: Seconds that a layer takes on a GPU whatever its size (launches, Python, reading), and how much longer than at the
-#: device's full rates the rest takes: within 10% of layers of the 2B's, 7B's and 72B's shape (docs/results/quantizer).
-_GPU_LAYER, _GPU_SHORTFALL = 0.12, 1.85
+#: device's full rates the rest takes: fitted to layers of the 2B's and 7B's shape, the worst of which is 17% off
+#: (docs/results/quantizer).
+_GPU_LAYER, _GPU_SHORTFALL = 0.1, 1.95
 #: How much slower a GPU factors a matrix than it multiplies: 30 against some 400 TFLOP/s on an H100.
 _CHOLESKY = 13
 
@@ -248,6 +249,8 @@ def _seconds(checkpoint: Checkpoint, recipe: Recipe, tokens: int, device: torch.
 
     The counts are those of :mod:`toolkit.quantize.layer`; how far they hold is in docs/results.
     """
+    from toolkit.quantize.search import takes_bfloat16
+
     flops_rate, bytes_rate = _rates(device)
     text = checkpoint.text_config
     hidden, inner = int(text["hidden_size"]), int(text["intermediate_size"])
@@ -256,9 +259,10 @@ def _seconds(checkpoint: Checkpoint, recipe: Recipe, tokens: int, device: torch.
     squares = 3 * hidden**2 + inner**2
     held = min(HELD_TOKENS, tokens // 10 + 1)
     kernels = device.type == "cuda"  # Triton's, which read a weight once where torch reads it ten times
+    narrow = 0.5 if recipe.search == "moments" and takes_bfloat16(device) else 1.0  # the rates are of float32
 
-    flops = 2.0 * tokens * weights  # the forward pass
-    flops += 1.1 * tokens * squares  # moments: a good half of each
+    flops = narrow * 2.0 * tokens * weights  # the forward pass
+    flops += narrow * 1.1 * tokens * squares  # moments: a good half of each
     traffic = 12.0 * tokens * (8 * hidden + 4 * inner)
     if recipe.search == "autoawq":  # twenty forwards of each module, weights restored each time
         flops += 20 * 2.0 * tokens * weights
@@ -266,9 +270,9 @@ def _seconds(checkpoint: Checkpoint, recipe: Recipe, tokens: int, device: torch.
     else:
         # 1.3 times as many rows as wanted, on average: a stride is a whole number
         screened = [(1.3 * screen_rows(columns), columns) for columns in (hidden, hidden, hidden, inner)]
-        flops += _CANDIDATES * 2 * sum(rows * columns**2 for rows, columns in screened)
+        flops += narrow * _CANDIDATES * 2 * sum(rows * columns**2 for rows, columns in screened)
         traffic += _CANDIDATES * 10 * _FLOAT * sum(rows * columns for rows, columns in screened)
-        flops += _FINALISTS * 2 * hidden * (hidden**2 + inner**2)  # of o and down, exactly
+        flops += narrow * _FINALISTS * 2 * hidden * (hidden**2 + inner**2)  # of o and down, exactly
         flops += (_FINALISTS + 4) * 2 * held * weights  # of the others; and what checks them
         traffic += 30 * _FLOAT * weights
     if recipe.clip:

@@ -1,0 +1,51 @@
+"""The figures of one card: what is measured of which servers, and the profiles that come of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import card
+from serve import profiles
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "h100"
+SHIPPED = Path(profiles.__file__).parent / "profiles"
+
+
+def test_the_shipped_profiles_are_what_the_reports_say(tmp_path: Path) -> None:
+    card.main(["profile", "--work", str(tmp_path / "w"), "--out", str(RESULTS), "--profiles", str(tmp_path / "p")])
+    made = sorted((tmp_path / "p").iterdir())
+    assert [path.name for path in made] == [path.name for path in sorted(SHIPPED.glob("*.json"))]
+    for path in made:
+        assert path.read_text() == (SHIPPED / path.name).read_text()
+    seven = next(json.loads(path.read_text()) for path in made if "3584" in path.name)
+    report = json.loads((RESULTS / "7b-awq-marlin-against-awq" / "report.json").read_text())
+    alone = {p["role"]: p["output_tokens_per_s"] for p in report["speed"] if p["load"]["concurrency"] == 1}
+    assert seven["loads"][0]["figures"] == {"vllm": alone["baseline"], "marlin": alone["candidate"]}
+
+
+def test_sixteen_bits_are_measured_before_kernels() -> None:
+    found = card.pairs([card.SHAPES["7b"], card.SHAPES["2b"]])
+    assert [pair.name for pair in found] == [
+        "7b-awq-marlin-against-bf16",
+        "2b-awq-against-bf16",
+        "7b-awq-marlin-against-awq",
+        "2b-awq-marlin-against-awq",
+    ]
+    assert [pair.rates for pair in found] == [True, True, False, False]
+
+
+def test_an_unknown_shape_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        card.main(["up", "--shapes", "7b,9b", "--work", str(tmp_path), "--out", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "'9b' is none of 7b, 2b" in capsys.readouterr().err
+
+
+def test_a_step_without_its_checkpoints_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        card.main(["up", "--shapes", "tiny", "--work", str(tmp_path), "--out", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "no such directory" in capsys.readouterr().err
