@@ -114,21 +114,10 @@ def _table(rows: list[tuple[Capacity, dict[str, Any] | None]]) -> Table:
     from rich import box
     from rich.table import Table
 
-    numbers = (
-        "card",
-        "model",
-        "format",
-        "weights",
-        "beside",
-        "KV tokens",
-        "context",
-        "at once",
-        "picture",
-        "to make it",
-    )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in numbers:
-        table.add_column(name, justify="left" if name in ("model", "format", "to make it") else "right", no_wrap=True)
+    columns = ("card", "model", "format", "weights", "beside", "tokens", "context", "at once", "picture", "to make")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))  # 80 columns are enough
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("model", "format", "to make") else "right", no_wrap=True)
     last = None
     for found, work in rows:
         if last not in (None, found.card):
@@ -136,16 +125,21 @@ def _table(rows: list[tuple[Capacity, dict[str, Any] | None]]) -> Table:
         last = found.card
         made = ""
         if work is not None:
-            need = f"{work['gpu_bytes'] / 1e9:.0f} GB + {work['host_bytes'] / 1e9:.0f} GB host"
+            need = f"{work['gpu_bytes'] / 1e9:.0f} + {work['host_bytes'] / 1e9:.0f}"
             made = need if work["fits"] else f"[red]{need}[/red]"
         beside = found.need.activations + found.need.overhead
-        cells = [f"{found.card / _GIB:g} GiB", found.model, found.format]
+        cells = [f"{found.card / _GIB:g}", found.model, found.format]
         cells += [f"{found.need.weights / _GIB:.1f}", f"{beside / _GIB:.1f}"]
         if found.fits:
             side = math.isqrt(found.image_pixels)
-            fits = [f"{found.kv_tokens:,}", f"{found.context:,}", f"{found.concurrency:,}", f"{side} x {side}"]
+            fits = [f"{found.kv_tokens:,}", f"{found.context:,}", f"{found.concurrency:,}", f"{side}²"]
         else:
             fits = ["[red]no[/red]", "", "", ""]
         table.add_row(*cells, *fits, made)
-    table.caption = "GiB; an estimate, see docs/tuning.md"
+    table.caption = (
+        "card, weights, what is beside them: GiB. tokens: of the KV cache; at once: sequences of the whole context. "
+        "picture: side in pixels that is read unscaled. to make: GB of GPU + host memory to quantize. "
+        "An estimate: docs/tuning.md says how near"
+    )
+    table.caption_justify = "left"
     return table

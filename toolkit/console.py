@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from rich.console import Console
 
+#: Columns of what is piped or kept in a file, where tables need not be cut to a terminal's.
+_PIPED = 160
+
+
+def _width() -> int | None:
+    return None if sys.stdout.isatty() or os.environ.get("COLUMNS") else _PIPED
+
+
 #: Results that a script may read.
-out = Console(soft_wrap=True)
+out = Console(soft_wrap=True, width=_width())
 #: Progress, notes, warnings and errors.
 err = Console(stderr=True, soft_wrap=True)
 
