@@ -244,6 +244,19 @@ def engine_killed(server: Watched, **short: Any) -> Result:
     )
 
 
+def worker_killed(server: Watched, **short: Any) -> Result:
+    """One of the processes that a model is spread over; the server was started with two."""
+    how = "SIGKILL to one of the two workers of a model that is split in two (`--tp 2`)"
+    return observe(
+        server,
+        "worker killed",
+        how,
+        lambda: server.process("VLLM::Worker").send_signal(signal.SIGKILL),
+        breaks=True,
+        **short,
+    )
+
+
 def server_killed(server: Watched, **short: Any) -> Result:
     """The process that clients are connected to."""
     how = "SIGKILL to the API server's process"
@@ -369,6 +382,9 @@ def measure(model: str, wanted: set[str]) -> Iterator[Result]:
             with detached(model, cache / "first", "--restarts", "9") as server:
                 for fault in filter(want, FAULTS):
                     yield fault(server)
+        if want(worker_killed):
+            with detached(model, cache / "workers", "--tp", "2", "--restarts", "9") as server:
+                yield worker_killed(server)
         if want(memory_exhausted):
             flags = ("--max-model-len", "1024", "--", "--kv-cache-memory-bytes", str((1536 + 128) * 2560))
             with detached(model, cache / "memory", *flags) as server:
@@ -395,7 +411,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--out", type=Path, required=True)
-    names = [fault.__name__ for fault in (*FAULTS, memory_exhausted, disk_full)]
+    names = [fault.__name__ for fault in (*FAULTS, worker_killed, memory_exhausted, disk_full)]
     parser.add_argument("--only", default="", help=f"of {', '.join(names)}, with commas")
     given = parser.parse_args()
     wanted = set(filter(None, given.only.split(",")))
