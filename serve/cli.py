@@ -263,7 +263,7 @@ def _stay(own: Supervisor, boot: contextlib.ExitStack) -> None:
     import sys
     import threading
 
-    from serve.lifecycle import Server
+    from serve.lifecycle import Drained, Server
     from serve.log import follow
     from serve.supervisor import Supervised
     from toolkit.console import note
@@ -287,6 +287,8 @@ def _stay(own: Supervisor, boot: contextlib.ExitStack) -> None:
     own.up = up
     try:
         own.run()
+    except Drained:
+        note("stopped")
     except KeyboardInterrupt:
         if own.server is None:
             raise

@@ -28,13 +28,17 @@ from toolkit.checkpoint import Checkpoint, resolve
 from toolkit.errors import ResourceError, ServerError
 from toolkit.paths import cache_dir
 
-__all__ = ["OnPhase", "Server", "Status", "readiness", "start", "status", "statuses", "stop"]
+__all__ = ["Drained", "OnPhase", "Server", "Status", "readiness", "start", "status", "statuses", "stop"]
 
 #: Called while a server boots with the phase it has reached and the seconds since the start.
 OnPhase = Callable[[str, float], None]
 #: Seconds beyond the drain until a server that was asked to stop is killed.
 _STOP_MARGIN = 15.0
 _POLL = 0.2
+
+
+class Drained(KeyboardInterrupt):
+    """An interrupt that came when the server had just become ready: it was drained and is gone."""
 
 
 @dataclass
@@ -130,8 +134,8 @@ def start(
         restarts: how often that has happened; the log is then continued.
 
     Raises CheckpointError for a model that can't be used, ResourceError for too little memory or disk, ServerError for
-    a port that is taken, a file of keys that can't be read, and a vLLM that dies or does not answer in time. No
-    process is left behind then.
+    a port that is taken, a file of keys that can't be read, and a vLLM that dies or does not answer in time, and
+    Drained instead of KeyboardInterrupt when clients could have had requests under way. No process is left behind then.
     """
     began = time.monotonic()
     require_vllm("gpu" if options.on_gpu else "cpu")
@@ -265,14 +269,24 @@ def _save(running: state.ServerState) -> None:
 
 @contextlib.contextmanager
 def _ended_on_error(running: state.ServerState, process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Leave no process behind when the block fails or is interrupted."""
+    """Leave no process behind when the block fails or is interrupted.
+
+    A server that has said to the world that it is ready may have requests under way, though nobody here has heard it
+    say so: an interrupt drains it. Raises Drained then, and what was raised otherwise.
+    """
     try:
         yield
-    except BaseException:
-        state.end_group(running, grace=0)
-        process.wait()
-        if running.restarts == 0:
-            state.remove(running)  # otherwise its supervisor goes on, and must be found
+    except BaseException as error:
+        drained = isinstance(error, KeyboardInterrupt) and _has_been_ready(running)
+        try:
+            state.end_group(running, grace=_grace(running) if drained else 0)
+        finally:
+            state.end_group(running, grace=0)  # also when a second interrupt ends the wait
+            process.wait()
+            if running.restarts == 0:
+                state.remove(running)  # otherwise its supervisor goes on, and must be found
+        if drained:
+            raise Drained from None
         raise
 
 
@@ -294,9 +308,17 @@ def _grace(known: state.ServerState) -> float:
     return known.drain + _STOP_MARGIN
 
 
+def _has_been_ready(known: state.ServerState) -> bool:
+    """Ask the server itself, which knows it before whoever waits for it does."""
+    with httpx.Client(base_url=known.url, timeout=1, trust_env=False) as client:
+        said = readiness(client)
+    return said is not None and said["state"] not in ("starting", "failed")
+
+
 def _end(known: state.ServerState, drain: bool) -> None:
     # One that boots has no request under way, and would not heed being asked.
-    state.end_group(known, grace=_grace(known) if drain and known.ready else 0)
+    drain = drain and (known.ready or _has_been_ready(known))
+    state.end_group(known, grace=_grace(known) if drain else 0)
     state.remove(known)
 
 

@@ -25,7 +25,7 @@ import httpx
 import psutil
 
 from serve.jsonlog import line
-from serve.lifecycle import OnPhase, Server, readiness, start
+from serve.lifecycle import Drained, OnPhase, Server, readiness, start
 from serve.log import cap, decisive_lines, read_from
 from serve.options import ServeOptions
 from toolkit import errors
@@ -282,6 +282,8 @@ def main() -> int:
     with stopped_by_signals():
         try:
             own.run()
+        except Drained:
+            return 0
         except KeyboardInterrupt:
             if own.server is None:
                 return 130

@@ -100,6 +100,58 @@ def test_a_full_disk_ends_a_first_start_and_no_restart(free: int, monkeypatch: p
     assert spawned[1].poll() is not None
 
 
+#: A server that says that it is in the state given, and says in a file that it was asked to end.
+_SAYING = """
+import http.server, json, os, signal, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"ready": sys.argv[2] == "ready", "state": sys.argv[2]}).encode())
+def end(number, frame):
+    open(sys.argv[3], "w").close()
+    os._exit(0)
+server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
+signal.signal(signal.SIGTERM, end)
+server.serve_forever()
+"""
+
+
+def start_saying(port: int, said: str, ended: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", _SAYING, str(port), said, str(ended)], start_new_session=True)
+
+
+@pytest.mark.parametrize(("said", "expected"), [("ready", lifecycle.Drained), ("starting", KeyboardInterrupt)])
+def test_an_interrupt_before_anybody_heard_that_it_is_ready(
+    said: str, expected: type[BaseException], free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients hear it from the server itself: requests may be under way while whoever started it does not know yet."""
+    process = start_saying(free, said, tmp_path / "ended")
+    monkeypatch.setattr(lifecycle, "_spawn", lambda *arguments: process)
+
+    def interrupt(phase: str, seconds: float) -> None:
+        with httpx.Client(base_url=f"http://127.0.0.1:{free}", trust_env=False) as client:
+            if lifecycle.readiness(client) is not None:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        lifecycle.start("demo", ServeOptions(port=free, timeout=30), on_phase=interrupt)
+    assert raised.type is expected
+    assert (tmp_path / "ended").exists() == (said == "ready")
+    assert state.load_all() == [] and state.port_holder("127.0.0.1", free) is None
+
+
+def test_stop_drains_what_only_clients_know_to_be_ready(start: Start, free: int, tmp_path: Path) -> None:
+    process = start_saying(free, "ready", tmp_path / "ended")
+    known = replace(start(free), pid=process.pid, created=state.process_start(process.pid))
+    state.save(known)
+    with httpx.Client(base_url=known.url, trust_env=False) as client:
+        while lifecycle.readiness(client) is None:
+            assert process.poll() is None
+    lifecycle.stop(free)
+    assert (tmp_path / "ended").exists() and process.wait() == 0
+
+
 def test_stop_and_status_of_what_is_not_there(start: Start) -> None:
     for function in (lifecycle.stop, lifecycle.status):
         with pytest.raises(ServerError, match=r"no server on port 18140\. It has none at all"):
