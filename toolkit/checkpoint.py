@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,19 +228,7 @@ class Checkpoint:
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(f"{self.path} has no tensor {name}.")
-        wanted = max(0, min(len(buffer), info.nbytes - start))
-        done = 0
-        try:
-            with info.file.open("rb", buffering=0) as stream:
-                stream.seek(info.offset + start)
-                while done < wanted:
-                    count = stream.readinto(buffer[done:wanted])
-                    if not count:
-                        raise CheckpointError(f"{info.file} was cut short while it was read.")
-                    done += count
-        except OSError as error:
-            raise CheckpointError(f"{info.file} can't be read: {error.strerror or error}.") from error
-        return done
+        return _fill(buffer, info, start)
 
     def content_hash(self) -> str:
         """Return 40 hex digits that change when the config or any weight changes.
@@ -370,24 +357,31 @@ def _layers_prefix(path: Path, tensors: dict[str, TensorInfo]) -> str:
     )
 
 
-def _chunks(info: TensorInfo, size: int = 8 * 2**20) -> Iterator[bytes]:
-    """Read a tensor's bytes in pieces: plain reads, so a file cut short meanwhile is an error and not a SIGBUS."""
+def _fill(buffer: memoryview, info: TensorInfo, start: int) -> int:
+    """Fill a buffer with a tensor's bytes from ``start`` on; returns how many they are, less only at its end.
+
+    Plain reads: a file that is cut short meanwhile is an error and not a SIGBUS, as it would be where it is mapped.
+    """
+    wanted = max(0, min(len(buffer), info.nbytes - start))
+    done = 0
     try:
-        with info.file.open("rb") as stream:
-            stream.seek(info.offset)
-            left = info.nbytes
-            while left:
-                piece = stream.read(min(size, left))
-                if not piece:
+        with info.file.open("rb", buffering=0) as stream:
+            stream.seek(info.offset + start)
+            while done < wanted:
+                count = stream.readinto(buffer[done:wanted])
+                if not count:
                     raise CheckpointError(f"{info.file} was cut short while it was read.")
-                left -= len(piece)
-                yield piece
+                done += count
     except OSError as error:
         raise CheckpointError(f"{info.file} can't be read: {error.strerror or error}.") from error
+    return done
 
 
 def _tensor_digest(info: TensorInfo) -> bytes:
     digest = hashlib.blake2b(digest_size=20)
-    for piece in _chunks(info):
-        digest.update(piece)
+    buffer = memoryview(bytearray(min(info.nbytes, 8 * 2**20)))
+    start = 0
+    while count := _fill(buffer, info, start):
+        digest.update(buffer[:count])
+        start += count
     return digest.digest()

@@ -198,7 +198,7 @@ class StreamedLayers:
         self._pool = ThreadPoolExecutor(1) if device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._coming: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
-        self._staging: Staging | None = None
+        self._staging = Staging() if device.type == "cuda" else None
 
     def __len__(self) -> int:
         return int(self._config.num_hidden_layers)
@@ -232,11 +232,9 @@ class StreamedLayers:
     def _read(self, index: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Read a layer to the device, in the source's dtype, beside the work that goes on there."""
         prefix = self._checkpoint.layer_prefix(index)
-        if self._stream is None:
+        if self._stream is None or self._staging is None:
             # a copy: float32 sources would else share memory with the file
             return {name: self._checkpoint.get(prefix + name).clone() for name in names}
-        if self._staging is None:
-            self._staging = Staging()
         with torch.cuda.stream(self._stream):
             state = {name: self._staging.send(self._checkpoint, prefix + name, self._device) for name in names}
             self._stream.synchronize()
