@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bench.commands import run
 from toolkit.errors import QvlError
 
 __all__ = ["Pair", "Shape", "main", "pairs"]
@@ -45,6 +43,9 @@ class Shape:
         kv_gib: of each server's KV cache.
         seconds: that a point is measured in each round.
         rates: requests/s of open loops.
+        concurrency: requests in flight of closed loops.
+        sizes: of pictures, "text" for none, in turn.
+        agreement: the load under which our figures are held against those of `vllm bench serve`.
     """
 
     name: str
@@ -55,6 +56,8 @@ class Shape:
     seconds: float
     rates: str
     concurrency: str = "1,8,32,128"
+    sizes: str = "text,448x448"
+    agreement: tuple[str, ...] = ("--concurrency", "8", "--requests", "96")
 
     def directory(self, work: Path, system: str) -> Path:
         """Where a system's checkpoint lies; the server is called by its name."""
@@ -76,12 +79,13 @@ class Pair:
         return f"{self.shape.name}-{self.candidate}-against-{self.baseline}"
 
 
+_TINY_AGREEMENT = ("--concurrency", "1", "--requests", "3", "--image-sizes", "text", "--output-tokens", "16")
 SHAPES = {
     shape.name: shape
     for shape in (
         Shape("7b", "7b", None, ("bf16", "awq", _MARLIN), 4.0, 3.0, "4,12"),
         Shape("2b", "2b", None, ("bf16", "awq", _MARLIN), 2.0, 2.5, "8,24"),
-        Shape("tiny", "2b", 2, ("bf16", "awq"), 0.5, 2.0, "1", "1,2"),
+        Shape("tiny", "2b", 2, ("bf16", "awq"), 0.5, 2.0, "1", "1,2", "text,112x112", _TINY_AGREEMENT),
     )
 }
 
@@ -92,16 +96,8 @@ def pairs(shapes: Sequence[Shape]) -> list[Pair]:
     return found + [Pair(shape, "awq", _MARLIN, False) for shape in shapes if _MARLIN in shape.systems]
 
 
-def _qvl(command: Sequence[object]) -> int:
-    from toolkit.console import err
-
-    words = [str(word) for word in command]
-    err.print(f"$ qvl {shlex.join(words)}", style="cyan", highlight=False, markup=False)
-    return subprocess.call([sys.executable, "-m", "toolkit.cli", *words])
-
-
 def _must(command: Sequence[object]) -> None:
-    if code := _qvl(command):
+    if code := run(command):
         raise SystemExit(code)
 
 
@@ -164,7 +160,7 @@ def up(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
         if card:
             least = memory.need(Checkpoint.open(directory), options).total
             share = min(0.95, round(least / card + 0.01, 3))  # what is checked to be free; not what is taken
-            options = ServeOptions(**{**vars(options), "gpu_memory_utilization": share})
+            options = replace(options, gpu_memory_utilization=share)
         server = start(str(directory), options)
         return f"{directory.name}: {server.url} after {server.boot_seconds:.0f} s"
 
@@ -180,7 +176,8 @@ def measure(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
     urls = {(shape.name, system): f"http://127.0.0.1:{given.port + number}" for number, shape, system in _all(shapes)}
     for pair in pairs(shapes):
         out, shape = given.out / pair.name, pair.shape
-        if (out / "report.json").exists():
+        begun = out.exists()
+        if begun and _whole(out):
             continue
         if time.monotonic() > given.end:
             note(f"the time is up before {pair.name}: the same command goes on")
@@ -188,19 +185,27 @@ def measure(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
         command: list[object] = ["bench", "--baseline", urls[shape.name, pair.baseline]]
         command += ["--candidate", urls[shape.name, pair.candidate], "--out", out, "--tasks", "none"]
         command += ["--concurrency", shape.concurrency, "--duration", shape.seconds, "--rounds", 3]
-        command += ["--image-sizes", "text,448x448" if shape.name != "tiny" else "text,112x112", "--output-tokens", 128]
+        command += ["--image-sizes", shape.sizes, "--output-tokens", 128]
         command += ["--prompt-tokens", 64, "--slo", "ttft=500ms,tpot=15ms"]
-        if code := _qvl(command + (["--rate", shape.rates] if pair.rates else [])):
+        command += ["--resume"] if begun else []
+        if code := run(command + (["--rate", shape.rates] if pair.rates else [])):
             warn(f"{pair.name} ended with {code}; going on")
     shape = shapes[-1]
     agreement = given.out / "agreement.json"
     if time.monotonic() > given.end or agreement.exists():
         return
     url, tokenizer = urls[shape.name, "awq"], str(shape.directory(given.work, "awq"))
-    command = ["bench.agreement", "--url", url, "--tokenizer", tokenizer, "--out", str(agreement)]
-    load = ["--concurrency", "8", "--requests", "96"] if shape.name != "tiny" else ["--concurrency", "1"]
-    load += [] if shape.name != "tiny" else ["--requests", "3", "--image-sizes", "text", "--output-tokens", "16"]
-    subprocess.call([sys.executable, "-m", *map(str, command), *load])
+    command = ["--url", url, "--tokenizer", tokenizer, "--out", agreement, *shape.agreement]
+    if code := run(command, "bench.agreement"):
+        warn(f"the agreement ended with {code}")
+
+
+def _whole(out: Path) -> bool:
+    """Whether a directory holds a report of all that was to be measured."""
+    from bench.report.json import read
+
+    path = out / "report.json"
+    return path.exists() and read(path).status == "ok"
 
 
 def down(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
@@ -209,14 +214,14 @@ def down(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
 
     for number, _, _ in _all(shapes):
         if state.load(given.port + number) is not None:
-            _qvl(["stop", "--port", given.port + number])
+            run(["stop", "--port", given.port + number])
 
 
 def profile(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
-    """Write a profile of each shape's kernels, at the loads that all its reports have."""
+    """Write a profile of each shape's kernels, at each load of its reports."""
     from bench.report.json import read
     from serve.capacity import shape as published
-    from serve.profiles import Key, Measured, Profile, Settings, save
+    from serve.profiles import Key, Measured, Profile, Settings, format_key, model_key, save
     from toolkit.console import note
 
     named = {"awq": "vllm", _MARLIN: "marlin", "bf16": "fp16"}
@@ -236,19 +241,18 @@ def profile(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
                     figures.setdefault(point.load.concurrency, {})[named[system]] = point.output_tokens_per_s
         if not reports:
             continue
-        text = published(shape.base, True).text_config
-        sizes = (text["num_hidden_layers"], text["hidden_size"], text["intermediate_size"])
+        gpu = report.environment.gpus[0].split(",")[0]
         version = report.systems["candidate"].server_version or "unknown"
-        key = Key(report.environment.gpus[0].split(",")[0], "x".join(map(str, sizes)), "awq-g128", version)
-        candidates = {name: Settings(kernel="marlin") if name == "marlin" else Settings() for name in named.values()}
-        present = {name for found in figures.values() for name in found} - {"fp16"}
+        key = Key(gpu, model_key(published(shape.base, True).text_config), format_key(128), version)
+        candidates = {"vllm": Settings(), "marlin": Settings(kernel="marlin")}
+        present = {name for found in figures.values() for name in found}
         measured = tuple(
             Measured(count, {name: found[name] for name in sorted(found) if name != "fp16"}, found.get("fp16"))
             for count, found in sorted(figures.items())
         )
         made = Profile(
             key,
-            {name: candidates[name] for name in sorted(present, reverse=True)},
+            {name: settings for name, settings in candidates.items() if name in present},
             measured,
             provenance={
                 "what": "output tokens/s in closed loops, texts and pictures of 448x448 in turn, 128 output tokens, "

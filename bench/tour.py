@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from bench.commands import run
 
 __all__ = ["register"]
 
@@ -96,9 +96,7 @@ class _Tour:
         from toolkit.console import err
 
         err.print(f"\n[bold]{title}[/bold] [dim]({time.monotonic() - self._began:.0f} s)[/dim]")
-        err.print(f"$ qvl {command}", style="cyan", highlight=False, markup=False)
-        code = subprocess.call([sys.executable, "-m", "toolkit.cli", *shlex.split(command)])
-        if code:
+        if code := run(shlex.split(command)):
             raise typer.Exit(code)
 
     def done(self, message: str) -> None:

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import commands
 from bench.tune import Journal, TunePlan, table_rows, tune
 from toolkit.errors import QvlError
 
@@ -26,6 +25,10 @@ __all__ = ["main", "spreads"]
 #: Loads, requests, output tokens and pictures: of a published shape on a GPU, and of the dry run.
 _REAL = {"loads": "1,8,32,128", "requests": 64, "tokens": 128, "sizes": "448x448", "steps": 64, "only": None}
 _DRY = {"loads": "1,2", "requests": 6, "tokens": 8, "sizes": "112x112", "steps": 12, "only": "vllm,few-sequences"}
+
+
+#: What `qvl tune --fail-if-left` exits with when its minutes were up.
+_TIME_UP = 3
 
 
 class OutOfTime(Exception):
@@ -44,17 +47,18 @@ class _Steps:
     def minutes_left(self) -> float:
         return max(0.0, (self.end - time.monotonic()) / 60)
 
-    def run(self, name: str, command: Sequence[str], *, made: Path | None = None) -> None:
-        """Run ``python -m COMMAND`` unless ``made``, or a mark that it was done, is there."""
-        from toolkit.console import err
-
+    def run(
+        self, name: str, command: Sequence[object], module: str = "toolkit.cli", *, made: Path | None = None
+    ) -> None:
+        """Run the command unless ``made``, or a mark that it was done, is there. Raises OutOfTime where it says so."""
         mark = made or self.results / f".{name}.done"
         if mark.exists():
             return
         if time.monotonic() >= self.end:
             raise OutOfTime(name)
-        err.print(f"$ python -m {' '.join(command)}", style="cyan", highlight=False, markup=False)
-        code = subprocess.call([sys.executable, "-m", *command])
+        code = commands.run(command, module)
+        if code == _TIME_UP:
+            raise OutOfTime(name)
         if code:
             raise SystemExit(code)
         if made is None:
@@ -113,14 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if not dry:
             made = ["random-model", "--shape", given.shape, "--out", source, "--device", "cuda" if gpu else "cpu"]
-            steps.run("weights", ["toolkit.cli", *made], made=Path(source))
-        steps.run("awq", ["toolkit.cli", "quantize", "--model", source, "--out", str(awq), "--samples", "16"], made=awq)
+            steps.run("weights", made, made=Path(source))
+        steps.run("awq", ["quantize", "--model", source, "--out", awq, "--samples", 16], made=awq)
         for name, model in (("awq", str(awq)), ("fp16", source)):
-            where = ["--out", str(results / f"step-{name}"), "--steps", str(size["steps"])]
-            made_by = results / f"step-{name}" / "step.json"
-            steps.run(f"step-{name}", ["bench.step_profile", model, *where, *load], made=made_by)
-        cards = ["bench.capacity_check", source, str(awq), "--out", str(results / "capacity.json")]
-        steps.run("capacity", cards)
+            out = results / f"step-{name}"
+            profiled = [model, "--out", out, "--steps", size["steps"], *load]
+            steps.run(f"step-{name}", profiled, "bench.step_profile", made=out / "step.json")
+        steps.run("capacity", [source, awq, "--out", results / "capacity.json"], "bench.capacity_check")
         plan = TunePlan(
             tuple(int(part) for part in str(size["loads"]).split(",")),
             int(str(size["requests"])),
@@ -129,14 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         if not _parallel(str(awq), results, plan, steps.minutes_left):
             raise OutOfTime("parallel")
-        command = ["toolkit.cli", "tune", str(awq), "--fp16", source, "--concurrency", str(size["loads"]), *load]
-        command += ["--requests", str(size["requests"]), "--output-tokens", str(size["tokens"])]
-        command += ["--minutes", f"{steps.minutes_left:.1f}", "--out", str(results / "profile"), "--fail-if-left"]
+        command: list[object] = ["tune", awq, "--fp16", source, "--concurrency", size["loads"], *load]
+        command += ["--requests", size["requests"], "--output-tokens", size["tokens"]]
+        command += ["--minutes", f"{steps.minutes_left:.1f}", "--out", results / "profile", "--fail-if-left"]
         only = given.only or size["only"]
-        steps.run("tune", [*command, *(["--only", str(only)] if only else [])])
+        steps.run("tune", [*command, *(["--only", only] if only else [])])
     except OutOfTime as late:
         note(f"the time is up before or in the step {late}: the same command goes on")
-        raise SystemExit(3) from None
+        raise SystemExit(_TIME_UP) from None
     except QvlError as error:
         fail(str(error))
         raise SystemExit(2) from error

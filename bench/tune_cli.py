@@ -116,6 +116,9 @@ def tune(
     profile = _profile(key, plan, journal, settings)
     if profile is None:
         reasons = "\n".join(f"{t.name}: {t.failed}" for t in journal.trials.values() if t.failed)
+        if not reasons and fail_if_left:
+            note("the time was up before anything was measured: give more --minutes")
+            raise typer.Exit(3)
         raise BenchError(f"nothing was measured: {reasons or 'the time was up before the first load'}")
     path = save(profile, out)
     if as_json:

@@ -164,17 +164,24 @@ class Key:
     tp: int = 1
 
 
+def model_key(text_config: Mapping[str, Any]) -> str:
+    """Return what a `Key` calls a model: the sizes that its speed depends on."""
+    return "x".join(str(text_config[name]) for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+
+
+def format_key(group_size: int, mixed: bool = False) -> str:
+    """Return what a `Key` calls an AWQ checkpoint's format; ``mixed``: some layers are in 16 bits."""
+    return f"awq-g{group_size}" + ("+16" if mixed else "")
+
+
 def key_for(checkpoint: Checkpoint, backend: Backend, tp: int = 1) -> Key:
     """Return what a profile for this checkpoint on this machine must be for."""
-    text, info = checkpoint.text_config, checkpoint.quantization
-    form = "fp16"
-    if info is not None:
-        form = f"awq-g{info.group_size}" + ("+16" if checkpoint.left_linears() else "")
+    info = checkpoint.quantization
+    form = "fp16" if info is None else format_key(info.group_size, bool(checkpoint.left_linears()))
     gpus = find_gpus() if backend == "gpu" else []
     card = gpus[0].name if gpus else _cpu_name()
-    sizes = (text["num_hidden_layers"], text["hidden_size"], text["intermediate_size"])
     build = installed_vllm()
-    return Key(card, "x".join(map(str, sizes)), form, build[1] if build else "none", tp)
+    return Key(card, model_key(checkpoint.text_config), form, build[1] if build else "none", tp)
 
 
 def _cpu_name() -> str:

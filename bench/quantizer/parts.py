@@ -11,13 +11,13 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from bench.commands import run
 from bench.quantizer import inputs
 from bench.quantizer.settings import Settings
 from toolkit.console import note
@@ -246,7 +246,7 @@ def _command(settings: Settings, model: Path, manifest: Path, out: Path, more: S
     command = ["--model", model, "--out", out, "--calib", manifest, "--samples", settings.samples, *chosen]
     command += ["--group-size", _GROUP, "--restart", "--force", *more]
     began = time.perf_counter()
-    code = subprocess.call([sys.executable, "-m", "toolkit.cli", "quantize", *map(str, command)])
+    code = run(["quantize", *command])
     wall = time.perf_counter() - began
     if code:
         raise BenchError(f"qvl quantize ended with code {code}")

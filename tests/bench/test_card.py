@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,32 @@ def test_sixteen_bits_are_measured_before_kernels() -> None:
         "2b-awq-marlin-against-awq",
     ]
     assert [pair.rates for pair in found] == [True, True, False, False]
+
+
+def test_a_run_that_was_interrupted_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole report is left alone; one that is partial, or was killed before it was written, is asked to resume."""
+    whole, partial, killed = tmp_path / "7b-awq-marlin-against-bf16", tmp_path / "2b-awq-against-bf16", "2b-awq-marlin"
+    shutil.copytree(RESULTS / whole.name, whole)
+    shutil.copytree(RESULTS / partial.name, partial)
+    report = json.loads((partial / "report.json").read_text())
+    (partial / "report.json").write_text(json.dumps({**report, "status": "partial"}))
+    (tmp_path / f"{killed}-against-awq").mkdir()
+    asked: dict[str, list[str]] = {}
+
+    def run(command: list[object], module: str = "toolkit.cli") -> int:
+        words = [str(word) for word in command]
+        asked[Path(words[words.index("--out") + 1]).name] = words
+        return 0
+
+    monkeypatch.setattr(card, "run", run)
+    card.main(["measure", "--work", str(tmp_path / "work"), "--out", str(tmp_path)])
+    resumed = {name: "--resume" in words for name, words in asked.items()}
+    assert resumed == {
+        "2b-awq-against-bf16": True,
+        "7b-awq-marlin-against-awq": False,
+        "2b-awq-marlin-against-awq": True,
+        "agreement.json": False,
+    }
 
 
 def test_an_unknown_shape_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

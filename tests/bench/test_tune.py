@@ -312,3 +312,7 @@ class TestVerb:
         assert said == "nothing was measured: vllm: vLLM died\ncompiled: vLLM died\nfp16: vLLM died"
         said = self.refusal("demo", "--backend", "cpu", "--only", "few-sequences", "--minutes", "0")
         assert said == "nothing was measured: the time was up before the first load"
+        late = ["tune", "demo", "--backend", "cpu", "--only", "few-sequences", "--minutes", "0", "--fail-if-left"]
+        assert CliRunner().invoke(app, late).exit_code == 3  # as when only a part was measured
+        said = self.refusal("demo", "--backend", "cpu", "--only", "vllm", "--fail-if-left")
+        assert said == "nothing was measured: vllm: vLLM died"

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import tune_bench
 from bench.tune_bench import OutOfTime, _Steps, spreads
+
+CODES = {"fails": 2, "late": 3}
 
 
 @pytest.fixture
@@ -15,17 +16,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     found: list[list[str]] = []
 
     def call(command: list[str]) -> int:
-        found.append(command[2:])
-        return 3 if "fails" in command else 0
+        found.append(command[2:])  # without `python -m`
+        return next((code for word, code in CODES.items() if word in command), 0)
 
-    monkeypatch.setattr(tune_bench.subprocess, "call", call)
+    monkeypatch.setattr("bench.commands.subprocess.call", call)
     return found
 
 
 def test_a_step_is_done_once(tmp_path: Path, calls: list[list[str]]) -> None:
     for _ in range(2):
         _Steps(tmp_path, 1).run("a", ["x", "y"])
-    assert calls == [["x", "y"]]
+    assert calls == [["toolkit.cli", "x", "y"]]
 
 
 def test_what_a_step_makes_is_its_mark(tmp_path: Path, calls: list[list[str]]) -> None:
@@ -41,7 +42,7 @@ def test_a_step_that_fails_is_not_done(tmp_path: Path, calls: list[list[str]]) -
     for _ in range(2):
         with pytest.raises(SystemExit) as caught:
             _Steps(tmp_path, 1).run("a", ["fails"])
-        assert caught.value.code == 3
+        assert caught.value.code == 2
     assert len(calls) == 2
 
 
@@ -49,6 +50,10 @@ def test_out_of_time(tmp_path: Path, calls: list[list[str]]) -> None:
     with pytest.raises(OutOfTime):
         _Steps(tmp_path, 0).run("a", ["x"])
     assert calls == []
+    with pytest.raises(OutOfTime):
+        _Steps(tmp_path, 1).run("a", ["late"])  # a step that has minutes of its own
+    _Steps(tmp_path, 1).run("a", ["x"])
+    assert calls == [["toolkit.cli", "late"], ["toolkit.cli", "x"]]
 
 
 @pytest.mark.parametrize(
