@@ -40,7 +40,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
-    axes.tick_params(colors=MUTED, length=0, labelsize=9)
+    axes.tick_params(which="both", colors=MUTED, length=0, labelsize=9)
     axes.set_axisbelow(True)
     return figure, axes
 
@@ -147,38 +147,74 @@ def speed_curves(report: Report) -> list[tuple[str, str, str]]:
                 for point, latency in known
             ]
             spots.sort(key=lambda spot: spot[0])
-            good = [(x, latency) for x, latency, point in spots if not point.invalid]
+            good = [(x, latency, point.load) for x, latency, point in spots if not point.invalid]
             look = LOOKS[role]
-            for x, latency in good:
+            for x, latency, _ in good:
                 axes.plot([x, x], [latency.p50, latency.p90], color=look["color"], linewidth=1.4, alpha=0.7)
                 axes.plot([x], [latency.p90], marker="_", markersize=7, color=look["color"], alpha=0.7)
-            if good:
-                axes.plot(
-                    [x for x, _ in good], [latency.p50 for _, latency in good], markersize=6, linewidth=1.8, **look
-                )
+            # A rate is no step between two numbers in flight: the line joins loads of one kind.
+            for rates in (False, True):
+                line = [(x, latency.p50) for x, latency, load in good if (load.kind == "open") == rates]
+                if line:
+                    inside = {"markerfacecolor": PAPER, "linewidth": 1.0} if rates else {"linewidth": 1.8}
+                    axes.plot(*zip(*line, strict=True), markersize=6, **look, **inside)
             for x, latency, point in spots:
                 drawn = True
                 if point.invalid:
                     axes.plot([x], [latency.p50], marker="x", markersize=6, color=look["color"], linestyle="none")
-                below = role == "candidate"
                 axes.annotate(
                     _short(point.load),
                     (x, latency.p50),
-                    xytext=(5, -12 if below else 6),
+                    xytext=(-5, 5) if (outer := _outer(report, point)) else (5, -5),
                     textcoords="offset points",
+                    ha="right" if outer else "left",
+                    va="bottom" if outer else "top",
                     fontsize=8,
                     color=MUTED,
                 )
         if not drawn:
             continue
-        axes.set_xlim(0, 1.12 * axes.dataLim.xmax)
-        axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
+        wide = [name for name, which, room in _AXES if _scale(axes, which, room)]
         axes.set_xlabel(unit, color=MUTED, fontsize=9)
         axes.set_ylabel(label, color=MUTED, fontsize=9)
         axes.grid(color=GRID, linewidth=0.8)
         reading = "down and right is better; p50, whisker to p90; numbers: the load"
+        reading += f"; logarithmic: {' and '.join(wide)}" if wide else ""
         plots.append((title, reading, _svg(figure, title)))
     return plots
+
+
+def _outer(report: Report, point: SpeedPoint) -> bool:
+    """Whether a point's label goes to the upper left: that of the slower system, to keep two of a load apart."""
+    other = report.point("candidate" if point.role == "baseline" else "baseline", point.load.name)
+    if other is None or other.requests_per_s == point.requests_per_s:
+        return point.role == "baseline"
+    return (point.requests_per_s or 0) < (other.requests_per_s or 0)
+
+
+#: Data that spans more than this factor is drawn on a logarithmic axis: what is small would lie on one spot.
+_WIDE = 8
+
+
+#: What is drawn, on which axis, and how much room, as a factor, is left beyond it.
+_AXES = (("throughput", "x", 1.3), ("latency", "y", 1.15))
+
+
+def _scale(axes: Any, which: str, room: float) -> bool:
+    """Set an axis's limits, from 0 on where that leaves the points apart; returns whether it is logarithmic."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    limits = axes.dataLim
+    least, most = (limits.xmin, limits.xmax) if which == "x" else (limits.ymin, limits.ymax)
+    wide = bool(0 < _WIDE * least < most)
+    getattr(axes, f"set_{which}lim")(least / room if wide else 0, room * most)
+    if wide:
+        axis = getattr(axes, f"{which}axis")
+        getattr(axes, f"set_{which}scale")("log")
+        axis.set_major_locator(LogLocator(10, (1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    return wide
 
 
 def _short(load: Load) -> str:

@@ -12,7 +12,9 @@ from rich.console import Console
 from bench import report as reports
 from bench.client import Failure
 from bench.report import html, json, markdown, terminal, words
+from bench.report.json import read
 from bench.report.model import SCHEMA_VERSION, Report, Role
+from bench.report.plots import speed_curves
 from bench.tasks import Question
 from tests.bench.factory import first_version, pictured, questions, report, second_version
 from toolkit.errors import BenchError
@@ -221,6 +223,19 @@ def test_plots_take_the_pages_colours(page: str) -> None:
     assert page.count('<svg role="img"') == 8  # accuracy, difference, two curves, four distributions
     assert "var(--candidate)" in page
     assert "#0a0b0" not in page
+
+
+def test_a_wide_range_is_drawn_logarithmically_and_rates_apart() -> None:
+    """Reports of a card, with 1 to 128 in flight and rates between; and the same with neighbouring loads only."""
+    found = read(Path(__file__).parents[2] / "docs" / "results" / "h100" / "2b-awq-against-bf16")
+    ttft, tpot = speed_curves(found)
+    assert ttft[1].endswith("; logarithmic: throughput and latency") and tpot[1].endswith("; logarithmic: throughput")
+    assert {"24/s", "128"} <= set(re.findall(r">([\d/s]+)</text>", ttft[2]))
+    near = [point for point in found.speed if point.load.name in ("8 in flight", "32 in flight")]
+    (_, reading, _), _ = speed_curves(found.model_copy(update={"speed": near}))
+    assert "logarithmic" not in reading
+    dashed = re.findall(r'd="(M [^"]*)"[^>]*stroke-dasharray[^>]*var\(--baseline\)', tpot[2])
+    assert sorted(line.count("L") for line in dashed) == [1, 3]  # two rates, four numbers in flight
 
 
 def test_the_pages_figures_are_the_reports(page: str) -> None:
