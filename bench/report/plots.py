@@ -193,7 +193,7 @@ def _outer(report: Report, point: SpeedPoint) -> bool:
 
 
 #: Data that spans more than this factor is drawn on a logarithmic axis: what is small would lie on one spot.
-_WIDE = 8
+_WIDE = 10
 
 
 #: What is drawn, on which axis, and how much room, as a factor, is left beyond it.
