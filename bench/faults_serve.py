@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ import httpx
 import psutil
 
 from bench.boot import free_ports
+from bench.clock import Clock
+from bench.hostile import chat_body, data_url, good_picture
 from serve import state
 from serve.media import sample_picture
 from serve.supervisor import stopped_by_signals
@@ -231,51 +235,75 @@ def observe(
     )
 
 
+def _signalled(server: Watched, fault: str, how: str, number: int, title: str | None = None, **short: Any) -> Result:
+    """Send a signal to the server's process of that title, or to the one that clients are connected to."""
+
+    def send() -> None:
+        (psutil.Process(server.known.pid) if title is None else server.process(title)).send_signal(number)
+
+    return observe(server, fault, how, send, breaks=True, **short)
+
+
 def engine_killed(server: Watched, **short: Any) -> Result:
     """What the kernel does when memory runs out: the largest process is killed."""
     how = "SIGKILL to the engine's process, as the kernel sends when host memory runs out"
-    return observe(
-        server,
-        "engine killed",
-        how,
-        lambda: server.process("VLLM::EngineCore").send_signal(signal.SIGKILL),
-        breaks=True,
-        **short,
-    )
+    return _signalled(server, "engine killed", how, signal.SIGKILL, "VLLM::EngineCore", **short)
 
 
 def worker_killed(server: Watched, **short: Any) -> Result:
     """One of the processes that a model is spread over; the server was started with two."""
     how = "SIGKILL to one of the two workers of a model that is split in two (`--tp 2`)"
-    return observe(
-        server,
-        "worker killed",
-        how,
-        lambda: server.process("VLLM::Worker").send_signal(signal.SIGKILL),
-        breaks=True,
-        **short,
-    )
+    return _signalled(server, "worker killed", how, signal.SIGKILL, "VLLM::Worker", **short)
 
 
 def server_killed(server: Watched, **short: Any) -> Result:
     """The process that clients are connected to."""
     how = "SIGKILL to the API server's process"
-    return observe(
-        server, "API server killed", how, lambda: os.kill(server.known.pid, signal.SIGKILL), breaks=True, **short
-    )
+    return _signalled(server, "API server killed", how, signal.SIGKILL, **short)
 
 
 def engine_hangs(server: Watched, **short: Any) -> Result:
     """It lives, and answers nothing."""
     how = "SIGSTOP to the engine's process: it lives and does nothing, as with a driver that hangs"
-    return observe(
-        server,
-        "engine hangs",
-        how,
-        lambda: server.process("VLLM::EngineCore").send_signal(signal.SIGSTOP),
-        breaks=True,
-        **short,
-    )
+    return _signalled(server, "engine hangs", how, signal.SIGSTOP, "VLLM::EngineCore", **short)
+
+
+def allocation_fails(server: Watched, **short: Any) -> Result:
+    """The engine needs more memory than it may have, as where another program has taken what was left of a GPU's."""
+    answers: list[str] = []
+
+    def cap() -> None:
+        engine = server.process("VLLM::EngineCore")
+        engine.rlimit(psutil.RLIMIT_AS, (engine.memory_info().vms // 2,) * 2)  # less than it has: it gets nothing more
+        answers.extend(asyncio.run(_show_large(server, pictures=8)))
+
+    how = "the engine gets no more memory (`RLIMIT_AS`), and 8 large pictures come at once: an allocation fails"
+    result = observe(server, "allocation fails", how, cap, breaks=True, **short)
+    said = [text for text in server.log.read_text(errors="replace").splitlines() if _NO_MEMORY.search(text)]
+    cause = f'the log says "{_NO_MEMORY.findall(said[-1])[0]}"' if said else "the log tells no cause"
+    result.note = f"the pictures: {_counts(dict(Counter(answers)))}; {cause}"
+    return result
+
+
+async def _show_large(server: Watched, pictures: int) -> list[str]:
+    """Ask about so many pictures at once, each as large as the embedded model's context takes; return what came."""
+    name = server.known.model_name
+    headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
+    async with httpx.AsyncClient(base_url=server.url, timeout=_PATIENCE, trust_env=False, headers=headers) as client:
+
+        async def ask(number: int) -> str:
+            picture = data_url(good_picture(1120, colour=f"#{number:02x}0000"))  # unlike any that is in a cache
+            try:
+                answer = await client.post("/v1/chat/completions", content=chat_body(name, picture, max_tokens=4))
+            except httpx.HTTPError:
+                return "cut off"
+            return "ok" if answer.status_code == httpx.codes.OK else str(answer.status_code)
+
+        return list(await asyncio.gather(*map(ask, range(pictures))))
+
+
+#: How Python, PyTorch's allocator and the C++ library say that there is no memory.
+_NO_MEMORY = re.compile(r"MemoryError|[Cc]an't allocate memory|Cannot allocate memory|bad_alloc|can't start new thread")
 
 
 def keys_replaced(server: Watched, **short: Any) -> Result:
@@ -321,6 +349,35 @@ def disk_full(server: Watched, **short: Any) -> Result:
     return result
 
 
+def clock_moved(server: Watched, clock: Clock, **short: Any) -> Result:
+    """Its wall clock jumps ahead, then behind, then back; the server was started with a clock that can be set."""
+    told: list[str] = []
+    every_way = {"a day ahead": _DAY, "two days behind": -2 * _DAY, "right again": 0}
+
+    def move() -> None:
+        for ahead in every_way.values():
+            clock.set(ahead)
+            time.sleep(4)
+            told.append(_dated(server))
+
+    how = f"the time of day that all its processes are told jumps: {', '.join(every_way)}; 4 s each"
+    result = observe(server, "clock moved", how, move, **short)
+    result.note = f"answers were dated {', '.join(told)}"
+    return result
+
+
+#: Seconds.
+_DAY = 24 * 3600
+
+
+def _dated(server: Watched) -> str:
+    """Return the day that an answer says it is, as days from today."""
+    headers = {"authorization": f"Bearer {KEY}"}
+    said = httpx.get(f"{server.url}/v1/models", headers=headers, trust_env=False).headers["date"]
+    days = round((parsedate_to_datetime(said).timestamp() - time.time()) / _DAY)
+    return f"{days:+d} days" if days else "today"
+
+
 def memory_exhausted(server: Watched, **short: Any) -> Result:
     """More sequences than the KV cache holds; the server was started with a cache for little more than one."""
     result = observe(
@@ -355,7 +412,7 @@ def _grow(server: Watched, clients: int, tokens: int) -> None:
 
 
 #: Faults that one and the same server goes through.
-FAULTS = (engine_killed, server_killed, engine_hangs, keys_replaced)
+FAULTS = (engine_killed, server_killed, engine_hangs, allocation_fails, keys_replaced)
 
 
 @contextlib.contextmanager
@@ -385,6 +442,10 @@ def measure(model: str, wanted: set[str]) -> Iterator[Result]:
         if want(worker_killed):
             with detached(model, cache / "workers", "--tp", "2", "--restarts", "9") as server:
                 yield worker_killed(server)
+        if want(clock_moved):
+            clock = Clock(cache / "clock")
+            with detached(model, cache / "clocked", **clock.environment) as server:
+                yield clock_moved(server, clock)
         if want(memory_exhausted):
             flags = ("--max-model-len", "1024", "--", "--kv-cache-memory-bytes", str((1536 + 128) * 2560))
             with detached(model, cache / "memory", *flags) as server:
@@ -411,7 +472,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--out", type=Path, required=True)
-    names = [fault.__name__ for fault in (*FAULTS, worker_killed, memory_exhausted, disk_full)]
+    names = [fault.__name__ for fault in (*FAULTS, worker_killed, clock_moved, memory_exhausted, disk_full)]
     parser.add_argument("--only", default="", help=f"of {', '.join(names)}, with commas")
     given = parser.parse_args()
     wanted = set(filter(None, given.only.split(",")))

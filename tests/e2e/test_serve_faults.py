@@ -17,10 +17,13 @@ import httpx
 import psutil
 import pytest
 
+from bench.clock import Clock
 from bench.faults_serve import (
     KEY,
     Result,
     Watched,
+    allocation_fails,
+    clock_moved,
     detached,
     disk_full,
     engine_hangs,
@@ -46,20 +49,23 @@ def came_back(result: Result) -> None:
 def test_a_server_that_breaks_comes_back_and_one_that_keeps_breaking_ends(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.symlink_to(checkpoint_dir())
-    with detached(str(model), tmp_path / "cache", "--restarts", "3") as server:
+    with detached(str(model), tmp_path / "cache", "--restarts", "4") as server:
         assert keys_replaced(server, **SHORT).during.keys() == {"ok"}
         came_back(engine_killed(server, **SHORT))
         came_back(server_killed(server, **SHORT))
         hung = engine_hangs(server, **SHORT)
         came_back(hung)
         assert hung.not_ready_after is not None and hung.not_ready_after < 20
+        came_back(allocation_fails(server, **SHORT))
         log = server.log.read_text()
-        assert "it hangs" in log and "restart 3" in log
+        assert "it hangs" in log and "restart 4" in log
+        downs = [line for line in log.splitlines() if "the server is down" in line]
+        assert len(downs) == 4 and "can't allocate memory" in downs[-1], downs
         gives_up(server)
 
 
 def gives_up(server: Watched) -> None:
-    """The fourth death is one too many."""
+    """The fifth death is one too many."""
     known = server.known
     assert known.supervisor is not None
     os.kill(known.pid, signal.SIGKILL)
@@ -68,11 +74,21 @@ def gives_up(server: Watched) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert state.group_members(known) == []
-    assert "died 4 times within 600 s" in server.log.read_text()
+    assert "died 5 times within 600 s" in server.log.read_text()
     environment = {**os.environ, "QVL_CACHE": str(server.cache)}
     command = [sys.executable, "-m", "toolkit.cli", "status", "--port", str(server.port)]
     told = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert told.returncode == 0 and "dead" in told.stdout
+
+
+def test_a_clock_that_is_set_stops_no_answer(tmp_path: Path) -> None:
+    clock = Clock(tmp_path / "clock")
+    with detached("demo", tmp_path / "cache", **clock.environment) as server:
+        result = clock_moved(server, clock, **SHORT)
+        assert result.note == "answers were dated +1 days, -2 days, today"  # so it was set
+        assert set(result.during) == {"ok"} and result.not_ready_after is None, result
+        clock.set(-400 * 24 * 3600)  # and a server that breaks under a wrong clock comes back as ever
+        came_back(engine_killed(server, **SHORT))
 
 
 def test_a_full_disk_for_logs_stops_no_answer(tmp_path: Path) -> None:
