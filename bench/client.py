@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-__all__ = ["STALL_S", "ChatRequest", "EventDecoder", "Failure", "Trace", "ask"]
+__all__ = ["STALL_S", "ChatRequest", "EventDecoder", "Failure", "Trace", "ask", "is_whole"]
 
 #: Seconds on a clock that only goes forward; the zero is arbitrary.
 Clock = Callable[[], float]
@@ -145,6 +145,23 @@ class EventDecoder:
                 events.append(b"\n".join(self._data))
                 self._data = []
         return events
+
+
+def is_whole(received: bytes, stream: bool) -> bool:
+    """Return whether the body of a chat's answer, streamed or not, came to its end and holds no error.
+
+    By its structure, not by the words in it: a model may say "error".
+    """
+    events = EventDecoder().feed(received) if stream else [received]
+    if stream and (not events or events.pop() != b"[DONE]"):
+        return False
+    try:
+        parsed = [json.loads(event) for event in events]
+    except ValueError:
+        return False
+    if not all(isinstance(each, dict) and "error" not in each for each in parsed):
+        return False
+    return any(choice.get("finish_reason") for each in parsed for choice in each.get("choices", []))
 
 
 class _MalformedError(Exception):

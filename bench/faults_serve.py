@@ -31,6 +31,7 @@ import httpx
 import psutil
 
 from bench.boot import free_ports
+from bench.client import is_whole
 from bench.clock import Clock
 from bench.hostile import chat_body, data_url, good_picture
 from serve import state
@@ -153,7 +154,7 @@ async def _client(server: Watched, seen: list[_Seen], until: Callable[[], bool],
                 headers = {"authorization": f"Bearer {key()}"}
                 async with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
                     text = b"".join([part async for part in response.aiter_bytes()])
-                    done = response.status_code == 200 and b"data: [DONE]" in text and b'"error"' not in text
+                    done = response.status_code == 200 and is_whole(text, stream=True)
                     outcome = "ok" if done else "cut off" if response.status_code == 200 else str(response.status_code)
             except httpx.ConnectError:
                 outcome = "refused connection"

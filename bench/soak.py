@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 
+from bench.client import is_whole
 from bench.environment import command_line, cpu_name, gpu_names, system_name, versions
 from bench.hostile import CHAT, Hostile, catalogue, chat_body, data_url, good_picture
 
@@ -211,8 +212,7 @@ class _Soak:
             self._wrong(f"a good request got no answer: {type(error).__name__} {error}")
             return
         self.status[str(response.status_code)] += 1
-        whole = response.text.rstrip().endswith("data: [DONE]") if stream else '"finish_reason"' in response.text
-        if response.status_code != 200 or not whole or '"error"' in response.text:
+        if response.status_code != 200 or not is_whole(response.content, stream):
             self._wrong(f"a good request got {response.status_code}: {response.text[-300:]}")
 
     async def _hostile(self) -> None:

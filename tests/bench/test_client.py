@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.client import ChatRequest, EventDecoder, Trace, ask
+from bench.client import ChatRequest, EventDecoder, Trace, ask, is_whole
 from bench.endpoint import http_client
 from tests.bench.fake_server import Behaviour, serving
 
@@ -64,6 +64,25 @@ def test_the_body_streams_with_usage_at_temperature_0() -> None:
 
 def test_only_speed_requests_ignore_the_end_of_text() -> None:
     assert json.loads(ChatRequest("x", fixed_length=True).body("m"))["ignore_eos"] is True
+
+
+def test_an_answer_is_whole_whatever_its_words() -> None:
+    """The embedded model's vocabulary holds the word; once in 20,000 answers it is a piece by itself."""
+
+    def events(*pieces: dict[str, Any] | str) -> bytes:
+        return "".join(f"data: {each if isinstance(each, str) else json.dumps(each)}\n\n" for each in pieces).encode()
+
+    text = {"choices": [{"index": 0, "delta": {"content": "error"}, "finish_reason": None}]}
+    last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    fault = {"error": {"message": "EngineCore died", "code": 500}}
+    assert is_whole(events(text, last, "[DONE]"), stream=True)
+    for broken in ((text, last), (text, "[DONE]"), (text, fault, "[DONE]"), (fault, last, "[DONE]"), ("[DONE]",), ()):
+        assert not is_whole(events(*broken), stream=True)
+    assert not is_whole(events(text, last, "[DONE]")[:-20], stream=True)
+    whole = {"choices": [{"message": {"content": "error"}, "finish_reason": "length"}]}
+    assert is_whole(json.dumps(whole).encode(), stream=False)
+    for answer in (json.dumps(whole)[:-3], json.dumps(fault), "[]", ""):
+        assert not is_whole(answer.encode(), stream=False)
 
 
 def test_times_follow_the_clock() -> None:

@@ -90,7 +90,8 @@ async def engine(scope: dict[str, Any], receive: Any, send: Any) -> None:
     else:
         asked = await receive()
         stream, pause = b'"stream": true' in asked["body"], 0.02
-        body = b'data: {"choices": []}\n\ndata: [DONE]\n\n' if stream else b'{"choices": [{"finish_reason": "stop"}]}'
+        body = b'{"choices": [{"finish_reason": "stop"}]}'
+        body = b"data: " + body + b"\n\ndata: [DONE]\n\n" if stream else body
         kind = b"text/event-stream" if stream else kind
         FAILING["seen"] = FAILING.get("seen", 0) + 1
         if FAILING["every"] and FAILING["seen"] % FAILING["every"] < 2:  # the second try too
