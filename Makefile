@@ -70,7 +70,7 @@ bench: setup ## BASELINE against SRC: latency, throughput, accuracy, into REPORT
 compare: setup ## report B against report A; exit code 1 when FAIL_IF holds
 	$(QVL) compare $(A) $(B) --fail-if '$(FAIL_IF)' $(ARGS)
 
-test: setup ## all tests (FAST=1: without slow ones and those that boot vLLM, under a minute)
+test: setup ## all tests (FAST=1: without slow ones and those that boot vLLM)
 	$(PY) -m pytest -m "not e2e$(if $(FAST), and not slow)" -n auto --dist loadfile -p no:benchmark $(ARGS)
 	$(if $(FAST),,$(PY) -m pytest -m e2e $(ARGS))
 
