@@ -271,36 +271,49 @@ def engine_hangs(server: Watched, **short: Any) -> Result:
 
 def allocation_fails(server: Watched, **short: Any) -> Result:
     """The engine needs more memory than it may have, as where another program has taken what was left of a GPU's."""
-    answers: list[str] = []
+    answers: list[httpx.Response | None] = []
 
     def cap() -> None:
         engine = server.process("VLLM::EngineCore")
         engine.rlimit(psutil.RLIMIT_AS, (engine.memory_info().vms // 2,) * 2)  # less than it has: it gets nothing more
-        answers.extend(asyncio.run(_show_large(server, pictures=8)))
+        # As large as the embedded model's context takes, and unlike any that is in a cache.
+        pictures = [data_url(good_picture(1120, colour=f"#{number:02x}0000")) for number in range(8)]
+        name = server.known.model_name
+        bodies = [chat_body(name, picture, max_tokens=4) for picture in pictures]
+        answers.extend(_at_once(server, bodies, _PATIENCE))
 
     how = "the engine gets no more memory (`RLIMIT_AS`), and 8 large pictures come at once: an allocation fails"
     result = observe(server, "allocation fails", how, cap, breaks=True, **short)
     said = [text for text in server.log.read_text(errors="replace").splitlines() if _NO_MEMORY.search(text)]
     cause = f'the log says "{_NO_MEMORY.findall(said[-1])[0]}"' if said else "the log tells no cause"
-    result.note = f"the pictures: {_counts(dict(Counter(answers)))}; {cause}"
+    result.note = f"the pictures: {_statuses(answers)}; {cause}"
     return result
 
 
-async def _show_large(server: Watched, pictures: int) -> list[str]:
-    """Ask about so many pictures at once, each as large as the embedded model's context takes; return what came."""
-    name = server.known.model_name
-    headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
-    async with httpx.AsyncClient(base_url=server.url, timeout=_PATIENCE, trust_env=False, headers=headers) as client:
+def _get(server: Watched, path: str) -> httpx.Response:
+    return httpx.get(f"{server.url}{path}", headers={"authorization": f"Bearer {KEY}"}, trust_env=False)
 
-        async def ask(number: int) -> str:
-            picture = data_url(good_picture(1120, colour=f"#{number:02x}0000"))  # unlike any that is in a cache
-            try:
-                answer = await client.post("/v1/chat/completions", content=chat_body(name, picture, max_tokens=4))
-            except httpx.HTTPError:
-                return "cut off"
-            return "ok" if answer.status_code == httpx.codes.OK else str(answer.status_code)
 
-        return list(await asyncio.gather(*map(ask, range(pictures))))
+def _at_once(server: Watched, bodies: list[bytes], patience: float) -> list[httpx.Response | None]:
+    """Send chats all at once; return the answers, None for a connection that ended or fell silent."""
+
+    async def go() -> list[httpx.Response | None]:
+        headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
+        async with httpx.AsyncClient(base_url=server.url, timeout=patience, trust_env=False, headers=headers) as client:
+
+            async def ask(body: bytes) -> httpx.Response | None:
+                try:
+                    return await client.post("/v1/chat/completions", content=body)
+                except httpx.HTTPError:
+                    return None
+
+            return list(await asyncio.gather(*map(ask, bodies)))
+
+    return asyncio.run(go())
+
+
+def _statuses(answers: list[httpx.Response | None]) -> str:
+    return _counts(dict(Counter("cut off" if each is None else str(each.status_code) for each in answers)))
 
 
 #: How Python, PyTorch's allocator and the C++ library say that there is no memory.
@@ -323,8 +336,7 @@ def keys_replaced(server: Watched, **short: Any) -> Result:
     how = "the new key is added to the file, clients move to it, the old key is taken out; all under load"
     result = observe(server, "key file replaced", how, replace, key=lambda: NEW_KEY if changed else KEY, **short)
     time.sleep(2)
-    old = httpx.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {KEY}"}, trust_env=False)
-    result.note = f"afterwards the old key gets {old.status_code}"
+    result.note = f"afterwards the old key gets {_get(server, '/v1/models').status_code}"
     server.keys.write_text(f"{KEY}\n")
     time.sleep(2)
     return result
@@ -343,8 +355,7 @@ def disk_full(server: Watched, **short: Any) -> Result:
     free = os.statvfs(server.log.parent).f_bavail
     size = server.log.stat().st_size
     filler.unlink()
-    headers = {"authorization": f"Bearer {KEY}"}
-    httpx.get(f"{server.url}/v1/models", headers=headers, trust_env=False)
+    _get(server, "/v1/models")  # writes a line
     grew = server.log.stat().st_size > size
     result.note = f"{free} blocks were free; the log {'goes on' if grew else 'does not go on'} once there is room"
     return result
@@ -373,43 +384,32 @@ _DAY = 24 * 3600
 
 def _dated(server: Watched) -> str:
     """Return the day that an answer says it is, as days from today."""
-    headers = {"authorization": f"Bearer {KEY}"}
-    said = httpx.get(f"{server.url}/v1/models", headers=headers, trust_env=False).headers["date"]
-    days = round((parsedate_to_datetime(said).timestamp() - time.time()) / _DAY)
+    said = parsedate_to_datetime(_get(server, "/v1/models").headers["date"])
+    days = round((said.timestamp() - time.time()) / _DAY)
     return f"{days:+d} days" if days else "today"
 
 
 def memory_exhausted(server: Watched, **short: Any) -> Result:
     """More sequences than the KV cache holds; the server was started with a cache for little more than one."""
+    grown: list[httpx.Response | None] = []
+
+    def grow() -> None:
+        body = chat_body(server.known.model_name, text="Count.", max_tokens=700, ignore_eos=True, temperature=0)
+        grown.extend(_at_once(server, [body] * 6, patience=200))
+
     result = observe(
         server,
         "KV cache exhausted",
         "a KV cache that holds 1.5 of the longest sequences, and 6 clients whose answers grow to 700 tokens",
-        lambda: _grow(server, clients=6, tokens=700),
+        grow,
         **short,
     )
-    metrics = httpx.get(f"{server.url}/metrics", headers={"authorization": f"Bearer {KEY}"}, trust_env=False).text
-    preempted = [text for text in metrics.splitlines() if text.startswith("vllm:num_preemptions_total")]
-    result.note = f"{_GROWN[-1]}; preemptions: {preempted[0].split()[-1] if preempted else 'not counted'}"
+    metrics = _get(server, "/metrics").text
+    counts = [text.split()[-1] for text in metrics.splitlines() if text.startswith("vllm:num_preemptions_total")]
+    preempted = counts[0] if counts else "not counted"
+    lengths = {each.json()["usage"]["completion_tokens"] for each in grown if each is not None and each.is_success}
+    result.note = f"long answers: {_statuses(grown)}, tokens {sorted(lengths)}; preemptions: {preempted}"
     return result
-
-
-_GROWN: list[str] = []
-
-
-def _grow(server: Watched, clients: int, tokens: int) -> None:
-    name = server.known.model_name
-    body = {"model": name, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
-    body["messages"] = [{"role": "user", "content": "Count."}]
-
-    async def go() -> None:
-        headers = {"authorization": f"Bearer {KEY}"}
-        async with httpx.AsyncClient(base_url=server.url, timeout=200, trust_env=False, headers=headers) as client:
-            answers = await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for _ in range(clients)))
-        lengths = {answer.json()["usage"]["completion_tokens"] for answer in answers if answer.status_code == 200}
-        _GROWN.append(f"long answers: {dict(Counter(a.status_code for a in answers))}, tokens {sorted(lengths)}")
-
-    asyncio.run(go())
 
 
 #: Faults that one and the same server goes through.

@@ -381,7 +381,8 @@ def _tensor_digest(info: TensorInfo) -> bytes:
     digest = hashlib.blake2b(digest_size=20)
     buffer = memoryview(bytearray(min(info.nbytes, 8 * 2**20)))
     start = 0
-    while count := _fill(buffer, info, start):
+    while start < info.nbytes:
+        count = _fill(buffer, info, start)
         digest.update(buffer[:count])
         start += count
     return digest.digest()
