@@ -179,6 +179,7 @@ def speed_curves(report: Report) -> list[tuple[str, str, str]]:
         axes.set_ylabel(label, color=MUTED, fontsize=9)
         axes.grid(color=GRID, linewidth=0.8)
         reading = "down and right is better; p50, whisker to p90; numbers: the load"
+        reading += ", hollow: a rate" if any(point.load.kind == "open" for point in points) else ""
         reading += f"; logarithmic: {' and '.join(wide)}" if wide else ""
         plots.append((title, reading, _svg(figure, title)))
     return plots

@@ -233,7 +233,7 @@ def test_a_wide_range_is_drawn_logarithmically_and_rates_apart() -> None:
     assert {"24/s", "128"} <= set(re.findall(r">([\d/s]+)</text>", ttft[2]))
     near = [point for point in found.speed if point.load.name in ("8 in flight", "32 in flight")]
     (_, reading, _), _ = speed_curves(found.model_copy(update={"speed": near}))
-    assert "logarithmic" not in reading
+    assert "logarithmic" not in reading and "hollow" not in reading and ", hollow: a rate" in ttft[1]
     dashed = re.findall(r'd="(M [^"]*)"[^>]*stroke-dasharray[^>]*var\(--baseline\)', tpot[2])
     assert sorted(line.count("L") for line in dashed) == [1, 3]  # two rates, four numbers in flight
 
