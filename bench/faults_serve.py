@@ -355,8 +355,10 @@ def disk_full(server: Watched, **short: Any) -> Result:
     free = os.statvfs(server.log.parent).f_bavail
     size = server.log.stat().st_size
     filler.unlink()
-    _get(server, "/v1/models")  # writes a line
-    grew = server.log.stat().st_size > size
+    _get(server, "/v1/models")  # its line is written after the answer has been sent
+    deadline = time.monotonic() + 10
+    while not (grew := server.log.stat().st_size > size) and time.monotonic() < deadline:
+        time.sleep(0.05)
     result.note = f"{free} blocks were free; the log {'goes on' if grew else 'does not go on'} once there is room"
     return result
 
