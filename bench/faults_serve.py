@@ -3,7 +3,8 @@
     python -m bench.faults_serve --out docs/results/faults [--model demo] [--only engine_killed,...]
 
 Starts `qvl serve --detach` and keeps a few clients asking about pictures while one fault after the other is brought
-about; writes table.md and faults.json. Ends only processes that it has started. Also runs on a GPU.
+about; writes table.md and faults.json. Ends only processes that it has started. Runs on a GPU too, which alone has the
+fault gpu_memory_exhausted.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ from bench.boot import free_ports
 from bench.client import is_whole
 from bench.clock import Clock
 from bench.hostile import chat_body, data_url, good_picture
+from bench.neighbour import neighbour
 from serve import state
 from serve.media import sample_picture
+from serve.options import ServeOptions
 from serve.supervisor import stopped_by_signals
 
 __all__ = ["FAULTS", "Result", "Watched", "detached", "measure", "observe", "table"]
@@ -290,6 +293,39 @@ def allocation_fails(server: Watched, **short: Any) -> Result:
     return result
 
 
+def gpu_memory_exhausted(server: Watched, **short: Any) -> Result:
+    """Another program takes all of the GPU's memory that is left, and all that becomes free while it runs."""
+    answers: list[httpx.Response | None] = []
+    taken: list[int] = []
+    numbers = itertools.count()
+
+    def take() -> None:
+        name = server.known.model_name
+        with neighbour() as other:
+            deadline = time.monotonic() + _HELD
+            taken.append(other.taken)
+            while time.monotonic() < deadline and all(each is not None and each.is_success for each in answers):
+                pictures = [data_url(good_picture(1120, colour=f"#{next(numbers):06x}")) for _ in range(8)]
+                answers.extend(_at_once(server, [chat_body(name, one, max_tokens=4) for one in pictures], _PATIENCE))
+            time.sleep(max(0.0, deadline - time.monotonic()))
+            taken.append(other.taken)
+
+    how = (
+        f"for {_HELD} s another program takes all of the GPU's memory that is left or becomes free, and large pictures "
+        "come, 8 at once"
+    )
+    result = observe(server, "GPU memory exhausted", how, take, **short)
+    log = server.log.read_text(errors="replace")
+    said = _NO_MEMORY.findall(log)
+    before, after = (f"{size / 2**30:.1f} GiB" for size in taken)
+    result.note = (
+        f"it took {before} at once, {after} in the end; the pictures: {_statuses(answers)}; "
+        + (f'the log says "{said[-1]}"' if said else "the log tells of no failure")
+        + f"; boots refused for want of memory: {len(_REFUSED_BOOT.findall(log))}"
+    )
+    return result
+
+
 def _get(server: Watched, path: str) -> httpx.Response:
     return httpx.get(f"{server.url}{path}", headers={"authorization": f"Bearer {KEY}"}, trust_env=False)
 
@@ -317,7 +353,15 @@ def _statuses(answers: list[httpx.Response | None]) -> str:
 
 
 #: How Python, PyTorch's allocator and the C++ library say that there is no memory.
-_NO_MEMORY = re.compile(r"MemoryError|[Cc]an't allocate memory|Cannot allocate memory|bad_alloc|can't start new thread")
+_NO_MEMORY = re.compile(
+    r"CUDA out of memory|MemoryError|[Cc]an't allocate memory|Cannot allocate memory|bad_alloc|can't start new thread"
+)
+
+
+#: How `serve.memory.check` says so, in the supervisor's lines.
+_REFUSED_BOOT = re.compile(r"the server is down: [^\n]*(?:of GPU memory; |vLLM would reserve )")
+#: Seconds.
+_HELD = 20
 
 
 def keys_replaced(server: Watched, **short: Any) -> Result:
@@ -453,6 +497,9 @@ def measure(model: str, wanted: set[str]) -> Iterator[Result]:
             flags = ("--max-model-len", "1024", "--", "--kv-cache-memory-bytes", str((1536 + 128) * 2560))
             with detached(model, cache / "memory", *flags) as server:
                 yield memory_exhausted(server)
+        if want(gpu_memory_exhausted) and ServeOptions().on_gpu:
+            with detached(model, cache / "gpu", "--restarts", "9") as server:
+                yield gpu_memory_exhausted(server)
         if want(disk_full):
             with tmpfs(cache / "disk") as allowed:
                 if allowed:
@@ -475,12 +522,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--out", type=Path, required=True)
-    names = [fault.__name__ for fault in (*FAULTS, worker_killed, clock_moved, memory_exhausted, disk_full)]
+    others = (worker_killed, clock_moved, memory_exhausted, gpu_memory_exhausted, disk_full)
+    names = [fault.__name__ for fault in (*FAULTS, *others)]
     parser.add_argument("--only", default="", help=f"of {', '.join(names)}, with commas")
     given = parser.parse_args()
     wanted = set(filter(None, given.only.split(",")))
     if not wanted <= set(names):
         parser.error(f"--only: {', '.join(sorted(wanted - set(names)))} is none of {', '.join(names)}")
+    if gpu_memory_exhausted.__name__ in wanted and not ServeOptions().on_gpu:
+        parser.error(f"--only: {gpu_memory_exhausted.__name__} needs a GPU")
     from bench.environment import cpu_name, gpu_names, system_name, versions
 
     environment = {"versions": versions(), "system": system_name(), "cpu": cpu_name(), "gpus": gpu_names()}
