@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, cast
 
+import psutil
+
 from toolkit.errors import ServerError
 
-__all__ = ["Backend", "Gpu", "choose", "find_gpus", "installed_vllm", "require_vllm"]
+__all__ = ["Backend", "Gpu", "choose", "find_gpus", "gpu_users", "installed_vllm", "require_vllm"]
 
 Backend = Literal["cpu", "gpu"]
 
@@ -40,6 +43,26 @@ def find_gpus() -> list[Gpu]:
             continue
         gpus.append(Gpu(name.strip(), total, free))
     return gpus
+
+
+def gpu_users() -> list[str]:
+    """Ask nvidia-smi which processes use a GPU: each as "NAME (pid PID of USER, MEMORY)".
+
+    Empty where there is no nvidia-smi, and in containers, which are not told of processes outside.
+    """
+    query = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    users = []
+    for line in filter(str.strip, answer.splitlines()):
+        pid, name, memory = (part.strip() for part in (*line.split(",", 2), "", "")[:3])
+        owner = ""
+        with contextlib.suppress(psutil.Error, ValueError):
+            owner = f" of {psutil.Process(int(pid)).username()}"
+        users.append(f"{name} (pid {pid}{owner}, {memory})")
+    return users
 
 
 def installed_vllm() -> tuple[Backend, str] | None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import subprocess
 
-import psutil
-
-from serve.backend import Backend
+from serve.backend import Backend, gpu_users
 from serve.profiles import Settings
 from toolkit.errors import ServerError
 
@@ -68,18 +64,7 @@ def candidates(
 
 def refuse_busy_gpu() -> None:
     """Raise ServerError naming the processes that use a GPU: beside them nothing that is measured is true."""
-    query = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return  # no nvidia-smi, no GPU: the boot says so
-    users = []
-    for line in filter(str.strip, answer.splitlines()):
-        pid, name, memory = (part.strip() for part in (*line.split(",", 2), "", "")[:3])
-        owner = ""
-        with contextlib.suppress(psutil.Error, ValueError):
-            owner = f" of {psutil.Process(int(pid)).username()}"
-        users.append(f"{name} (pid {pid}{owner}, {memory})")
+    users = gpu_users()
     if users:
         raise ServerError(
             f"the GPU is in use: {'; '.join(users)}. What is measured beside others is not true: stop them, or "

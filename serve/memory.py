@@ -7,10 +7,10 @@ from pathlib import Path
 
 import psutil
 
-from serve.backend import find_gpus
+from serve.backend import find_gpus, gpu_users
 from serve.options import DEFAULT_GPU_SHARE, DTYPE_BYTES, ServeOptions
 from toolkit.checkpoint import Checkpoint
-from toolkit.errors import ResourceError
+from toolkit.errors import ResourceError, ResourceInUse
 
 __all__ = ["MemoryNeed", "available_host_memory", "check", "need"]
 
@@ -54,16 +54,27 @@ def need(checkpoint: Checkpoint, options: ServeOptions) -> MemoryNeed:
     return MemoryNeed(weights * spread.dp, cache * spread.dp, overhead + (spread.gpus - 1) * _PROCESS)
 
 
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def _host_memory() -> int:
+    """Return the bytes that this process could take if nobody else took any."""
+    total = int(psutil.virtual_memory().total)
+    try:
+        return min(total, int((_CGROUP / "memory.max").read_text()))  # "max" where there is no limit
+    except (OSError, ValueError):
+        return total
+
+
 def available_host_memory() -> int:
     """Return the bytes this process may still take: what the machine has free, or less where a cgroup limits it."""
     available = int(psutil.virtual_memory().available)
-    cgroup = Path("/sys/fs/cgroup")
     try:
-        limit = int((cgroup / "memory.max").read_text())  # "max" where there is no limit
-        used = int((cgroup / "memory.current").read_text())
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
         inactive = next(
             int(line.split()[1])
-            for line in (cgroup / "memory.stat").read_text().splitlines()
+            for line in (_CGROUP / "memory.stat").read_text().splitlines()
             if line.startswith("inactive_file ")  # page cache, given back under pressure
         )
     except (OSError, ValueError, StopIteration):
@@ -72,7 +83,7 @@ def available_host_memory() -> int:
 
 
 def check(checkpoint: Checkpoint, options: ServeOptions) -> None:
-    """Raise ResourceError, with the figures, when the model can't fit.
+    """Raise ResourceError, with the figures, when the model can't fit; ResourceInUse when it could, were others gone.
 
     Models spread over several GPUs by one of vLLM's own flags are left for vLLM to judge.
     """
@@ -80,9 +91,11 @@ def check(checkpoint: Checkpoint, options: ServeOptions) -> None:
     if not options.on_gpu:
         available = available_host_memory()
         if least.total > available:
-            raise ResourceError(
+            others = least.total <= _host_memory()
+            kind, stop = (ResourceInUse, "Stop what else takes memory, or: ") if others else (ResourceError, "")
+            raise kind(
                 f"{checkpoint.path} needs {least} of memory, and {available / _GIB:.1f} GiB are available. "
-                f"{_advice(checkpoint, options)}"
+                f"{stop}{_advice(checkpoint, options)}"
             )
         return
     if options.parallel.ray or any(argument.partition("=")[0] in _PARALLEL for argument in options.extra):
@@ -93,16 +106,23 @@ def check(checkpoint: Checkpoint, options: ServeOptions) -> None:
         raise ResourceError("nvidia-smi lists no GPU. Serve with --backend cpu, or check the driver with `nvidia-smi`.")
     share = options.gpu_memory_utilization or DEFAULT_GPU_SHARE
     figures = f"{gpu.name} has {gpu.free / _GIB:.1f} of {gpu.total / _GIB:.1f} GiB free"
-    if least.total > min(gpu.free, gpu.total * share):
+    if least.total > gpu.total * share:
         raise ResourceError(
             f"{checkpoint.path} needs {least} of GPU memory; {figures}, of which vLLM may take a share of {share:g}. "
             f"{_advice(checkpoint, options)}"
         )
     if gpu.total * share > gpu.free:
-        raise ResourceError(
+        smaller = int(100 * gpu.free / gpu.total) / 100
+        enough = least.total <= gpu.total * smaller
+        raise ResourceInUse(
             f"vLLM would reserve {gpu.total * share / _GIB:.1f} GiB (a share of {share:g}), and {figures}. "
-            f"Stop what uses the GPU, or give --gpu-memory-utilization {int(100 * gpu.free / gpu.total) / 100:g}."
+            f"Stop what uses the GPU{_named(gpu_users())}"
+            + (f", or give --gpu-memory-utilization {smaller:g}." if enough else f": the model needs {least}.")
         )
+
+
+def _named(users: list[str]) -> str:
+    return f" ({'; '.join(users)})" if users else ""
 
 
 _PARALLEL = {"--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"}

@@ -29,7 +29,7 @@ from serve.lifecycle import Drained, OnPhase, Server, readiness, start
 from serve.log import cap, decisive_lines, read_from
 from serve.options import ServeOptions
 from toolkit import errors
-from toolkit.errors import QvlError, ServerError
+from toolkit.errors import QvlError, ResourceInUse, ServerError
 
 __all__ = ["Booted", "GaveUp", "Policy", "Supervised", "Supervisor", "detach", "stopped_by_signals", "supervisor"]
 
@@ -48,6 +48,8 @@ class Policy:
     #: Wait before a restart; twice as long for each further one within the window, up to `longest_wait`.
     wait: float = 1.0
     longest_wait: float = 60.0
+    #: Between looks at whether memory that others hold is free again; after `window` of them it gives up.
+    wait_for_others: float = 5.0
     #: Probes in a row without an answer after which the server is killed.
     failed_probes: int = 3
     #: Bytes of log that are kept twice: this much in PORT.log and as much in PORT.log.1.
@@ -110,6 +112,7 @@ class Supervisor:
     def _again(self, cause: str) -> Supervised:
         """Wait, boot, and do so again while booting fails."""
         log = self.server.log if self.server is not None else ""
+        began = time.monotonic()
         while True:
             now = time.monotonic()
             self._deaths = [at for at in self._deaths if now - at < self.policy.window] + [now]
@@ -124,12 +127,30 @@ class Supervisor:
             time.sleep(wait)
             self.restarts += 1
             try:
-                server = self.boot(self.restarts)
+                server = self._boot_when_free()
+            except GaveUp:
+                raise
             except QvlError as error:
                 cause = str(error)
                 continue
-            self.say(f"the server is back at {server.url} after {time.monotonic() - now:.0f} s")
+            self.say(f"the server is back at {server.url} after {time.monotonic() - began:.0f} s")
             return server
+
+    def _boot_when_free(self) -> Supervised:
+        """Boot as soon as others do not hold the memory that it takes: nothing has been started then that could die."""
+        began = time.monotonic()
+        told = False
+        while True:
+            try:
+                return self.boot(self.restarts)
+            except ResourceInUse as error:
+                if time.monotonic() - began >= self.policy.window:
+                    raise GaveUp(f"the server has had no memory for {self.policy.window:g} s. {error}") from error
+                if not told:
+                    every = f"{self.policy.wait_for_others:g} s for {self.policy.window:g} s"
+                    self.say(f"the server can't be started yet: {error}\nlooking again every {every}")
+                    told = True
+                time.sleep(self.policy.wait_for_others)
 
     def _watch(self, server: Supervised) -> str:
         """Return, when the server has died or had to be killed, why."""

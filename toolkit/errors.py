@@ -9,6 +9,7 @@ The tree, shared by all three packages; the command line prints the message and 
       ManifestError          a JSONL file of calibration samples or benchmark questions; names file and line
       MediaError             an image or video that is missing, truncated or not a picture
       ResourceError          not enough disk, host memory or GPU memory, with the figures
+        ResourceInUse        there would be enough, if others did not hold it
       HubError               a model that can't be fetched
       ServerError            a server that does not boot, does not answer or answers with an error
       BenchError             a measurement that would not be true
@@ -26,6 +27,7 @@ __all__ = [
     "MediaError",
     "QvlError",
     "ResourceError",
+    "ResourceInUse",
     "ServerError",
 ]
 
@@ -56,6 +58,10 @@ class MediaError(QvlError):
 
 class ResourceError(QvlError):
     """Not enough disk, host memory or GPU memory for what was asked."""
+
+
+class ResourceInUse(ResourceError):
+    """There would be enough memory if others did not hold it now; nothing was started."""
 
 
 class HubError(QvlError):

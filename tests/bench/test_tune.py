@@ -263,7 +263,7 @@ class TestBusyGpu:
                 raise FileNotFoundError("nvidia-smi")
             return SimpleNamespace(stdout=text)
 
-        monkeypatch.setattr(catalogue.subprocess, "run", run)
+        monkeypatch.setattr("serve.backend.subprocess.run", run)
 
     def test_who_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.answer(monkeypatch, "999999999, python train.py, 20480 MiB\n1, [Not Found], [N/A]\n")
@@ -300,7 +300,7 @@ class TestVerb:
     def test_a_gpu_that_others_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("serve.backend.require_vllm", lambda backend: "0.32.0")
         answer = SimpleNamespace(stdout="999999999, python train.py, 20480 MiB\n")
-        monkeypatch.setattr(catalogue.subprocess, "run", lambda *a, **k: answer)
+        monkeypatch.setattr("serve.backend.subprocess.run", lambda *a, **k: answer)
         assert "python train.py" in self.refusal("demo", "--backend", "gpu")
 
     def test_nothing_that_boots(self, monkeypatch: pytest.MonkeyPatch) -> None:

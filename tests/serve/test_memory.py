@@ -12,7 +12,7 @@ from tests.serve.test_backend import nvidia_smi
 from tests.toolkit import tiny
 from toolkit.checkpoint import Checkpoint
 from toolkit.demo import checkpoint_dir
-from toolkit.errors import ResourceError
+from toolkit.errors import ResourceError, ResourceInUse
 
 GIB = 1 << 30
 
@@ -60,6 +60,7 @@ def test_too_large_for_the_host(tmp_path: Path) -> None:
         ResourceError, match=r"needs about 90\d\.\d GiB \(weights 90\d\.\d.* GiB are available"
     ) as error:
         memory.check(sparse(tmp_path / "huge", 900), ServeOptions(backend="cpu"))
+    assert not isinstance(error.value, ResourceInUse)  # nobody need wait for that
     assert "Quantize it first" in str(error.value)
 
 
@@ -70,6 +71,30 @@ def test_too_large_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         memory.check(large, options)
     memory.check(large, ServeOptions(backend="gpu", gpu_memory_utilization=0.97))
     memory.check(large, ServeOptions(backend="gpu", extra=("--tensor-parallel-size=2",)))
+
+
+def test_who_uses_the_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the model fits the card: smaller settings are no help then, others are in the way."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        '#!/bin/sh\ncase "$1" in *compute-apps*) echo "999999999, python train.py, 21000 MiB";; '
+        "*) echo NVIDIA L4, 23034, 900;; esac\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(ResourceInUse) as caught:
+        memory.check(Checkpoint.open(checkpoint_dir()), ServeOptions(backend="gpu"))
+    message = str(caught.value)
+    assert (
+        "Stop what uses the GPU (python train.py (pid 999999999, 21000 MiB)): the model needs about 1.5 GiB" in message
+    )
+    assert "Quantize" not in message and "--gpu-memory-utilization" not in message
+
+
+def test_memory_that_others_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_host_memory", lambda: 1 << 20)
+    with pytest.raises(ResourceInUse, match=r"0\.0 GiB are available\. Stop what else takes memory, or: Quantize"):
+        memory.check(Checkpoint.open(checkpoint_dir()), ServeOptions(backend="cpu"))
 
 
 def test_gpu_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

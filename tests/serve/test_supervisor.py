@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from serve.supervisor import GaveUp, Policy, Supervisor
-from toolkit.errors import ResourceError, ServerError
+from toolkit.errors import ResourceError, ResourceInUse, ServerError
 
 
 @dataclass
@@ -172,6 +172,45 @@ def test_a_later_boot_that_fails_is_tried_again(log: Path, waits: list[float]) -
 
     with pytest.raises(GaveUp, match="no memory"):
         keep(never, restarts=2).run()
+
+
+def test_memory_that_others_hold_is_waited_for(log: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A neighbour on the card for minutes must not use up the restarts: nothing was started that could have died."""
+    clock = [0.0]
+    monkeypatch.setattr("serve.supervisor.time.monotonic", lambda: clock[0])
+    booted: list[int] = []
+    said: list[str] = []
+
+    def boot(restarts: int) -> Fake:
+        booted.append(restarts)
+        if restarts == 1 and len(booted) < 60:
+            clock[0] += 5
+            raise ResourceInUse("the GPU has 0.1 GiB free")
+        if restarts == 2:
+            raise KeyboardInterrupt
+        return Fake(log)
+
+    own = keep(boot, said, restarts=5)
+    with pytest.raises(KeyboardInterrupt):
+        own.run()
+    assert waits == [1] + [5] * 58 + [2] and own.restarts == 2
+    assert len(said) == 4 and "0.1 GiB free" in said[1] and "every 5 s for 600 s" in said[1]
+    assert "back at http://127.0.0.1:9 after 290 s" in said[2]
+
+
+def test_nor_is_it_waited_for_for_ever(log: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("serve.supervisor.time.monotonic", lambda: clock[0])
+
+    def boot(restarts: int) -> Fake:
+        if not restarts:
+            return Fake(log)
+        clock[0] += 5
+        raise ResourceInUse("the GPU has 0.1 GiB free")
+
+    with pytest.raises(GaveUp, match=r"no memory for 600 s\. the GPU has 0\.1 GiB free"):
+        keep(boot).run()
+    assert len(waits) == 120
 
 
 @contextmanager
