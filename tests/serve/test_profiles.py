@@ -128,7 +128,9 @@ class TestShipped:
         seven, two = found["28x3584x18944"], found["28x1536x8960"]
         assert (seven.chosen("latency"), seven.chosen("throughput")) == ("marlin", "vllm")
         assert seven.against_fp16("marlin")[1] > 1.6
-        assert all(factor < 1 for factor in two.against_fp16(two.chosen("auto")).values())
+        assert {two.chosen(wish) for wish in ("auto", "latency", "throughput")} == {"marlin"}
+        assert all((factor > 1.1) == (load <= 8) for load, factor in two.against_fp16("marlin").items())
+        assert all(factor < 1 for factor in two.against_fp16("vllm").values())
 
 
 class TestArguments:
