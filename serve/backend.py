@@ -27,15 +27,20 @@ class Gpu:
     free: int
 
 
-def find_gpus() -> list[Gpu]:
-    """Ask nvidia-smi for the GPUs of this machine; an empty list where there is no nvidia-smi or no GPU."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+def _nvidia_smi(*query: str) -> list[str]:
+    """Return the lines that it answers; none where it is missing or fails."""
+    command = ["nvidia-smi", *query]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
+    return [line for line in answer.splitlines() if line.strip()]
+
+
+def find_gpus() -> list[Gpu]:
+    """Ask nvidia-smi for the GPUs of this machine; an empty list where there is no nvidia-smi or no GPU."""
     gpus = []
-    for line in answer.splitlines():
+    for line in _nvidia_smi("--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"):
         name, _, sizes = line.partition(",")
         try:
             total, free = (int(size) << 20 for size in sizes.split(","))
@@ -50,13 +55,8 @@ def gpu_users() -> list[str]:
 
     Empty where there is no nvidia-smi, and in containers, which are not told of processes outside.
     """
-    query = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
     users = []
-    for line in filter(str.strip, answer.splitlines()):
+    for line in _nvidia_smi("--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"):
         pid, name, memory = (part.strip() for part in (*line.split(",", 2), "", "")[:3])
         owner = ""
         with contextlib.suppress(psutil.Error, ValueError):
