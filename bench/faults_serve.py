@@ -321,7 +321,7 @@ def gpu_memory_exhausted(server: Watched, **short: Any) -> Result:
     result.note = (
         f"it took {before} at once, {after} in the end; the pictures: {_statuses(answers)}; "
         + (f'the log says "{said[-1]}"' if said else "the log tells of no failure")
-        + f"; boots refused for want of memory: {len(_REFUSED_BOOT.findall(log))}"
+        + ("; the restart waited for memory" if _WAITED in log else "; the restart found memory at once")
     )
     return result
 
@@ -358,8 +358,8 @@ _NO_MEMORY = re.compile(
 )
 
 
-#: How `serve.memory.check` says so, in the supervisor's lines.
-_REFUSED_BOOT = re.compile(r"the server is down: [^\n]*(?:of GPU memory; |vLLM would reserve )")
+#: What a supervisor says when others hold the memory that a restart takes.
+_WAITED = "the server can't be started yet"
 #: Seconds.
 _HELD = 20
 

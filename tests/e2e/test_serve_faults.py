@@ -5,10 +5,12 @@ bench/faults_serve.py measures the same faults at length.
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +34,10 @@ from bench.faults_serve import (
     server_killed,
     tmpfs,
 )
-from serve import state
+from serve import memory, state
+from serve.options import ServeOptions
+from serve.supervisor import Policy, Supervised, supervisor
+from tests.e2e.conftest import free_port
 from toolkit.demo import checkpoint_dir
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -79,6 +84,44 @@ def gives_up(server: Watched) -> None:
     command = [sys.executable, "-m", "toolkit.cli", "status", "--port", str(server.port)]
     told = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert told.returncode == 0 and "dead" in told.stdout
+
+
+def test_a_restart_waits_for_memory_that_others_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real server, on a machine that says for a while that others have taken all memory."""
+    monkeypatch.setenv("QVL_CACHE", str(tmp_path))
+    held = threading.Event()
+    available, gpus = memory.available_host_memory, memory.find_gpus
+    monkeypatch.setattr(memory, "available_host_memory", lambda: 0 if held.is_set() else available())
+    monkeypatch.setattr(
+        memory, "find_gpus", lambda: [replace(gpu, free=0) for gpu in gpus()] if held.is_set() else gpus()
+    )
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "can't be started yet" in text:
+            threading.Timer(2, held.clear).start()  # ten looks later
+        if "the server is back" in text:
+            threading.Timer(2, _thread.interrupt_main).start()
+
+    def up(server: Supervised) -> None:
+        held.set()
+        os.kill(server.pid, signal.SIGKILL)
+
+    policy = Policy(restarts=1, wait=0.1, wait_for_others=0.2, window=90)  # one death is all it may have
+    own = supervisor("demo", ServeOptions(port=free_port()), policy, say, None)
+    own.up = up
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            own.run()
+        assert own.server is not None and own.restarts == 1
+        assert httpx.get(f"{own.server.url}/ready", trust_env=False).status_code == 200
+    finally:
+        if own.server is not None:
+            own.server.stop(drain=False)
+    down, waits, back = said
+    assert "the server is down: vLLM ended by itself" in down and "is back" in back
+    assert "Stop what" in waits and "looking again every 0.2 s for 90 s" in waits
 
 
 def test_a_clock_that_is_set_stops_no_answer(tmp_path: Path) -> None:
