@@ -39,7 +39,7 @@ from bench.neighbour import neighbour
 from serve import state
 from serve.media import sample_picture
 from serve.options import ServeOptions
-from serve.supervisor import stopped_by_signals
+from serve.supervisor import WAITS, stopped_by_signals
 
 __all__ = ["FAULTS", "Result", "Watched", "detached", "measure", "observe", "table"]
 
@@ -279,17 +279,11 @@ def allocation_fails(server: Watched, **short: Any) -> Result:
     def cap() -> None:
         engine = server.process("VLLM::EngineCore")
         engine.rlimit(psutil.RLIMIT_AS, (engine.memory_info().vms // 2,) * 2)  # less than it has: it gets nothing more
-        # As large as the embedded model's context takes, and unlike any that is in a cache.
-        pictures = [data_url(good_picture(1120, colour=f"#{number:02x}0000")) for number in range(8)]
-        name = server.known.model_name
-        bodies = [chat_body(name, picture, max_tokens=4) for picture in pictures]
-        answers.extend(_at_once(server, bodies, _PATIENCE))
+        answers.extend(_show_large(server))
 
     how = "the engine gets no more memory (`RLIMIT_AS`), and 8 large pictures come at once: an allocation fails"
     result = observe(server, "allocation fails", how, cap, breaks=True, **short)
-    said = [text for text in server.log.read_text(errors="replace").splitlines() if _NO_MEMORY.search(text)]
-    cause = f'the log says "{_NO_MEMORY.findall(said[-1])[0]}"' if said else "the log tells no cause"
-    result.note = f"the pictures: {_statuses(answers)}; {cause}"
+    result.note = f"the pictures: {_statuses(answers)}; {_cause(server)}"
     return result
 
 
@@ -297,16 +291,13 @@ def gpu_memory_exhausted(server: Watched, **short: Any) -> Result:
     """Another program takes all of the GPU's memory that is left, and all that becomes free while it runs."""
     answers: list[httpx.Response | None] = []
     taken: list[int] = []
-    numbers = itertools.count()
 
     def take() -> None:
-        name = server.known.model_name
         with neighbour() as other:
             deadline = time.monotonic() + _HELD
             taken.append(other.taken)
             while time.monotonic() < deadline and all(each is not None and each.is_success for each in answers):
-                pictures = [data_url(good_picture(1120, colour=f"#{next(numbers):06x}")) for _ in range(8)]
-                answers.extend(_at_once(server, [chat_body(name, one, max_tokens=4) for one in pictures], _PATIENCE))
+                answers.extend(_show_large(server, shown=len(answers)))
             time.sleep(max(0.0, deadline - time.monotonic()))
             taken.append(other.taken)
 
@@ -315,15 +306,29 @@ def gpu_memory_exhausted(server: Watched, **short: Any) -> Result:
         "come, 8 at once"
     )
     result = observe(server, "GPU memory exhausted", how, take, **short)
-    log = server.log.read_text(errors="replace")
-    said = _NO_MEMORY.findall(log)
+    waited = WAITS in server.log.read_text(errors="replace")
     before, after = (f"{size / 2**30:.1f} GiB" for size in taken)
     result.note = (
-        f"it took {before} at once, {after} in the end; the pictures: {_statuses(answers)}; "
-        + (f'the log says "{said[-1]}"' if said else "the log tells of no failure")
-        + ("; the restart waited for memory" if _WAITED in log else "; the restart found memory at once")
+        f"it took {before} at once, {after} in the end; the pictures: {_statuses(answers)}; {_cause(server)}; "
+        f"the restart {'waited for memory' if waited else 'found memory at once'}"
     )
     return result
+
+
+def _show_large(server: Watched, shown: int = 0) -> list[httpx.Response | None]:
+    """Ask about 8 pictures at once, as large as the embedded model's context takes; no cache has them yet.
+
+    ``shown`` is how many were asked about before.
+    """
+    pictures = [data_url(good_picture(1120, colour=f"#{shown + number:06x}")) for number in range(8)]
+    name = server.known.model_name
+    return _at_once(server, [chat_body(name, picture, max_tokens=4) for picture in pictures], _PATIENCE)
+
+
+def _cause(server: Watched) -> str:
+    """Return how its log says that there was no memory."""
+    said = _NO_MEMORY.findall(server.log.read_text(errors="replace"))
+    return f'the log says "{said[-1]}"' if said else "the log tells no cause"
 
 
 def _get(server: Watched, path: str) -> httpx.Response:
@@ -356,11 +361,7 @@ def _statuses(answers: list[httpx.Response | None]) -> str:
 _NO_MEMORY = re.compile(
     r"CUDA out of memory|MemoryError|[Cc]an't allocate memory|Cannot allocate memory|bad_alloc|can't start new thread"
 )
-
-
-#: What a supervisor says when others hold the memory that a restart takes.
-_WAITED = "the server can't be started yet"
-#: Seconds.
+#: Seconds that another program holds a GPU's memory.
 _HELD = 20
 
 

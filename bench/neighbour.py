@@ -8,11 +8,17 @@ free. The device "cpu" is for trying it out under a limit on memory; pages are n
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Neighbour", "neighbour"]
 
@@ -21,12 +27,12 @@ _LARGEST = 1 << 30
 _SMALLEST = 2 << 20
 
 
+@dataclass
 class Neighbour:
     """What is known of the program while it runs."""
 
-    def __init__(self) -> None:
-        #: Bytes that it has taken so far.
-        self.taken = 0
+    #: Bytes that it has taken so far.
+    taken: int
 
 
 @contextlib.contextmanager
@@ -40,20 +46,19 @@ def neighbour(device: str = "cuda", *, prefix: tuple[str, ...] = ()) -> Iterator
     Raises:
         RuntimeError: the program ended before it had taken anything.
     """
-    told = Neighbour()
     command = [*prefix, sys.executable, "-m", "bench.neighbour", device]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         output = process.stdout
+        first = output.readline()  # comes when a first round has left nothing
+        if not first:
+            raise RuntimeError(f"the neighbour on {device} ended before it had taken anything: see its message above")
+        told = Neighbour(int(first))
 
         def read() -> None:
             for line in output:
                 told.taken = int(line)
 
-        first = output.readline()  # comes when a first round has left nothing
-        if not first:
-            raise RuntimeError(f"the neighbour on {device} ended before it had taken anything: see its message above")
-        told.taken = int(first)
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
         try:
@@ -63,12 +68,15 @@ def neighbour(device: str = "cuda", *, prefix: tuple[str, ...] = ()) -> Iterator
             reader.join()
 
 
-def _take(device: str, ended: threading.Event) -> None:
-    """Take all there is, say how much in all, and look again a tenth of a second later."""
+def _take(held: list[torch.Tensor], ended: threading.Event) -> None:
+    """Take all that the device of the first tensor has, say how much in all, and look again a tenth of a second later.
+
+    What is taken goes into the list.
+    """
     import torch
 
-    held = [torch.empty(1, device=device)]  # a device that is none ends this here
-    taken = said = 0
+    device = held[0].device
+    taken, said = 0, -1
     while not ended.is_set():
         size = _LARGEST
         while size >= _SMALLEST:
@@ -77,7 +85,7 @@ def _take(device: str, ended: threading.Event) -> None:
                 taken += size
             except RuntimeError:  # torch.OutOfMemoryError, and what a CPU's allocator raises
                 size //= 2
-        if taken > said or not said:
+        if taken > said:
             said = taken
             print(taken, flush=True)
         ended.wait(0.1)
@@ -85,6 +93,15 @@ def _take(device: str, ended: threading.Event) -> None:
 
 def main() -> None:
     """Take memory until the standard input ends, or whoever has it open is gone."""
+    import torch
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("device", help="cuda, cuda:1, ...; cpu to try it out")
+    device = parser.parse_args().device
+    try:
+        first = torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without CUDA
+        parser.error(f"no memory can be taken of {device}: {error}")
     ended = threading.Event()
 
     def wait() -> None:
@@ -92,7 +109,7 @@ def main() -> None:
         ended.set()
 
     threading.Thread(target=wait, daemon=True).start()
-    _take(sys.argv[1], ended)
+    _take([first], ended)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,21 @@ from serve.options import ServeOptions
 from toolkit import errors
 from toolkit.errors import QvlError, ResourceInUse, ServerError
 
-__all__ = ["Booted", "GaveUp", "Policy", "Supervised", "Supervisor", "detach", "stopped_by_signals", "supervisor"]
+__all__ = [
+    "WAITS",
+    "Booted",
+    "GaveUp",
+    "Policy",
+    "Supervised",
+    "Supervisor",
+    "detach",
+    "stopped_by_signals",
+    "supervisor",
+]
+
+
+#: How its line begins where others hold the memory that a restart takes.
+WAITS = "the server can't be started yet"
 
 
 class GaveUp(ServerError):
@@ -148,7 +162,7 @@ class Supervisor:
                     raise GaveUp(f"the server has had no memory for {self.policy.window:g} s. {error}") from error
                 if not told:
                     every = f"{self.policy.wait_for_others:g} s for {self.policy.window:g} s"
-                    self.say(f"the server can't be started yet: {error}\nlooking again every {every}")
+                    self.say(f"{WAITS}: {error}\nlooking again every {every}")
                     told = True
                 time.sleep(self.policy.wait_for_others)
 
