@@ -59,7 +59,7 @@ def ask(
     Args:
         url: the server, with or without "/v1".
         question: what to ask.
-        images: values for `image_url`, see `serve.media.image_url`; shown before the question.
+        images: values for `image_url`, see `serve.http.images.image_url`; shown before the question.
         model: its name on the server. None: the first one that the server lists.
         api_key: key for the API, if it wants one.
         max_tokens: longest answer.

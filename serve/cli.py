@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from serve.lifecycle import OnPhase, Server, Status
-    from serve.supervisor import Booted, Supervisor
+    from serve.process.lifecycle import OnPhase, Server, Status
+    from serve.process.supervisor import Booted, Supervisor
 
 _DEFAULT_PORT = 8000
 _GUARD, _OPERATION, _PAGE, _SPEED = "Guard", "Operation", "Page", "Speed"
@@ -127,13 +127,13 @@ def serve(
     """
     import sys
 
-    from serve.limits import Limits
-    from serve.lora import Lora
-    from serve.options import ServeOptions
-    from serve.parallel import Parallel
-    from serve.supervisor import GaveUp, Policy, stopped_by_signals, supervisor
-    from serve.supervisor import detach as start_detached
-    from serve.tuned import tuned
+    from serve.process.supervisor import GaveUp, Policy, stopped_by_signals, supervisor
+    from serve.process.supervisor import detach as start_detached
+    from serve.settings.config import ServeOptions
+    from serve.settings.limits import Limits
+    from serve.settings.lora import Lora
+    from serve.settings.parallel import Parallel
+    from serve.settings.tuned import tuned
     from toolkit.console import fail, note
     from toolkit.errors import ServerError
 
@@ -186,7 +186,7 @@ def serve(
 
 
 def _say_json(text: str) -> None:
-    from serve.jsonlog import line, write
+    from serve.http.logs import line, write
 
     write(line("warning", "qvl.supervisor", text))
 
@@ -195,7 +195,7 @@ def _with_limits(function: Any) -> Any:
     """Let a function's `**limits` be one command-line option for each of the guard's limits, from their metadata."""
     from dataclasses import fields
 
-    from serve.limits import Limits
+    from serve.settings.limits import Limits
 
     signature = inspect.signature(function, eval_str=True)
     parameters = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -263,9 +263,9 @@ def _stay(own: Supervisor, boot: contextlib.ExitStack) -> None:
     import sys
     import threading
 
-    from serve.lifecycle import Drained, Server
-    from serve.log import follow
-    from serve.supervisor import Supervised
+    from serve.process.bootlog import follow
+    from serve.process.lifecycle import Drained, Server
+    from serve.process.supervisor import Supervised
     from toolkit.console import note
 
     stopped = threading.Event()
@@ -312,7 +312,7 @@ def status(
     import json
     from dataclasses import asdict
 
-    from serve import lifecycle
+    from serve.process import lifecycle
     from toolkit.console import note, out
 
     found = lifecycle.statuses() if port is None else [lifecycle.status(port)]
@@ -345,7 +345,7 @@ def stop(
     now: Annotated[bool, typer.Option("--now", help="Do not let requests under way finish.")] = False,
 ) -> None:
     """Stop a server that `qvl serve` has started; requests under way may finish."""
-    from serve import lifecycle
+    from serve.process import lifecycle
     from toolkit.console import note, out
 
     ports = [server.port for server in lifecycle.statuses()] if everything else [port]
@@ -380,7 +380,7 @@ def ask(
     import json
 
     from serve.ask import ask as ask_server
-    from serve.media import image_url
+    from serve.http.images import image_url
     from toolkit.console import warn
 
     images = [image_url(source) for source in image or []]
@@ -408,7 +408,7 @@ def ask(
 
 def _only_server() -> str:
     """Return where to ask when nothing was said: the only server that qvl has started, or the usual address."""
-    from serve.state import load_all
+    from serve.process.state import load_all
 
     running = [server.url for server in load_all() if server.ready and server.alive]
     return running[0] if len(running) == 1 else f"http://127.0.0.1:{_DEFAULT_PORT}"

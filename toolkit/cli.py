@@ -8,13 +8,13 @@ import sys
 import typer
 from typer.core import TyperGroup
 
-from bench.cli import register as register_bench
-from bench.compare_cli import register as register_compare
-from bench.quantizer.cli import register as register_quant_bench
-from bench.tour import register as register_tour
-from bench.tune_cli import register as register_tune
+from bench.cli.bench import register as register_bench
+from bench.cli.compare import register as register_compare
+from bench.cli.demo import register as register_tour
+from bench.studies.quantizer.cli import register as register_quant_bench
+from bench.tune.cli import register as register_tune
 from serve.cli import register as register_serve
-from serve.plan_cli import register as register_plan
+from serve.plan.cli import register as register_plan
 from toolkit.verbs import register as register_toolkit
 
 app = typer.Typer(

@@ -1,11 +1,23 @@
-"""Where the toolkit keeps what it may throw away and make again."""
+"""Where the toolkit's own files are, and where it keeps what it may throw away and make again."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-__all__ = ["cache_dir"]
+__all__ = ["cache_dir", "demo_checkpoint", "source_root"]
+
+_TOOLKIT = Path(__file__).resolve().parent
+
+
+def source_root() -> Path:
+    """Return the directory that holds the packages: what PYTHONPATH needs, so that a child process imports the same."""
+    return _TOOLKIT.parent
+
+
+def demo_checkpoint() -> Path:
+    """Return the directory of the embedded model's fp16 checkpoint."""
+    return _TOOLKIT / "demo" / "checkpoint"
 
 
 def cache_dir(*parts: str) -> Path:

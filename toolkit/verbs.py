@@ -131,9 +131,9 @@ def merge(
     force: ForceOption = False,
 ) -> None:
     """Merge a LoRA adapter into its base model: the fp16 baseline of a fine-tuned model's benchmark."""
-    from toolkit.adapter import merge as run
-    from toolkit.checkpoint import Checkpoint, resolve
+    from toolkit.checkpoint.checkpoint import Checkpoint, resolve
     from toolkit.console import out as stdout
+    from toolkit.sources.adapter import merge as run
 
     stdout.print(str(run(Checkpoint.open(resolve(model, revision)), adapter, out, force)), highlight=False)
 
@@ -150,7 +150,7 @@ def convert(
     force: ForceOption = False,
 ) -> None:
     """Repack an AWQ checkpoint in the other layout, GEMM or GEMV, bit for bit; or pad a checkpoint for more GPUs."""
-    from toolkit.checkpoint import resolve
+    from toolkit.checkpoint.checkpoint import resolve
     from toolkit.console import out as stdout
     from toolkit.formats.convert import convert as run
 
@@ -165,15 +165,15 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print JSON (sizes in bytes).")] = False,
 ) -> None:
     """Show what a checkpoint is, what it weighs, where it runs and what is wrong with it (then exit code 1)."""
-    from toolkit.checkpoint import resolve
+    from toolkit.checkpoint.checkpoint import resolve
+    from toolkit.checkpoint.inspection import inspect_checkpoint
     from toolkit.console import out as stdout
-    from toolkit.inspect import inspect_checkpoint
 
     found = inspect_checkpoint(resolve(model, revision), deep)
     if json:
         stdout.print_json(data=found.to_dict())
     else:
-        from toolkit.inspect_view import render
+        from toolkit.checkpoint.inspection_view import render
 
         stdout.print(render(found))
     if found.broken:
@@ -190,8 +190,8 @@ def demo_data(
 ) -> None:
     """Write the embedded model's picture questions, or its calibration chats, as JSONL and PNG files."""
     from toolkit.console import out as stdout
-    from toolkit.demo import CALIBRATION_SEED, TASKS_SEED, write_calibration, write_tasks
     from toolkit.errors import ManifestError
+    from toolkit.tasks.manifests import CALIBRATION_SEED, TASKS_SEED, write_calibration, write_tasks
 
     if kind == "tasks":
         path = write_tasks(out, per_task=number, seed=TASKS_SEED if seed is None else seed)
@@ -226,7 +226,7 @@ def random_model(
 ) -> None:
     """Make a Qwen2-VL of a real shape with random weights: for measuring time and memory without a hub."""
     from toolkit.console import out as stdout
-    from toolkit.random_model import write_random_model
+    from toolkit.sources.random_model import write_random_model
 
     written = write_random_model(shape, out, layers=layers, tokenizer=tokenizer, seed=seed, device=device)
     stdout.print(str(written), highlight=False)

@@ -17,12 +17,12 @@ import httpx
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import metrics
-from bench.client import ChatRequest, EventDecoder, Trace, ask
-from bench.endpoint import http_client
-from bench.inputs import PRESETS, SpeedInputs
-from bench.load import Block, open_loop, schedule
-from bench.wire import Wire
+from bench.load import metrics
+from bench.load.client import ChatRequest, EventDecoder, Trace, ask
+from bench.load.endpoint import http_client
+from bench.load.inputs import PRESETS, SpeedInputs
+from bench.load.loops import Block, open_loop, schedule
+from bench.load.wire import Wire
 
 ROOT = Path(__file__).parents[2]
 TOKENS = 256
@@ -46,7 +46,7 @@ def events(count: int = TOKENS) -> list[bytes]:
 def mock_server(**delays: float) -> Iterator[str]:
     """Run the tests' server in a process of its own, which takes no time of the client's; yield its URL."""
     options = [f"--{name}={seconds}" for name, seconds in delays.items()]
-    command = [sys.executable, "-m", "tests.bench.fake_server", *options]
+    command = [sys.executable, "-m", "tests.support.fake_server", *options]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin and process.stdout
         yield process.stdout.readline().strip()
@@ -126,7 +126,7 @@ def test_added_latency_under_load(benchmark: BenchmarkFixture, client: str, toke
 
     The server notes its time from a request's last byte to its first token. The rest is the sockets', the scheduler's,
     the server's event loop's, as the bare socket shows, and beyond that the client's: `ask` with httpx's own transport
-    and with `bench.wire`. Read it on a machine that does nothing else.
+    and with `bench.load.wire`. Read it on a machine that does nothing else.
     """
     length = 50
     moments = schedule(tokens_per_s / length, duration_s=3.0, ramp_s=1.0, seed=1)

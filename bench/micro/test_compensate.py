@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from toolkit.quantize.compensate import compensate, factor
-from toolkit.quantize.search import round_to_grid
+from toolkit.quantize.search.compensate import compensate, factor
+from toolkit.quantize.search.grid import round_to_grid
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

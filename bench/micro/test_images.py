@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.tasks import check_picture
+from bench.questions.tasks import check_picture
+from toolkit.calibration.media import decode
 from toolkit.compat import patch_torchvision
-from toolkit.demo import checkpoint_dir
-from toolkit.media import decode
+from toolkit.paths import demo_checkpoint
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -59,7 +59,7 @@ def processor() -> Any:
     patch_torchvision()
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(checkpoint_dir()).image_processor
+    return AutoProcessor.from_pretrained(demo_checkpoint()).image_processor
 
 
 def test_preprocessing(benchmark: BenchmarkFixture, processor: Any, size: tuple[int, int]) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import stats, verdict
-from bench.tasks import Question, score
+from bench.judge import stats, verdict
+from bench.questions.tasks import Question, score
 
 
 def test_interval_of_paired_proportions(benchmark: BenchmarkFixture) -> None:

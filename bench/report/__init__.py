@@ -7,12 +7,12 @@ import secrets
 import shutil
 from pathlib import Path
 
-from bench.report.model import Report
+from bench.report.schema import Report
 from toolkit.errors import BenchError
 
 __all__ = ["check_target", "clear", "kept", "write"]
 
-#: Written by `bench.journal`, which needs what is measured with.
+#: Written by `bench.run.journal`, which needs what is measured with.
 JOURNAL = "run.jsonl"
 
 
@@ -50,7 +50,9 @@ def kept(out: Path) -> bool:
 def write(report: Report, out: Path, *, force: bool = False) -> None:
     """Write report.json, report.md and report.html to the directory ``out``, all of them or nothing. What a run has
     kept there stays until its report is ``ok``."""
-    from bench.report import html, json, markdown
+    from bench.report.render import html_file as html
+    from bench.report.render import json_file as json
+    from bench.report.render import markdown
 
     if not kept(out):
         check_target(out, force)

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from bench import scoring, stats, tasks, verdict
-from bench.client import Trace
-from bench.report.model import Accuracy, Answer, Difference, Item, Role, Share, TaskAccuracy
+from bench.judge import stats, verdict
+from bench.load.client import Trace
+from bench.questions import scoring, tasks
+from bench.questions.tasks import Question
+from bench.report.schema import Accuracy, Answer, Difference, Item, Role, Share, TaskAccuracy
 from bench.report.thumbnails import BUDGET, thumbnails
-from bench.tasks import Question
 
 __all__ = ["ALL", "DEFINITIONS", "Pair", "answers", "pair", "rows"]
 

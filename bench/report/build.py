@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from bench import environment, resources, tasks
-from bench.observe import Item
+from bench.machine import environment, resources
+from bench.questions import tasks
+from bench.questions.observe import Item
+from bench.questions.tasks import Question
 from bench.report import accuracy, fidelity, speed, words
-from bench.report.model import Accuracy, Environment, Failed, Fidelity, Report, Role, SystemInfo, Verdict, Workload
-from bench.run import Measurements, Plan
-from bench.tasks import Question
+from bench.report.schema import Accuracy, Environment, Failed, Fidelity, Report, Role, SystemInfo, Verdict, Workload
+from bench.run.measure import Measurements, Plan
 
 __all__ = ["build", "workload"]
 

@@ -1,16 +1,17 @@
-"""What `bench.fidelity` found out, as a report holds it: the drift, every item, pictures of those that drifted most."""
+"""What `bench.judge.fidelity` found out, as a report holds it: the drift, every item, pictures of those that drifted
+most."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
 
-from bench import fidelity
-from bench.observe import Item, Observed
-from bench.report.model import Drift, Fidelity, FidelityItem, Share
+from bench.judge import fidelity
+from bench.judge.stats import Interval
+from bench.questions.observe import Item, Observed
+from bench.report.schema import Drift, Fidelity, FidelityItem, Share
 from bench.report.thumbnails import thumbnails
-from bench.run import Observer, Plan
-from bench.stats import Interval
+from bench.run.measure import Observer, Plan
 
 __all__ = ["DEFINITIONS", "doubts", "found", "worst"]
 

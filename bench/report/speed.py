@@ -11,11 +11,14 @@ from typing import get_args
 import numpy as np
 from scipy import stats
 
-from bench import metrics
-from bench.client import Trace
-from bench.energy import DEFINITION as ENERGY
-from bench.load import Block
-from bench.report.model import (
+from bench.judge.stats import CONFIDENCE
+from bench.load import metrics
+from bench.load.client import Trace
+from bench.load.loops import Block
+from bench.machine.energy import DEFINITION as ENERGY
+from bench.machine.server_metrics import DEFINITIONS as SERVER
+from bench.machine.server_metrics import ServerPoint
+from bench.report.schema import (
     Distribution,
     Estimate,
     Goodput,
@@ -26,10 +29,7 @@ from bench.report.model import (
     SpeedPoint,
     SpeedRatio,
 )
-from bench.run import Measurements, Plan, Stretch
-from bench.server_metrics import DEFINITIONS as SERVER
-from bench.server_metrics import ServerPoint
-from bench.stats import CONFIDENCE
+from bench.run.measure import Measurements, Plan, Stretch
 
 __all__ = ["DEFINITIONS", "doubts", "points", "ratios"]
 

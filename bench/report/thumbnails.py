@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bench.tasks import Picture
+from bench.questions.tasks import Picture
 
 if TYPE_CHECKING:
     from PIL import Image

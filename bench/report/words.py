@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from bench.report.model import (
+from bench.report.schema import (
     Accuracy,
     Answer,
     Difference,

@@ -13,13 +13,13 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.lifecycle import Server, start
-from serve.limits import Limits
-from serve.media import image_url
-from serve.options import ServeOptions
-from toolkit.demo import write_tasks
+from serve.http.images import image_url
+from serve.process.lifecycle import Server, start
+from serve.settings.config import ServeOptions
+from serve.settings.limits import Limits
 from toolkit.formats.convert import convert
 from toolkit.quantize import quantize
+from toolkit.tasks.manifests import write_tasks
 
 #: Boots a model, or returns the server that was booted before.
 Served = Callable[[Path | str], Server]

@@ -7,11 +7,11 @@ import asyncio
 
 import pytest
 
-from bench.agreement import METRICS, Load, measure, table
-from bench.endpoint import discover
+from bench.load.endpoint import discover
+from bench.studies.agreement import METRICS, Load, measure, table
 from tests.conftest import TOLD
 from tests.e2e.conftest import Served
-from toolkit.demo import checkpoint_dir
+from toolkit.paths import demo_checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 def test_both_tools_measure_the_same(served: Served, request: pytest.FixtureRequest) -> None:
     endpoint = asyncio.run(discover(served("demo").url))
     loads = [Load(1, 12, None, 32, 32), Load(2, 12, (224, 224), 32, 32)]
-    found = measure(endpoint, str(checkpoint_dir()), loads, rounds=2)
+    found = measure(endpoint, str(demo_checkpoint()), loads, rounds=2)
     request.config.stash[TOLD] += table(found).splitlines()
     for one in found:
         for metric in METRICS:

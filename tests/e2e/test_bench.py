@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.boot import free_ports
-from bench.report.json import read
+from bench.report.render.json_file import read
+from bench.run.boot import free_ports
 
 pytestmark = pytest.mark.e2e
 

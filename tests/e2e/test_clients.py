@@ -26,14 +26,14 @@ from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
 from tests.e2e.conftest import Guarded, Question
-from toolkit.demo import checkpoint_dir
+from tests.support.paths import ROOT
+from toolkit.paths import demo_checkpoint
 
 pytestmark = pytest.mark.e2e
 
-ROOT = Path(__file__).parent.parent.parent
 MODEL = "demo-awq"
-SHAPES = ROOT / "docs/pictures/shapes.png"
-VOCABULARY: dict[str, int] = json.loads((checkpoint_dir() / "tokenizer.json").read_text())["model"]["vocab"]
+SHAPES = ROOT / "docs/images/shapes.png"
+VOCABULARY: dict[str, int] = json.loads((demo_checkpoint() / "tokenizer.json").read_text())["model"]["vocab"]
 #: As the API has it: token id to bias. The tokenizer writes space, line break, return and tab as Ġ, Ċ, č and ĉ.
 NO_BLANKS = {str(number): -100 for token, number in VOCABULARY.items() if not token.strip("ĠĊčĉ")}
 HOW_MANY = "How many shapes are in the picture?"

@@ -19,14 +19,14 @@ import httpx
 import pytest
 import yaml
 
-from serve.lifecycle import Server, start
-from serve.limits import Limits
-from serve.media import sample_picture
-from serve.options import ServeOptions
-from tests.deploy.conftest import AT_REST, DEPLOY, UNDER_LOAD, alert_rules, load, panel_queries, scaling_queries
+from serve.http.images import sample_picture
+from serve.process.lifecycle import Server, start
+from serve.settings.config import ServeOptions
+from serve.settings.limits import Limits
 from tests.e2e.conftest import free_port
-from toolkit.checkpoint import Checkpoint
-from toolkit.demo import checkpoint_dir
+from tests.unit.deploy.conftest import AT_REST, DEPLOY, UNDER_LOAD, alert_rules, load, panel_queries, scaling_queries
+from toolkit.checkpoint.checkpoint import Checkpoint
+from toolkit.paths import demo_checkpoint
 
 pytestmark = pytest.mark.e2e
 KEY = "0123456789abcdef"
@@ -151,7 +151,7 @@ def stacked(key_file: Path, tmp_path: Path) -> Iterator[tuple[Client, subprocess
     port = free_port()
     plain = ServeOptions(port=port, timeout=180)
     for_a_cpu = {k: v for k, v in plain.environment(os.environ, "demo").items() if not k.startswith("QVL_")}
-    ours = plain.arguments(Checkpoint.open(checkpoint_dir()), "demo")
+    ours = plain.arguments(Checkpoint.open(demo_checkpoint()), "demo")
     model, rest = ours[1], ours[ours.index("--dtype") :]
     for_a_cpu_too = [part for flag in ("--dtype", "--max-num-seqs", "--kv-cache-memory-bytes", "--max-model-len")
                      for part in rest[rest.index(flag) : rest.index(flag) + 2]]  # fmt: skip
@@ -159,7 +159,7 @@ def stacked(key_file: Path, tmp_path: Path) -> Iterator[tuple[Client, subprocess
     log = tmp_path / "log"
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "serve.server", *command, *values["vllmConfig"]["extraArgs"]],
+            [sys.executable, "-m", "serve.app.server", *command, *values["vllmConfig"]["extraArgs"]],
             env={**for_a_cpu, **environment, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
             stdout=stream,
             stderr=stream,

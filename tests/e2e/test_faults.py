@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.report.json import read
-from bench.seeded_faults import SYSTEMS
+from bench.report.render.json_file import read
+from bench.studies.seeded_faults import SYSTEMS
 from tests.e2e.conftest import Served
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]

@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.endpoint import discover
-from bench.fidelity import Drift, Item, Observed, compare, items_from_questions, observe
-from bench.tasks import load_questions
-from serve.lifecycle import Server, start
-from serve.options import ServeOptions
+from bench.judge.fidelity import Drift, Item, Observed, compare, items_from_questions, observe
+from bench.load.endpoint import discover
+from bench.questions.tasks import load_questions
+from serve.process.lifecycle import Server, start
+from serve.settings.config import ServeOptions
 from tests.e2e.conftest import Served, free_port
-from toolkit.checkpoint import Checkpoint
-from toolkit.demo import write_tasks
+from toolkit.checkpoint.checkpoint import Checkpoint
+from toolkit.tasks.manifests import write_tasks
 
 pytestmark = pytest.mark.e2e
 

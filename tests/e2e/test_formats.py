@@ -7,13 +7,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve.lifecycle import Server, start
-from serve.lora import Lora
-from serve.options import ServeOptions
+from serve.process.lifecycle import Server, start
+from serve.settings.config import ServeOptions
+from serve.settings.lora import Lora
 from tests.e2e.conftest import Question, chat, free_port
-from toolkit.adapter import merge
-from toolkit.checkpoint import Checkpoint
-from toolkit.demo import checkpoint_dir
+from toolkit.checkpoint.checkpoint import Checkpoint
+from toolkit.paths import demo_checkpoint
+from toolkit.sources.adapter import merge
 
 pytestmark = pytest.mark.e2e
 
@@ -29,7 +29,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoModelForImageTextToText
 
     torch.manual_seed(0)
-    base = AutoModelForImageTextToText.from_pretrained(checkpoint_dir(), dtype=torch.float32)
+    base = AutoModelForImageTextToText.from_pretrained(demo_checkpoint(), dtype=torch.float32)
     targets = r".*language_model.*\.(q_proj|v_proj|down_proj)"
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
     model = get_peft_model(base, config)
@@ -47,7 +47,7 @@ def test_an_adapter_answers_as_the_merged_model_does(
     adapter: Path, awq_gemm: Path, questions: list[Question], tmp_path: Path
 ) -> None:
     sample = questions[::4]
-    merged = merge(Checkpoint.open(checkpoint_dir()), adapter, tmp_path / "merged")
+    merged = merge(Checkpoint.open(demo_checkpoint()), adapter, tmp_path / "merged")
     with start(str(merged), ServeOptions(port=free_port(), timeout=180)) as server:
         expected = [first_logprobs(server, question, "merged") for question in sample]
     lora = Lora.parse(f"random={adapter}")

@@ -18,7 +18,7 @@ import httpx
 import pytest
 import vllm
 
-from bench.hostile import CHAT, Hostile, catalogue, chat_body, data_url, good_picture
+from bench.chaos.hostile import CHAT, Hostile, catalogue, chat_body, data_url, good_picture
 from tests.e2e.conftest import BODY_SECONDS, REQUEST_SECONDS, Public
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]

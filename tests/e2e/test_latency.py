@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from bench import metrics
-from bench.client import Trace, ask
-from bench.endpoint import Endpoint, discover, http_client
-from bench.inputs import ImageSize, SpeedInputs
-from bench.load import closed_loop
-from bench.server_metrics import ServerPoint, read
+from bench.load import metrics
+from bench.load.client import Trace, ask
+from bench.load.endpoint import Endpoint, discover, http_client
+from bench.load.inputs import ImageSize, SpeedInputs
+from bench.load.loops import closed_loop
+from bench.machine.server_metrics import ServerPoint, read
 from tests.conftest import TOLD
 
 pytestmark = pytest.mark.e2e

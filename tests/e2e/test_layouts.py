@@ -20,13 +20,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from serve.lifecycle import start
-from serve.options import ServeOptions
+from serve.process.lifecycle import start
+from serve.settings.config import ServeOptions
 from tests.e2e.conftest import Question, Served, free_port
 from tests.e2e.test_serve import answers, share_right, top_logprobs
-from toolkit.checkpoint import Checkpoint
-from toolkit.demo import checkpoint_dir
-from toolkit.inspect import inspect_checkpoint
+from toolkit.checkpoint.checkpoint import Checkpoint
+from toolkit.checkpoint.inspection import inspect_checkpoint
+from toolkit.paths import demo_checkpoint
 
 pytestmark = pytest.mark.e2e
 
@@ -44,7 +44,7 @@ def stock_autoawq(quantized: Path, out: Path) -> Path:
     for file in STOCK.iterdir():
         shutil.copy(file, out)
     for name in TOKENIZER:
-        shutil.copy(checkpoint_dir() / name, out)
+        shutil.copy(demo_checkpoint() / name, out)
     metadata = {"format": "pt", "lm_head.weight": "model.embed_tokens.weight"}
     save_file(tensors_of(quantized), out / "model.safetensors", metadata)
     return out
@@ -53,8 +53,8 @@ def stock_autoawq(quantized: Path, out: Path) -> Path:
 def official(quantized: Path, out: Path) -> Path:
     out.mkdir()
     for name in (*TOKENIZER, "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
-        shutil.copy(checkpoint_dir() / name, out)
-    config: dict[str, Any] = json.loads((checkpoint_dir() / "config.json").read_text())
+        shutil.copy(demo_checkpoint() / name, out)
+    config: dict[str, Any] = json.loads((demo_checkpoint() / "config.json").read_text())
     config |= {"tie_word_embeddings": False, "transformers_version": "4.45.0.dev0"}
     config["quantization_config"] = {
         "bits": 4,

@@ -9,10 +9,10 @@ import pytest
 
 from tests.e2e.conftest import Question, Served
 from tests.e2e.test_serve import answers, share_right, top_logprobs
-from tests.toolkit import rounded
-from toolkit.checkpoint import LINEARS
-from toolkit.inspect import inspect_checkpoint
-from toolkit.quantize.mixed import FUSED
+from tests.support import rounded
+from toolkit.checkpoint.checkpoint import LINEARS
+from toolkit.checkpoint.inspection import inspect_checkpoint
+from toolkit.quantize.search.mixed import FUSED
 
 pytestmark = pytest.mark.e2e
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serve.lifecycle import Server, start
-from serve.options import ServeOptions
-from serve.parallel import Parallel
+from serve.process.lifecycle import Server, start
+from serve.settings.config import ServeOptions
+from serve.settings.parallel import Parallel
 from tests.e2e.conftest import Question, Served, chat, free_port
 from tests.e2e.test_serve import top_logprobs
-from tests.toolkit import rounded
-from toolkit.checkpoint import Checkpoint
+from tests.support import rounded
+from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ServerError
 from toolkit.formats.convert import convert
 

@@ -1,6 +1,6 @@
 """The page at /play in real Chromium, against two real servers behind their guards.
 
-QVL_PICTURES=docs/pictures has the last test write the guide's pictures.
+QVL_PICTURES=docs/images has the last test write the guide's pictures.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve.media import image_url
-from tests.browser import Browser, Tab, chromium
+from serve.http.images import image_url
 from tests.e2e.conftest import Guarded, Question
-from tests.serve.play_app import ask, drop, failures, finished, texts
+from tests.support.browser import Browser, Tab, chromium
+from tests.support.play_app import ask, drop, failures, finished, texts
 
 pytestmark = pytest.mark.e2e
 

@@ -20,13 +20,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from serve import lifecycle, state
-from serve.lifecycle import start
-from serve.options import ServeOptions
+from serve.process import lifecycle, state
+from serve.process.lifecycle import start
+from serve.settings.config import ServeOptions
 from tests.e2e.conftest import Question, free_port
 from tests.e2e.test_serve import answers, gone, qvl, share_right
-from toolkit.demo import checkpoint_dir
 from toolkit.errors import ServerError
+from toolkit.paths import demo_checkpoint
 
 pytestmark = pytest.mark.e2e
 
@@ -36,7 +36,7 @@ def overflowing(out: Path) -> Path:
 
     up_proj is scaled by a power of two and down_proj by its inverse, which is exact in bfloat16.
     """
-    shutil.copytree(checkpoint_dir(), out)
+    shutil.copytree(demo_checkpoint(), out)
     tensors = load_file(out / "model.safetensors")
     for name, factor in (("up_proj", 2.0**14), ("down_proj", 2.0**-14)):
         key = f"model.layers.1.mlp.{name}.weight"
@@ -144,7 +144,9 @@ def test_as_the_first_process_of_a_container(tmp_path: Path) -> None:
             if "unshare failed" in printed or "Operation not permitted" in printed:
                 pytest.skip("this user may not make a process namespace")
             assert outer.poll() is None and time.monotonic() < deadline, printed
-            if "ready: demo" in printed:  # it knows; what happens before: tests/serve/test_lifecycle.py
+            if (
+                "ready: demo" in printed
+            ):  # it knows; what happens before: tests/integration/serve/process/test_lifecycle.py
                 break
             time.sleep(0.2)
         (first,) = psutil.Process(outer.pid).children()

@@ -20,12 +20,12 @@ import httpx
 import psutil
 import pytest
 
-from serve import lifecycle, state
-from serve.options import ServeOptions
+from serve.process import lifecycle, state
+from serve.settings.config import ServeOptions
 from tests.e2e.conftest import Question, Served, chat, free_port
-from toolkit.checkpoint import Checkpoint
-from toolkit.demo import checkpoint_dir
+from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ServerError
+from toolkit.paths import demo_checkpoint
 
 pytestmark = pytest.mark.e2e
 
@@ -84,7 +84,7 @@ def test_fp16_answers_held_out_questions(served: Served, questions: list[Questio
 
 def test_fp16_agrees_with_transformers_in_float32(served: Served, questions: list[Question]) -> None:
     sample = questions[::4]
-    for question, expected in zip(sample, reference_logprobs(checkpoint_dir(), sample), strict=True):
+    for question, expected in zip(sample, reference_logprobs(demo_checkpoint(), sample), strict=True):
         seen = top_logprobs(served("demo"), question)
         likeliest = max(seen, key=lambda token: seen[token])
         assert seen[likeliest] == pytest.approx(expected[likeliest], abs=5e-3), question

@@ -1,6 +1,6 @@
 """The real vLLM breaks under load: clients get errors, not silence, and the server comes back. Or it gives up loudly.
 
-bench/faults_serve.py measures the same faults at length.
+bench/chaos/faults.py measures the same faults at length.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import httpx
 import psutil
 import pytest
 
-from bench.clock import Clock
-from bench.faults_serve import (
+from bench.chaos.faults import (
     KEY,
     Result,
     Watched,
@@ -34,11 +33,13 @@ from bench.faults_serve import (
     server_killed,
     tmpfs,
 )
-from serve import memory, state
-from serve.options import ServeOptions
-from serve.supervisor import Policy, Supervised, supervisor
+from bench.chaos.settable_clock import Clock
+from serve.plan import memory
+from serve.process import state
+from serve.process.supervisor import Policy, Supervised, supervisor
+from serve.settings.config import ServeOptions
 from tests.e2e.conftest import free_port
-from toolkit.demo import checkpoint_dir
+from toolkit.paths import demo_checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -53,7 +54,7 @@ def came_back(result: Result) -> None:
 
 def test_a_server_that_breaks_comes_back_and_one_that_keeps_breaking_ends(tmp_path: Path) -> None:
     model = tmp_path / "model"
-    model.symlink_to(checkpoint_dir())
+    model.symlink_to(demo_checkpoint())
     with detached(str(model), tmp_path / "cache", "--restarts", "4") as server:
         assert keys_replaced(server, **SHORT).during.keys() == {"ok"}
         came_back(engine_killed(server, **SHORT))

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from bench.soak import MIX, soak
+from bench.chaos.soak import MIX, soak
 from tests.e2e.conftest import Public
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]

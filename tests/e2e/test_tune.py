@@ -12,15 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from bench.capacity_check import compare, read_log
-from serve.capacity import kv_tokens
-from serve.options import ServeOptions
-from serve.profiles import Profile
-from serve.tuned import tuned
+from bench.studies.capacity_check import compare, read_log
+from serve.plan.capacity import kv_tokens
+from serve.settings.config import ServeOptions
+from serve.settings.profiles import Profile
+from serve.settings.tuned import tuned
 from tests.e2e.conftest import Served, free_port
-from toolkit.checkpoint import Checkpoint
-from toolkit.demo import checkpoint_dir
-from toolkit.paths import cache_dir
+from toolkit.checkpoint.checkpoint import Checkpoint
+from toolkit.paths import cache_dir, demo_checkpoint
 
 pytestmark = pytest.mark.e2e
 
@@ -64,7 +63,7 @@ def test_killed_resumed_and_served(cache: Path) -> None:
 
 
 def test_the_plan_counts_the_tokens_that_vllm_reports(served: Served) -> None:
-    checkpoint, options = Checkpoint.open(checkpoint_dir()), ServeOptions(port=free_port())
+    checkpoint, options = Checkpoint.open(demo_checkpoint()), ServeOptions(port=free_port())
     given = options.kv_bytes_for(checkpoint)  # what `serve` tells vLLM to take
     reported = read_log(served("demo").log.read_text(errors="replace"))
     estimated = {"kv_tokens": kv_tokens(checkpoint, given, options.dtype_for(checkpoint))}

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit.demo import checkpoint_dir
-from toolkit.demo.pictures import TASKS, Picture, question
 from toolkit.errors import CheckpointError, ManifestError, QvlError
+from toolkit.paths import demo_checkpoint
+from toolkit.tasks.questions import TASKS, Picture, question
 
 __all__ = ["EVALUATION_SEED", "Reader", "evaluate", "record_accuracy"]
 
@@ -27,7 +27,7 @@ class Reader:
     """
 
     def __init__(self, model: Path, device: str = "auto") -> None:
-        from toolkit.checkpoint import Checkpoint
+        from toolkit.checkpoint.checkpoint import Checkpoint
         from toolkit.compat import patch_torchvision
 
         patch_torchvision()
@@ -104,7 +104,7 @@ def evaluate(model: Path, per_task: int = 200, seed: int = EVALUATION_SEED, devi
 
 def record_accuracy(model: Path, per_task: int, device: str = "auto") -> dict[str, Any]:
     """Evaluate a trained demo checkpoint; write accuracy.json and, from it, README.md beside its weights."""
-    from toolkit.demo.card import write_card
+    from toolkit.demo.model_card import write_card
     from toolkit.demo.record import ACCURACY, write_record
 
     facts = evaluate(model, per_task, device=device)
@@ -116,7 +116,7 @@ def record_accuracy(model: Path, per_task: int, device: str = "auto") -> dict[st
 def main() -> None:
     """Run ``python -m toolkit.demo.evaluate``."""
     parser = argparse.ArgumentParser(description="Measure a demo checkpoint; write its accuracy.json and README.md.")
-    parser.add_argument("--model", type=Path, default=checkpoint_dir(), help="directory that qvl demo-model wrote")
+    parser.add_argument("--model", type=Path, default=demo_checkpoint(), help="directory that qvl demo-model wrote")
     parser.add_argument("--per-task", type=int, default=200, help="questions a task")
     parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
     given = parser.parse_args()

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from toolkit.demo import checkpoint_dir
+from toolkit.paths import demo_checkpoint
 
 __all__ = ["MAX_BYTES", "config", "export", "write_side_files"]
 
@@ -78,7 +78,7 @@ def write_side_files(out: Path) -> None:
     """Write everything of the checkpoint but the weights into ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(config(), indent=2) + "\n", encoding="utf-8")
-    source = checkpoint_dir()
+    source = demo_checkpoint()
     for name in _SIDE_FILES:
         if (out / name).resolve() != (source / name).resolve():
             shutil.copyfile(source / name, out / name)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from toolkit.demo import pictures
 from toolkit.demo.prompt import Packed, pack
+from toolkit.tasks import questions as pictures
 
 __all__ = ["ASKED", "SIZES", "TRAIN_TASKS", "Batch", "Feed", "FeedSettings", "Shape"]
 

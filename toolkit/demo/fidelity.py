@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from toolkit.calibration import PreparedSample, prepare, read_manifest
-from toolkit.checkpoint import LINEARS, Checkpoint
+from toolkit.calibration.inputs import PreparedSample, prepare, read_manifest
+from toolkit.checkpoint.checkpoint import LINEARS, Checkpoint
 from toolkit.compat import patch_torchvision
-from toolkit.demo import checkpoint_dir, write_tasks
 from toolkit.errors import FormatError
 from toolkit.formats.packing import PackedLinear, unpack_gemm, unpack_gemv
-from toolkit.quantize.search import dequantize, round_to_grid
+from toolkit.paths import demo_checkpoint
+from toolkit.quantize.search.grid import dequantize, round_to_grid
+from toolkit.tasks.manifests import write_tasks
 
 __all__ = ["divergence", "load"]
 
@@ -37,7 +38,7 @@ def load(path: Path | None, nearest: int | None = None) -> Any:
     patch_torchvision()
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint_dir(), dtype=torch.float32).eval()
+    model = AutoModelForImageTextToText.from_pretrained(demo_checkpoint(), dtype=torch.float32).eval()
     layers = model.model.language_model.layers
     if nearest is not None:
         for layer in layers:
@@ -143,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     patch_torchvision()
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(checkpoint_dir())
+    processor = AutoProcessor.from_pretrained(demo_checkpoint())
     chats = held_out_chats(processor, settings.per_task)
     opening = processor.tokenizer.encode("<|im_start|>assistant\n")
     end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")

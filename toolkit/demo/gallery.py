@@ -11,10 +11,11 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from toolkit.demo import TASKS_SEED, checkpoint_dir
 from toolkit.demo.evaluate import Reader
-from toolkit.demo.pictures import TASKS, Picture, question
 from toolkit.demo.quiz import is_right
+from toolkit.paths import demo_checkpoint
+from toolkit.tasks.manifests import TASKS_SEED
+from toolkit.tasks.questions import TASKS, Picture, question
 
 __all__ = ["draw_gallery", "shapes_picture"]
 
@@ -27,7 +28,7 @@ _GREEN, _RED = "#1a7f37", "#b42318"
 
 
 def shapes_picture() -> Picture:
-    """Return the question behind docs/pictures/shapes.png."""
+    """Return the question behind docs/images/shapes.png."""
     return question("counting", "held-out", TASKS_SEED, _SHAPES_INDEX, (336, 224))
 
 
@@ -75,11 +76,11 @@ def _entries(reader: Reader) -> list[tuple[Picture, str]]:
 def main() -> None:
     """Run ``python -m toolkit.demo.gallery``."""
     parser = argparse.ArgumentParser(description="Draw the README's pictures.")
-    parser.add_argument("--out", type=Path, default=Path("docs/pictures"), help="directory to write")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="directory to write")
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     shapes_picture().image.save(out / "shapes.png", optimize=True)
-    reader = Reader(checkpoint_dir())
+    reader = Reader(demo_checkpoint())
     print("shapes.png:", *reader.ask([shapes_picture()]))
     draw_gallery(_entries(reader), out / "tasks.png")
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from toolkit.demo import checkpoint_dir
+from toolkit.paths import demo_checkpoint
 
 __all__ = ["END", "PAD", "Packed", "answer_text", "pack", "prefix"]
 
@@ -28,7 +28,7 @@ _USER = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|
 
 @cache
 def _tokenizer() -> Tokenizer:
-    tokenizer = Tokenizer.from_file(str(checkpoint_dir() / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(demo_checkpoint() / "tokenizer.json"))
     for content, expected in (("<|im_end|>", END), ("<|endoftext|>", PAD)):
         if tokenizer.token_to_id(content) != expected:
             raise ValueError(f"the embedded tokenizer gives {content} another id than {expected}")

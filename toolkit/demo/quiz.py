@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from toolkit.demo.model import TinyQwen2VL, normalize
-from toolkit.demo.pictures import PRACTICE, SIDES, TASKS, Picture, fits, question
 from toolkit.demo.prompt import END, PAD, answer_text, pack, prefix
+from toolkit.tasks.questions import PRACTICE, SIDES, TASKS, Picture, fits, question
 
 __all__ = ["Quiz", "Score", "decode", "is_right", "make_quiz", "score"]
 

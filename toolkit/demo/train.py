@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.console import note
 from toolkit.console import out as stdout
-from toolkit.demo import checkpoint_dir
 from toolkit.demo.feed import Feed, FeedSettings
-from toolkit.demo.pictures import PRACTICE, TASKS
 from toolkit.demo.record import TRAINING, read_record, write_record
 from toolkit.errors import CheckpointError, QvlError, ResourceError
+from toolkit.paths import demo_checkpoint
+from toolkit.tasks.questions import PRACTICE, TASKS
 
 if TYPE_CHECKING:
     from toolkit.demo.learn import Learner
@@ -165,7 +165,7 @@ def _device(wanted: str) -> str:
 
 
 def _shipped_time() -> str:
-    record = read_record(checkpoint_dir() / TRAINING)
+    record = read_record(demo_checkpoint() / TRAINING)
     return (
         f"the shipped model took {record['seconds'] / 60:.1f} minutes on {record['device']} and saw "
         f"{record['samples']:,} questions; what that would take on this CPU is said after a few steps"
@@ -174,7 +174,7 @@ def _shipped_time() -> str:
 
 def _forecast(rate: float, seconds: float) -> str:
     """Say how long the shipped model's training would take at ``rate`` samples a second."""
-    needed = int(read_record(checkpoint_dir() / TRAINING)["samples"])
+    needed = int(read_record(demo_checkpoint() / TRAINING)["samples"])
     hours = needed / rate / 3600
     return (
         f"{rate:.1f} questions a second: as many as the shipped model saw would take {hours:.0f} hours here "

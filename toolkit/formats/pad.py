@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from toolkit.checkpoint import Checkpoint
-from toolkit.engines import obstacle, padding
+from toolkit.checkpoint.checkpoint import Checkpoint
+from toolkit.checkpoint.engines import obstacle, padding
 from toolkit.errors import FormatError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ __all__ = ["quantize"]
 
 
 def quantize(*args: Any, **kwargs: Any) -> Any:
-    """Quantize a checkpoint; see :func:`toolkit.quantize.pipeline.quantize`, which this imports when called."""
-    from toolkit.quantize.pipeline import quantize as run
+    """Quantize a checkpoint; see :func:`toolkit.quantize.run.quantize`, which this imports when called."""
+    from toolkit.quantize.run import quantize as run
 
     return run(*args, **kwargs)

@@ -28,9 +28,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from toolkit.checkpoint import Checkpoint
-from toolkit.errors import CheckpointError
-from toolkit.writer import (
+from toolkit.checkpoint.checkpoint import Checkpoint
+from toolkit.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     AtomicDirectory,
     Shard,
@@ -39,6 +38,7 @@ from toolkit.writer import (
     weight_file_names,
     write_synced,
 )
+from toolkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,8 +15,8 @@ from toolkit.errors import FormatError, ResourceError
 if TYPE_CHECKING:
     import torch
 
-    from toolkit.calibration import PreparedSample
-    from toolkit.checkpoint import Checkpoint
+    from toolkit.calibration.inputs import PreparedSample
+    from toolkit.checkpoint.checkpoint import Checkpoint
     from toolkit.quantize.recipe import Recipe
 
 __all__ = [
@@ -247,9 +247,9 @@ class _Needs:
 def _seconds(checkpoint: Checkpoint, recipe: Recipe, tokens: int, device: torch.device) -> float:
     """Return the seconds that a layer will take: its multiplications and its memory traffic over the device's rates.
 
-    The counts are those of :mod:`toolkit.quantize.layer`; how far they hold is in docs/results.
+    The counts are those of :mod:`toolkit.quantize.search.moments`; how far they hold is in docs/results.
     """
-    from toolkit.quantize.search import takes_bfloat16
+    from toolkit.quantize.search.grid import takes_bfloat16
 
     flops_rate, bytes_rate = _rates(device)
     text = checkpoint.text_config

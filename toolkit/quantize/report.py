@@ -9,7 +9,7 @@ from typing import Any
 
 from toolkit.console import note
 from toolkit.errors import CheckpointError
-from toolkit.quantize.mixed import FUSED
+from toolkit.quantize.search.mixed import FUSED
 
 __all__ = ["write_report"]
 

@@ -1,0 +1,194 @@
+"""Two systems' scores on the same questions, compared and judged: `no worse`, `worse` or `can't tell`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from scipy.stats import norm
+
+from bench.judge import stats
+from bench.judge.stats import CONFIDENCE, RESAMPLES, Clusters, Flips, Floats, Interval
+from bench.questions.scoring import RIGHT
+
+__all__ = ["MARGIN", "Comparison", "Judgement", "Verdict", "accuracy", "compare", "judge", "judge_tasks"]
+
+#: A loss of accuracy that would not matter, as a fraction of 1: a point.
+MARGIN = 0.01
+POWER = 0.8
+
+Judgement = Literal["no worse", "worse", "can't tell"]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What the scores of two systems on the same items say. Scores are fractions of 1.
+
+    Attributes:
+        n: items.
+        clusters: groups of items that were resampled together (pictures); n when every item stands alone.
+        flips: items right in one and wrong in the other (right: a score of at least 0.5).
+        baseline: its mean score; Wilson's interval for right/wrong scores, bootstrap for graded ones.
+        candidate: likewise.
+        difference: candidate - baseline, with an interval of `stats.CONFIDENCE`.
+        method: ``tango`` (right/wrong scores) or ``bootstrap`` (graded; never narrower than `stats.bounded_mean`).
+        p_value: `stats.sign_flip`; for right/wrong scores and no clusters, the exact McNemar test.
+        design_effect: n items tell as much as n / design_effect independent ones.
+        discordance: mean squared difference; for right/wrong scores, the share of items that flipped.
+        smallest_detectable: smallest true difference that these items would show with 80% power.
+        recovery: candidate / baseline, with its interval; None when the baseline scored next to nothing.
+    """
+
+    n: int
+    clusters: int
+    flips: Flips
+    baseline: Interval
+    candidate: Interval
+    difference: Interval
+    method: Literal["tango", "bootstrap"]
+    p_value: float
+    design_effect: float
+    discordance: float
+    smallest_detectable: float
+    recovery: Interval | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A judgement against a margin.
+
+    Attributes:
+        margin: the loss that would not matter, as a fraction of 1.
+        p_value: that the judgement rests on, adjusted when there were several tasks.
+        items_needed: with ``can't tell``: how many items would settle it with 80% power, going by how many flipped.
+    """
+
+    judgement: Judgement
+    margin: float
+    p_value: float
+    items_needed: int | None
+
+
+def compare(
+    before: Sequence[float],
+    after: Sequence[float],
+    *,
+    seed: int,
+    clusters: Clusters = None,
+    resamples: int = RESAMPLES,
+) -> Comparison:
+    """Compare the scores (each 0 to 1) of the baseline and the candidate on the same items, in the same order.
+
+    Args:
+        clusters: each item's cluster, e.g. `tasks.Question.cluster_id`; None: every item stands alone.
+
+    Raises:
+        ValueError: there are no items, or the lists differ in length.
+    """
+    base: Floats = np.asarray(before, dtype=np.float64)
+    new: Floats = np.asarray(after, dtype=np.float64)
+    if base.size == 0 or base.size != new.size:
+        raise ValueError(f"{base.size} and {new.size} scores can't be compared item by item")
+    differences = new - base
+    effect = stats.design_effect(differences, clusters)
+    effective = base.size / effect
+    flips = stats.flips([bool(s) for s in base >= RIGHT], [bool(s) for s in new >= RIGHT])
+    binary = _binary(base) and _binary(new)
+    if binary:
+        tango = stats.paired_proportions(flips.lost / effect, flips.won / effect, effective)
+        difference = replace(tango, value=(flips.won - flips.lost) / flips.n)
+    else:
+        score = stats.bounded_mean(differences, effective)
+        drawn = stats.paired_bootstrap(list(differences), seed=seed, clusters=clusters, resamples=resamples)
+        difference = Interval(score.value, min(score.low, drawn.low), max(score.high, drawn.high))
+    discordance = float((differences**2).mean())
+    recovery = stats.ratio_of_means(after, before, seed=seed, clusters=clusters, resamples=resamples)
+    if recovery:
+        # A bootstrap can't draw a loss that it has not seen: no narrower than what the difference leaves open.
+        mean = float(base.mean())
+        low, high = 1.0 + difference.low / mean, 1.0 + difference.high / mean
+        recovery = Interval(recovery.value, max(0.0, min(recovery.low, low)), max(recovery.high, high))
+    return Comparison(
+        n=base.size,
+        clusters=base.size if clusters is None else len(set(clusters)),
+        flips=flips,
+        baseline=accuracy(before, seed=seed, clusters=clusters, resamples=resamples),
+        candidate=accuracy(after, seed=seed, clusters=clusters, resamples=resamples),
+        difference=difference,
+        method="tango" if binary else "bootstrap",
+        p_value=stats.sign_flip(differences, clusters, seed=seed, resamples=resamples),
+        design_effect=effect,
+        discordance=discordance,
+        smallest_detectable=stats.smallest_detectable(effective, discordance),
+        recovery=recovery,
+    )
+
+
+def accuracy(scores: Sequence[float], *, seed: int, clusters: Clusters = None, resamples: int = RESAMPLES) -> Interval:
+    """Return the mean score with its interval: Wilson's for right/wrong scores (on n / design effect items), bootstrap
+    over items or clusters for graded ones."""
+    array: Floats = np.asarray(scores, dtype=np.float64)
+    if not _binary(array):
+        return stats.mean_interval(scores, seed=seed, clusters=clusters, resamples=resamples)
+    effect = stats.design_effect(array, clusters)
+    return replace(stats.wilson(float(array.sum()) / effect, array.size / effect), value=float(array.mean()))
+
+
+def judge(found: Comparison, margin: float = MARGIN, *, p_value: float | None = None) -> Verdict:
+    """Judge a comparison against ``margin``, the loss that would not matter (a fraction of 1, above 0).
+
+    - ``no worse``: the 95% interval of the difference lies above -margin (non-inferiority, one-sided at 2.5%). A loss
+      smaller than the margin may well be there.
+    - ``worse``: not so, the interval lies below 0, and the exact test agrees (p below 5%).
+    - ``can't tell``: anything else; `Verdict.items_needed` says how many items it would take.
+
+    Args:
+        p_value: in place of the comparison's own, when it is one of several (see `judge_tasks`).
+    """
+    if not 0.0 < margin < 1.0:
+        raise ValueError(f"a margin is a fraction between 0 and 1, not {margin}")
+    p = found.p_value if p_value is None else p_value
+    if found.difference.low > -margin:
+        return Verdict("no worse", margin, p, None)
+    if found.difference.high < 0.0 and p < 1.0 - CONFIDENCE:
+        return Verdict("worse", margin, p, None)
+    return Verdict("can't tell", margin, p, _items_needed(found, margin))
+
+
+def judge_tasks(found: Mapping[str, Comparison], margin: float = MARGIN) -> dict[str, Verdict]:
+    """Judge several tasks, the p-values adjusted by Holm: one ``worse`` among equal systems stays a 5% event however
+    many tasks there are. ``no worse`` needs no adjustment: all tasks at once are no worse only if each is."""
+    adjusted = stats.holm([comparison.p_value for comparison in found.values()])
+    return {
+        task: judge(comparison, margin, p_value=p)
+        for (task, comparison), p in zip(found.items(), adjusted, strict=True)
+    }
+
+
+def _items_needed(found: Comparison, margin: float) -> int:
+    """How many items of this kind would give a verdict with 80% power.
+
+    Equal systems, differing by chance as often as observed, are found ``no worse`` with n = (z_a + z_b)^2 r / margin^2
+    items (r: discordance, z_a: one-sided 2.5%, z_b: 80%), times the design effect; and with no fewer than Tango's
+    interval asks for when nothing flips. Where there are that many already, the observed difference is taken for the
+    true one, and the verdict for which it needs fewer items counts.
+    """
+    z_a, z_b = float(norm.ppf(0.5 + CONFIDENCE / 2)), float(norm.ppf(POWER))
+    floor = z_a * z_a * (1.0 - margin) / margin
+
+    def needed(shown: float, mean: float) -> float:
+        return (z_a + z_b) ** 2 * max(found.discordance - mean * mean, 0.0) / (shown * shown)
+
+    items = max(floor, needed(margin, 0.0)) * found.design_effect
+    if items <= found.n:
+        mean = found.difference.value
+        distances = [distance for distance in (margin + mean, -mean) if distance > 0.0]
+        items = max(floor, min(needed(distance, mean) for distance in distances)) * found.design_effect
+    return max(found.n + 1, math.ceil(items))
+
+
+def _binary(scores: Floats) -> bool:
+    return bool(((scores == 0.0) | (scores == 1.0)).all())

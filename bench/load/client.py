@@ -1,0 +1,397 @@
+"""One streamed chat request and the moments at which its pieces arrived.
+
+A chunk is not a token: servers may send several tokens in one chunk, or a chunk without text. Tokens are counted by the
+server (``stream_options.include_usage``); chunks only tell when text became visible.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import httpx
+
+__all__ = ["STALL_S", "ChatRequest", "EventDecoder", "Failure", "Trace", "ask", "is_whole"]
+
+#: Seconds on a clock that only goes forward; the zero is arbitrary.
+Clock = Callable[[], float]
+N = TypeVar("N", int, float)
+
+#: Seconds of silence in the middle of an answer that no healthy server shows.
+STALL_S = 30.0
+CONNECT_S = 10.0
+#: A compressed stream would be timed by its compressor's buffer.
+HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A question about pictures.
+
+    Attributes:
+        text: what is asked.
+        images: URLs or data URLs, in the order in which they stand before the text.
+        max_tokens: at most so many tokens are generated.
+        fixed_length: generate exactly ``max_tokens``: the end-of-text token is ignored (``ignore_eos``) and special
+            tokens are shown, so that each token has text whose arrival can be timed. For speed only, never for
+            accuracy.
+    """
+
+    text: str
+    images: tuple[str, ...] = ()
+    max_tokens: int = 64
+    fixed_length: bool = False
+
+    def body(self, model: str) -> bytes:
+        """Return the JSON body: streamed, with usage, temperature 0 said explicitly."""
+        content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in self.images]
+        content.append({"type": "text", "text": self.text})
+        body: dict[str, Any] = {
+            "model": model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": self.max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self.fixed_length:
+            body |= {"ignore_eos": True, "skip_special_tokens": False}
+        return json.dumps(body).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a request has no answer.
+
+    Attributes:
+        kind: ``connect`` (no connection, or lost before an answer began), ``timeout`` (not finished in time),
+            ``stalled`` (began to answer, then fell silent), ``http`` (a status other than 200), ``server`` (an error
+            sent inside the stream), ``malformed`` (not a stream of chat chunks), ``truncated`` (ended before it was
+            finished), ``empty`` (nothing to time), ``client`` (a fault on this side).
+        message: what happened, in a line.
+        status: of ``http``, the status.
+    """
+
+    kind: str
+    message: str
+    status: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What became of one request. Times are seconds on the client's clock.
+
+    Attributes:
+        scheduled: when the request was due; latencies count from here, so that a client or server that falls behind
+            shows.
+        started: when it was handed to the HTTP client.
+        chunks: arrival of each chunk that carried text; the first is the first token.
+        ended: arrival of the stream's last event.
+        text: the whole answer.
+        prompt_tokens: counted by the server; None when it sent no usage.
+        completion_tokens: counted by the server; None when it sent no usage.
+        finish_reason: ``stop``, ``length``, ...; None when the server did not say.
+        failure: None when the request succeeded.
+        held_s: seconds it was kept back, after it was due, because as many as allowed were in flight
+        (`bench.load.loops`).
+        cached_tokens: of the prompt, those the server had in its prefix cache; None when it does not say.
+        queue_s: seconds in the server's own queue; None when it does not say.
+    """
+
+    scheduled: float
+    started: float
+    ended: float
+    chunks: tuple[float, ...] = ()
+    text: str = ""
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    finish_reason: str | None = None
+    failure: Failure | None = None
+    held_s: float = 0.0
+    cached_tokens: int | None = None
+    queue_s: float | None = None
+
+
+class EventDecoder:
+    """Splits the bytes of a ``text/event-stream`` into the data of its events.
+
+    Works on bytes and splits at line feeds alone: answers may hold characters such as U+2028 or U+0085 that string
+    functions (and httpx's ``aiter_lines``) take for line ends, which would cut an event's JSON in two.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._data: list[bytes] = []
+
+    def feed(self, received: bytes) -> list[bytes]:
+        """Take bytes as they arrive; return the data of each event completed by them."""
+        if not self._rest and not self._data and received.startswith(b"data: "):
+            # One whole event in one read: what nearly every read of a paced stream is.
+            end = received.find(b"\n")
+            if end == len(received) - 2 and received.endswith(b"\n\n"):
+                return [received[6:end]]
+        lines = (self._rest + received).split(b"\n")
+        self._rest = lines.pop()
+        events = []
+        for line in lines:
+            line = line.rstrip(b"\r")
+            if line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+            elif not line and self._data:
+                events.append(b"\n".join(self._data))
+                self._data = []
+        return events
+
+
+def is_whole(received: bytes, stream: bool) -> bool:
+    """Return whether the body of a chat's answer, streamed or not, came to its end and holds no error.
+
+    By its structure, not by the words in it: a model may say "error".
+    """
+    events = EventDecoder().feed(received) if stream else [received]
+    if stream and (not events or events.pop() != b"[DONE]"):
+        return False
+    try:
+        parsed = [json.loads(event) for event in events]
+    except ValueError:
+        return False
+    if not all(isinstance(each, dict) and "error" not in each for each in parsed):
+        return False
+    return any(choice.get("finish_reason") for each in parsed for choice in each.get("choices", []))
+
+
+class _MalformedError(Exception):
+    """An event that is not a chat chunk."""
+
+
+class _ServerSaidError(Exception):
+    """An error the server sent inside the stream."""
+
+
+#: The key before a chunk's text, up to the text's first byte. Inside a string its quotes would be escaped.
+CONTENT = re.compile(rb'"content": ?"((?:[^"\\]|\\.)+)"', re.DOTALL)
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What has arrived so far.
+
+    The chunks of one stream differ in their text alone, nearly always. The bytes around it, ``head`` and ``tail``, are
+    remembered from the last chunk that was parsed, and a chunk that has the same ones is known without parsing: its
+    text, which must not contain quotes or backslashes, is the rest. Anything else is parsed.
+    """
+
+    pieces: list[str] = field(default_factory=list)
+    chunks: list[float] = field(default_factory=list)
+    head: bytes = b""
+    tail: bytes = b""
+    ended: float | None = None
+    done: bool = False
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    queue_s: float | None = None
+
+    def add(self, event: bytes, now: float) -> None:
+        """Take the data of one event that arrived at ``now``."""
+        self.ended = now
+        try:
+            if self.head and event.startswith(self.head) and event.endswith(self.tail):
+                raw = event[len(self.head) : len(event) - len(self.tail)]
+                if raw and b'"' not in raw and b"\\" not in raw:
+                    self.pieces.append(raw.decode())
+                    self.chunks.append(now)
+                    return
+            if event == b"[DONE]":
+                self.done = True
+            else:
+                self._parse(event, now)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise _MalformedError(f"not a chat chunk: {event[:120].decode(errors='replace')}") from error
+
+    def _parse(self, event: bytes, now: float) -> None:
+        chunk = json.loads(event)
+        if error := chunk.get("error"):
+            raise _ServerSaidError(_error_text(error))
+        choices, usage = chunk["choices"], chunk.get("usage")
+        for choice in choices:
+            text = (choice["delta"] or {}).get("content")
+            if text:
+                self.pieces.append(text)
+                self.chunks.append(now)
+            if reason := choice.get("finish_reason"):
+                self.finish_reason = reason
+            if text and not reason and not usage and len(choices) == 1:
+                self._learn(event, text)
+        if usage:
+            self._count(usage)
+
+    def _learn(self, event: bytes, text: str) -> None:
+        """Remember the bytes around the text, if the text is where it seems to be."""
+        found = CONTENT.search(event)
+        if found and event.count(b'"content":') == 1 and json.loads(b'"%s"' % found[1]) == text:
+            self.head, self.tail = event[: found.start(1)], event[found.end(1) :]
+
+    def _count(self, usage: dict[str, Any]) -> None:
+        """Take the server's counts; what it leaves out stays unknown."""
+        self.prompt_tokens = _number(int, usage.get("prompt_tokens"))
+        self.completion_tokens = _number(int, usage.get("completion_tokens"))
+        self.cached_tokens = _number(int, (usage.get("prompt_tokens_details") or {}).get("cached_tokens"))
+        self.queue_s = _number(float, usage.get("queue_time"))
+
+
+def _number(kind: Callable[[Any], N], value: Any) -> N | None:
+    return None if value is None else kind(value)
+
+
+def _error_text(error: Any) -> str:
+    if isinstance(error, dict):
+        error = error.get("message") or error
+    return " ".join(str(error).split())[:300]
+
+
+def _status_failure(status: int, body: bytes) -> Failure:
+    try:
+        answer = json.loads(body)
+        text = _error_text(answer.get("error") or answer.get("detail") or answer)
+    except (ValueError, AttributeError, RecursionError):
+        text = " ".join(body.decode(errors="replace").split())[:300]
+    return Failure("http", f"HTTP {status}: {text}" if text else f"HTTP {status}", status)
+
+
+async def ask(
+    http: httpx.AsyncClient,
+    body: bytes,
+    *,
+    timeout_s: float,
+    stall_s: float = STALL_S,
+    scheduled: float | None = None,
+    clock: Clock = time.perf_counter,
+) -> Trace:
+    """Send one streamed chat request and return its trace; a failed request is a trace with ``failure``, never an
+    exception.
+
+    Args:
+        http: a client whose base is the server's root (`bench.load.endpoint.http_client`).
+        body: `ChatRequest.body`, encoded beforehand so that encoding pictures is not part of the latency.
+        timeout_s: seconds from start to end, after which the request has failed.
+        stall_s: seconds without a byte, once text has come, after which it has failed. How long the first token may
+            take is up to ``timeout_s``: a full server's queue is no stall.
+        scheduled: when the request was due on ``clock``; now when None.
+    """
+    started = clock()
+    answer = _Answer()
+    failure: Failure | None = None
+    watch = _Watch(stall_s)
+    opened = False
+    try:
+        async with (
+            asyncio.timeout(timeout_s) as limit,
+            http.stream(
+                "POST",
+                "/v1/chat/completions",
+                content=body,
+                headers=HEADERS,
+                # Reads are timed here, for the whole request, and not once more for every chunk.
+                timeout=httpx.Timeout(None, connect=min(timeout_s, CONNECT_S)),
+            ) as response,
+        ):
+            opened = True
+            if response.status_code != 200:
+                failure = _status_failure(response.status_code, await response.aread())
+            else:
+                decoder = EventDecoder()
+                first = b""
+                packed = "content-encoding" in response.headers
+                async for received in response.aiter_bytes() if packed else response.aiter_raw():
+                    now = clock()
+                    for event in decoder.feed(received):
+                        answer.add(event, now)
+                    if answer.chunks:
+                        watch.seen(limit)
+                    first = first or received
+                failure = _unfinished(answer, first)
+    except TimeoutError:
+        if watch.stalled:
+            failure = Failure("stalled", f"silent for {stall_s:g} s after {len(answer.chunks)} chunks of its answer")
+        else:
+            seen = f"after {len(answer.chunks)} chunks" if answer.chunks else "before the first token"
+            failure = Failure("timeout", f"no complete answer within {timeout_s:g} s ({seen})")
+    except _MalformedError as error:
+        failure = Failure("malformed", str(error))
+    except _ServerSaidError as error:
+        failure = Failure("server", str(error))
+    except httpx.DecodingError as error:
+        failure = Failure("malformed", str(error))
+    except httpx.TransportError as error:
+        # After the last event nothing is missing; some servers don't end the body.
+        if not answer.done:
+            failure = Failure("truncated" if opened else "connect", _named(error))
+    except Exception as error:  # a fault of this side must not end the run that the request is part of
+        failure = Failure("client", _named(error))
+    finally:
+        watch.stop()
+    return Trace(
+        scheduled=started if scheduled is None else scheduled,
+        started=started,
+        ended=clock() if answer.ended is None or failure else answer.ended,
+        chunks=tuple(answer.chunks),
+        text="".join(answer.pieces),
+        prompt_tokens=answer.prompt_tokens,
+        completion_tokens=answer.completion_tokens,
+        finish_reason=answer.finish_reason,
+        failure=failure,
+        cached_tokens=answer.cached_tokens,
+        queue_s=answer.queue_s,
+    )
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def _unfinished(answer: _Answer, first: bytes) -> Failure | None:
+    """Say what is missing from a stream that ended in order; ``first`` is the first that was read of it."""
+    if answer.ended is None:
+        said = f", but {first[:120].decode(errors='replace')!r}" if first else ""
+        return Failure("malformed", f"HTTP 200 without a single event{said}: does the server stream?")
+    if not (answer.done or answer.finish_reason):
+        return Failure("truncated", "the stream ended before the answer was finished")
+    return None
+
+
+class _Watch:
+    """Ends a request that fell silent. One timer looks now and then how long ago something came: setting a timer anew
+    for each chunk would cost more than reading the chunk."""
+
+    def __init__(self, stall_s: float) -> None:
+        self.stalled = False
+        self._stall_s = stall_s
+        self._last = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def seen(self, limit: asyncio.Timeout) -> None:
+        """Note that something came just now; ``limit`` is what expires when nothing more does."""
+        self._last = time.monotonic()
+        if self._timer is None:
+            self._look(limit)
+
+    def _look(self, limit: asyncio.Timeout) -> None:
+        left = self._last + self._stall_s - time.monotonic()
+        loop = asyncio.get_running_loop()
+        if left > 0:
+            self._timer = loop.call_later(left, self._look, limit)
+        else:
+            self.stalled = True
+            limit.reschedule(loop.time())
+
+    def stop(self) -> None:
+        """Look no more."""
+        if self._timer:
+            self._timer.cancel()

@@ -1,0 +1,376 @@
+"""The formulas of a speed measurement. A function's docstring is its definition, and reports print it (`FORMULAS`).
+
+Times in are seconds on one clock; times out are seconds. None means the request does not define the metric. Latencies
+are those of requests that succeeded; the others are counted by kind.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.load.client import Trace
+from toolkit.errors import BenchError
+
+__all__ = [
+    "FORMULAS",
+    "PERCENTILES",
+    "SLO_METRICS",
+    "Goodput",
+    "Rates",
+    "Slo",
+    "Spread",
+    "Summary",
+    "client_fault",
+    "client_lag",
+    "definitions",
+    "e2e",
+    "errors",
+    "goodput",
+    "itl",
+    "output_tokens_per_s",
+    "parse_slos",
+    "queueing",
+    "requests_per_s",
+    "server_queueing",
+    "spread",
+    "steady",
+    "summarise",
+    "total_tokens_per_s",
+    "tpot",
+    "ttft",
+]
+
+PERCENTILES = (50, 90, 95, 99)
+#: A client that adds more than this share of TTFT measures itself.
+LAG_SHARE = 0.05
+
+
+# --- one request ------------------------------------------------------------------------------------------------------
+
+
+def ttft(trace: Trace) -> float | None:
+    """TTFT, time to first token = arrival of the first chunk with text - scheduled moment of the request."""
+    return trace.chunks[0] - trace.scheduled if trace.chunks else None
+
+
+def tpot(trace: Trace) -> float | None:
+    """TPOT, time per output token = (E2E - TTFT) / (n_out - 1), per request; n_out is counted by the server, and 1 has
+    no TPOT."""
+    first = ttft(trace)
+    if first is None or trace.completion_tokens is None or trace.completion_tokens < 2:
+        return None
+    return (e2e(trace) - first) / (trace.completion_tokens - 1)
+
+
+def itl(trace: Trace) -> list[float]:
+    """ITL, inter-token latency = gaps between consecutive chunks with text, pooled over all requests of the point."""
+    return [later - earlier for earlier, later in zip(trace.chunks, trace.chunks[1:], strict=False)]
+
+
+def e2e(trace: Trace) -> float:
+    """E2E, end-to-end latency = arrival of the stream's last event - scheduled moment of the request."""
+    return trace.ended - trace.scheduled
+
+
+def queueing(trace: Trace) -> float:
+    """Queueing in the client = moment at which the request was sent - scheduled moment; it is part of every latency
+    above."""
+    return trace.started - trace.scheduled
+
+
+def server_queueing(trace: Trace) -> float | None:
+    """Queueing in the server = what the server says in its usage (queue_time), where it does."""
+    return trace.queue_s
+
+
+def client_lag(trace: Trace) -> float:
+    """Client lag = moment at which the request was sent - the later of its scheduled moment and the moment at which one
+    more in flight was allowed: what the client itself added."""
+    return trace.started - trace.scheduled - trace.held_s
+
+
+# --- many requests ----------------------------------------------------------------------------------------------------
+
+
+def requests_per_s(traces: Sequence[Trace], wall_s: float) -> float | None:
+    """Requests/s = completed requests / wall time; failed ones are not completed."""
+    return sum(trace.failure is None for trace in traces) / wall_s if traces and wall_s > 0 else None
+
+
+def output_tokens_per_s(traces: Sequence[Trace], wall_s: float) -> float | None:
+    """Output tokens/s = sum of n_out over all completed requests / wall time; wall time of a block runs from its start
+    to its last end."""
+    return _per_s([trace.completion_tokens for trace in traces if not trace.failure], wall_s)
+
+
+def total_tokens_per_s(traces: Sequence[Trace], wall_s: float) -> float | None:
+    """Total tokens/s = sum of prompt tokens (those of pictures among them) and n_out over all completed requests / wall
+    time."""
+    counts = [
+        None
+        if trace.prompt_tokens is None or trace.completion_tokens is None
+        # A server counts both or neither.
+        else trace.prompt_tokens + trace.completion_tokens
+        for trace in traces
+        if not trace.failure
+    ]
+    return _per_s(counts, wall_s)
+
+
+def _per_s(counts: Sequence[int | None], wall_s: float) -> float | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) / wall_s if known and len(known) == len(counts) and wall_s > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Throughput of a window; tokens are None when the server does not count them."""
+
+    requests_per_s: float
+    output_tokens_per_s: float | None
+
+
+def steady(traces: Sequence[Trace], start: float, end: float) -> Rates | None:
+    """Steady rate = sum over completed requests of the share of [sent, ended] that lies in the window / length of the
+    window, tokens likewise with n_out; the window leaves out the end of a block, when fewer and fewer are in flight."""
+    if end <= start:
+        return None
+    done = [trace for trace in traces if not trace.failure and trace.ended > trace.started]
+    shares = [
+        max(0.0, min(trace.ended, end) - max(trace.started, start)) / (trace.ended - trace.started) for trace in done
+    ]
+    counted = all(trace.completion_tokens is not None for trace in done)
+    tokens = sum(share * (trace.completion_tokens or 0) for share, trace in zip(shares, done, strict=True))
+    return Rates(sum(shares) / (end - start), tokens / (end - start) if done and counted else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How a metric is distributed over its ``n`` samples, in the samples' unit."""
+
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    mean: float
+    n: int
+
+
+def spread(samples: Iterable[float | None]) -> Spread | None:
+    """p50, p90, p95, p99 = percentiles with linear interpolation between the two nearest samples; requests without the
+    metric are left out."""
+    values = np.asarray([sample for sample in samples if sample is not None], dtype=np.float64)
+    if values.size == 0:
+        return None
+    p50, p90, p95, p99 = (float(value) for value in np.percentile(values, PERCENTILES))
+    return Spread(p50=p50, p90=p90, p95=p95, p99=p99, mean=float(values.mean()), n=int(values.size))
+
+
+def errors(traces: Iterable[Trace]) -> Counter[str]:
+    """Errors = failed requests, counted by kind (`bench.load.client.Failure`); those of HTTP by status."""
+    failures = [trace.failure for trace in traces if trace.failure]
+    return Counter(f"{f.kind} {f.status}" if f.status is not None else f.kind for f in failures)
+
+
+def client_fault(traces: Sequence[Trace], loop_lag: Sequence[float] = ()) -> str | None:
+    """Invalid = p50 or p90 of the client lag, or of the lateness of the client's event loop, is more than 5% of the
+    same percentile of TTFT: the point measures the client; read no figure from it."""
+    first = spread(ttft(trace) for trace in traces if not trace.failure)
+    if first is None:
+        return None
+    lags = {
+        "sent its requests": spread(client_lag(trace) for trace in traces if not trace.failure),
+        "read its answers": spread(loop_lag),
+    }
+    for what, lag in lags.items():
+        if lag is None:
+            continue
+        for name, late, whole in (("p50", lag.p50, first.p50), ("p90", lag.p90, first.p90)):
+            if late > LAG_SHARE * whole:
+                return (
+                    f"the client {what} {1000 * late:.1f} ms late ({name}), more than {LAG_SHARE:.0%} of a TTFT of "
+                    f"{1000 * whole:.1f} ms: it was busier than the server"
+                )
+    return None
+
+
+# --- goodput ----------------------------------------------------------------------------------------------------------
+
+#: What an objective can be set for.
+SLO_METRICS: Mapping[str, Callable[[Trace], float | None]] = {"ttft": ttft, "tpot": tpot, "e2e": e2e}
+UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """A service level objective: ``metric`` of a request is at most ``limit_s`` seconds."""
+
+    metric: str
+    limit_s: float
+
+    def __str__(self) -> str:
+        limit = f"{self.limit_s:g}s" if self.limit_s >= 1 else f"{1000 * self.limit_s:g}ms"
+        return f"{self.metric}={limit}"
+
+
+def parse_slos(text: str) -> tuple[Slo, ...]:
+    """Read ``ttft=200ms,tpot=30ms``.
+
+    Raises:
+        BenchError: an unknown metric, one named twice, or a limit without its unit.
+    """
+    slos: dict[str, Slo] = {}
+    for part in text.split(","):
+        metric, _, limit = (piece.strip().lower() for piece in part.partition("="))
+        if metric not in SLO_METRICS:
+            known = ", ".join(SLO_METRICS)
+            raise BenchError(
+                f"objective {part.strip()!r}: {metric!r} is none of {known}; write e.g. ttft=200ms,tpot=30ms"
+            )
+        if metric in slos:
+            raise BenchError(f"objective {part.strip()!r}: {metric} has one already ({slos[metric]})")
+        found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(us|ms|s)", limit)
+        if not found or float(found[1]) <= 0:
+            raise BenchError(
+                f"objective {part.strip()!r}: {limit!r} is not a time above 0 with its unit; write e.g. {metric}=200ms"
+            )
+        slos[metric] = Slo(metric, float(found[1]) * UNITS[found[2]])
+    return tuple(slos.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """Attributes: requests that met every objective, a second of wall time and as a share of all that were due."""
+
+    per_s: float
+    share: float
+
+
+def goodput(traces: Sequence[Trace], slos: Sequence[Slo], wall_s: float, *, unsent: int = 0) -> Goodput | None:
+    """Goodput = requests that completed and met every objective / wall time; a failed or unsent request met none, one
+    of a single token has no TPOT to miss, and without token counts there is no goodput under a TPOT."""
+    if not slos or not traces or wall_s <= 0:
+        return None
+    done = [trace for trace in traces if not trace.failure]
+    if any(slo.metric == "tpot" for slo in slos) and any(trace.completion_tokens is None for trace in done):
+        return None
+    good = sum(all(_met(trace, slo) for slo in slos) for trace in done)
+    return Goodput(good / wall_s, good / (len(traces) + unsent))
+
+
+def _met(trace: Trace, slo: Slo) -> bool:
+    value = SLO_METRICS[slo.metric](trace)
+    # Without text there is no TTFT, and that is a miss; with one token there is no TPOT, and that is none.
+    return slo.metric == "tpot" if value is None else value <= slo.limit_s
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The figures of one point. Times are seconds.
+
+    Attributes:
+        requests: that ended, failed ones too.
+        completed: without those.
+        errors: failed requests by kind.
+        uncounted: completed requests whose tokens the server did not count: it ignores ``stream_options``, and there is
+            no TPOT and no tokens/s.
+        held: requests that were due while as many as allowed were in flight.
+        unsent: requests that were due when the point was stopped.
+        invalid: why the point measures the client rather than the server; None when it does not.
+    """
+
+    requests: int
+    completed: int
+    errors: dict[str, int]
+    uncounted: int
+    held: int
+    unsent: int
+    wall_s: float
+    ttft: Spread | None
+    tpot: Spread | None
+    itl: Spread | None
+    e2e: Spread | None
+    queueing: Spread | None
+    server_queueing: Spread | None
+    client_lag: Spread | None
+    loop_lag: Spread | None
+    requests_per_s: float | None
+    output_tokens_per_s: float | None
+    total_tokens_per_s: float | None
+    goodput: Goodput | None
+    invalid: str | None
+
+
+def summarise(
+    traces: Sequence[Trace],
+    wall_s: float,
+    *,
+    slos: Sequence[Slo] = (),
+    loop_lag: Sequence[float] = (),
+    unsent: int = 0,
+) -> Summary:
+    """Return all figures of the requests of a point; latencies are those of completed requests."""
+    done = [trace for trace in traces if not trace.failure]
+    return Summary(
+        requests=len(traces),
+        completed=len(done),
+        errors=dict(errors(traces)),
+        uncounted=sum(trace.completion_tokens is None for trace in done),
+        held=sum(trace.held_s > 0 for trace in traces),
+        unsent=unsent,
+        wall_s=wall_s,
+        ttft=spread(map(ttft, done)),
+        tpot=spread(map(tpot, done)),
+        itl=spread(gap for trace in done for gap in itl(trace)),
+        e2e=spread(map(e2e, done)),
+        queueing=spread(map(queueing, done)),
+        server_queueing=spread(map(server_queueing, done)),
+        client_lag=spread(map(client_lag, done)),
+        loop_lag=spread(loop_lag),
+        requests_per_s=requests_per_s(traces, wall_s),
+        output_tokens_per_s=output_tokens_per_s(traces, wall_s),
+        total_tokens_per_s=total_tokens_per_s(traces, wall_s),
+        goodput=goodput(traces, slos, wall_s, unsent=unsent),
+        invalid=client_fault(traces, loop_lag),
+    )
+
+
+def _definition(function: Callable[..., object]) -> str:
+    return " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
+
+
+#: Name -> definition of every metric, from the docstrings above.
+FORMULAS: dict[str, str] = {
+    function.__name__: _definition(function)
+    for function in (
+        ttft,
+        tpot,
+        itl,
+        e2e,
+        queueing,
+        server_queueing,
+        client_lag,
+        requests_per_s,
+        output_tokens_per_s,
+        total_tokens_per_s,
+        steady,
+        goodput,
+        errors,
+        client_fault,
+        spread,
+    )
+}
+
+
+def definitions() -> dict[str, str]:
+    """Return a copy of `FORMULAS`."""
+    return dict(FORMULAS)

@@ -1,0 +1,79 @@
+"""A comparison in markdown, as a comment on a pull request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.report import words
+from bench.report.compare import view
+from bench.report.compare.figures import Comparison
+
+__all__ = ["render"]
+
+#: Rows of flipped answers and characters a cell: a comment holds 65,536.
+FLIPS, BRIEF = 40, 120
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        # An answer may hold anything; it must neither end a cell nor be taken for a tag.
+        plain = (" ".join(cell.replace("|", "\\|").replace("<", "&lt;").split()) for cell in cells)
+        return "| " + " | ".join(plain) + " |"
+
+    return "\n".join([line(head), line(["---", *["---:"] * (len(head) - 1)]), *map(line, rows)])
+
+
+def render(found: Sequence[Comparison]) -> str:
+    """Return the comparison: verdicts, then figures, then questions that flipped, folded."""
+    columns = view.columns(found)
+    parts = []
+    for comparison in found:
+        judged, sentence = view.headline(comparison)
+        parts.append(f"**{judged}**: {sentence}" if judged else sentence)
+        parts += [f"> **regression**: {line}" for line in comparison.regressions]
+        parts += [f"> can't tell: {line}" for line in comparison.undecided]
+    said = list(dict.fromkeys(line for comparison in found for line in comparison.differences))
+    parts += ["Compared although it differs: " + "; ".join(said) + "."] if said else []
+    noted = list(dict.fromkeys(line for comparison in found for line in comparison.notes))
+    parts += ["\n".join(f"- Note: {line}." for line in noted)] if noted else []
+    head = ["", f"{columns[0].letter}: {columns[0].label}"]
+    for column in columns[1:]:
+        head += [f"{column.letter}: {column.label}", "change (95%)", ""]
+    rows = []
+    for line in view.lines(found):
+        cells = [line.name, view.figure(line.metric, line.before.value)]
+        for row in line.rows:
+            if row is None:
+                cells += ["–", "", ""]
+                continue
+            value, interval = view.change(row)
+            shown = f"{value} ({interval})" if interval else value
+            cells += [view.figure(line.metric, row.after.value), shown, " ".join(view.verdict(row))]
+        rows.append(cells)
+    parts.append(_table(head, rows))
+    parts += [_flips(comparison) for comparison in found if comparison.flips]
+    parts.append(
+        "\n".join(f"- {column.letter}: {column.measured}" for column in columns)
+        + "\n\nIntervals are 95%. ▲ better and ▼ worse beyond chance, ○ can't tell, · untold: no interval."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _flips(found: Comparison) -> str:
+    a, b = found.a, found.b
+    rows = [
+        [
+            after.task,
+            after.question,
+            words.golds(after),
+            getattr(before, a.role).text,
+            getattr(after, b.role).text,
+        ]
+        for before, after in found.flips[:FLIPS]
+    ]
+    short = [[cell if len(cell) <= BRIEF else f"{cell[: BRIEF - 1]}…" for cell in row] for row in rows]
+    shown = "" if len(found.flips) <= FLIPS else f", {FLIPS} of them shown"
+    table = _table(["task", "question", "right", a.label, b.label], short)
+    title = f"{len(found.flips)} answers changed between right and wrong, {a.label} to {b.label}{shown}"
+    title = title.replace("<", "&lt;")
+    return f"<details><summary>{title}</summary>\n\n{table}\n\n</details>"

@@ -1,0 +1,154 @@
+"""A comparison as people read it: the rows, cells and sentences that the terminal, markdown and HTML share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.report import words
+from bench.report.compare.figures import COUNTED, LATENCIES, Comparison, Figure, Metric, Row
+
+__all__ = ["Column", "Line", "change", "columns", "figure", "headline", "lines", "verdict"]
+
+NAMES = {
+    "ttft": "TTFT",
+    "tpot": "TPOT",
+    "itl": "ITL",
+    "e2e": "E2E",
+    "output_tokens_per_s": "output tokens/s",
+    "total_tokens_per_s": "all tokens/s",
+    "requests_per_s": "requests/s",
+    "goodput_per_s": "goodput/s",
+    "joules_per_token": "J/token",
+    "kv_cache": "KV cache",
+    "mean_kl": "mean KL",
+    "p99_kl": "p99 KL",
+    "perplexity_ratio": "perplexity ratio",
+    "top1_agreement": "top-1 agreement",
+    "identical": "same answers",
+    "size_on_disk": "size on disk",
+    "memory": "host memory",
+    "gpu_memory": "GPU memory",
+    "weights_memory": "weights in memory",
+}
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One of the systems: its letter, its name, and where it comes from."""
+
+    letter: str
+    label: str
+    measured: str
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A figure of all systems: the reference's, and the row of each other that has it too."""
+
+    metric: Metric
+    name: str
+    before: Figure
+    rows: list[Row | None]
+
+
+def columns(found: Sequence[Comparison]) -> list[Column]:
+    """The reference and the others, in order."""
+    sides = [found[0].a, *(comparison.b for comparison in found)]
+    return [
+        Column(
+            LETTERS[index % len(LETTERS)],
+            side.label,
+            f"{side.report.systems[side.role].label}, {side.report.created:%Y-%m-%d %H:%M} UTC",
+        )
+        for index, side in enumerate(sides)
+    ]
+
+
+def lines(found: Sequence[Comparison], *, every: bool = False) -> list[Line]:
+    """All figures that the reference and at least one other have; without ``every`` of the percentiles p50 alone."""
+    known: dict[Metric, Figure] = {row.metric: row.before for comparison in found for row in comparison.rows}
+    by = [{row.metric: row for row in comparison.rows} for comparison in found]
+    return [
+        Line(metric, _name(metric), before, [rows.get(metric) for rows in by])
+        for metric, before in known.items()
+        if every or not metric.name.endswith(("_p90", "_p95", "_p99"))
+    ]
+
+
+def _name(metric: Metric) -> str:
+    if metric.is_accuracy:
+        return f"accuracy, {metric.name.partition('.')[2] or 'all'}"
+    name, percentile = metric.name, ""
+    if name in LATENCIES:
+        name, percentile = name.split("_")
+    shown = f"{NAMES[name]} {percentile}".rstrip()
+    return shown if metric.at is None else f"{shown}, {metric.at}"
+
+
+def figure(metric: Metric, value: float) -> str:
+    """A figure with its unit."""
+    if metric.is_share:
+        return words.percent(value)
+    if metric.name == "kv_cache":
+        return f"{value:,.0f} tokens"
+    if metric.name in COUNTED:
+        return words.gib(round(value))
+    if metric.name in ("mean_kl", "p99_kl"):
+        return f"{value:.2g}"
+    return words.number(value) + (" ms" if metric.name in LATENCIES else "")
+
+
+def change(row: Row) -> tuple[str, str]:
+    """A change and its 95% interval, ``+12%`` and ``+8.1 … +16``; empty where there is no interval."""
+    found = row.change
+    if row.metric.is_share:
+        value, ends = f"{words.points(found.value)} pt", [found.low, found.high]
+        shown = [words.points(end) for end in ends if end is not None]
+    else:
+        value = words.change(1.0, 1.0 + found.value) if found.value else "0%"
+        shown = [words.change(1.0, 1.0 + end) for end in (found.low, found.high) if end is not None]
+    if len(shown) < 2 or found.low == found.high:
+        return value, ""
+    return value, " … ".join(shown)
+
+
+def verdict(row: Row) -> tuple[str, str]:
+    """A sign and a word for what a change says of B: the word carries the meaning, the sign repeats it."""
+    if row.change.low is None:
+        return "·", "untold"
+    return {"better": ("▲", "better"), "worse": ("▼", "worse"), "same": ("=", "same")}.get(
+        row.says, ("○", "can’t tell")
+    )
+
+
+def headline(found: Comparison) -> tuple[str, str]:
+    """The verdict on B, ``worse``, ``no worse``, ``can't tell`` or empty, and a sentence."""
+    a, b = found.a.label, found.b.label
+    parts = []
+    judged = ""
+    if found.accuracy:
+        row = found.accuracy
+        judged = row.verdict
+        parts.append(
+            f"{b} scores {words.percent(row.candidate.value)}, {a} {words.percent(row.baseline.value)}, on "
+            f"{row.n} questions ({words.points(row.difference.value)} points, 95% interval "
+            f"{words.interval(row.difference)}): {row.verdict}."
+        )
+        if row.items_needed:
+            parts.append(f"About {words.questions(row.items_needed)} questions like these would tell.")
+        worse = [task.task for task in found.tasks if task.verdict == "worse"]
+        if worse and len(found.tasks) > 1:
+            parts.append(f"Worse by {'itself' if len(worse) == 1 else 'themselves'}: {', '.join(worse)}.")
+    else:
+        parts.append(f"No questions were answered by both {b} and {a}.")
+    speed = [row for row in found.rows if row.metric.name in ("ttft_p50", "tpot_p50", "output_tokens_per_s")]
+    told = [f"{_name(row.metric)} {change(row)[0]}" for row in speed if row.says in ("better", "worse")]
+    if told:
+        parts.append(f"Beyond chance: {', '.join(told)}.")
+    elif speed:
+        parts.append("No difference in speed is beyond chance, or the reports hold no intervals.")
+    if found.regressions:
+        judged = "worse"
+    return judged, " ".join(parts)

@@ -1,0 +1,574 @@
+"""The schema of a report. Everything shown in markdown, HTML and the terminal is read from here.
+
+Units are in the names: ``_ms`` milliseconds, ``_s`` seconds, ``_bytes`` bytes. Accuracies and their differences are
+fractions of 1. ``schema_version`` grows when a reader of the old shape would misread the new one;
+`bench.report.render.json_file` reads all of them:
+
+- 3: a speed point belongs to a load (so many in flight, a rate, a step of a sweep) and has p95, figures by round with
+  intervals, goodput, errors by kind, what the server counted; ratios are over rounds; fidelity; partial reports.
+- 2: clusters, recovery, and a verdict for each task; grades with notes; pictures of the answers that flipped.
+- 1: the first. It is read by scoring its answers anew.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bench.questions.scoring import RIGHT
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Accuracy",
+    "Answer",
+    "Difference",
+    "Distribution",
+    "Drift",
+    "Environment",
+    "Estimate",
+    "Failed",
+    "Fidelity",
+    "FidelityItem",
+    "Goodput",
+    "Item",
+    "Judgement",
+    "Load",
+    "LoadKind",
+    "Memory",
+    "Report",
+    "Role",
+    "ServerCounters",
+    "Share",
+    "SpeedFigure",
+    "SpeedPoint",
+    "SpeedRatio",
+    "SystemInfo",
+    "TaskAccuracy",
+    "Verdict",
+    "Workload",
+]
+
+
+SCHEMA_VERSION: Literal[3] = 3
+
+Role = Literal["baseline", "candidate"]
+Judgement = Literal["no worse", "worse", "can't tell"]
+LoadKind = Literal["closed", "open", "single", "saturation", "rate"]
+#: What is told by round and compared; latencies by their median.
+SpeedFigure = Literal[
+    "ttft", "tpot", "itl", "e2e", "requests_per_s", "output_tokens_per_s", "total_tokens_per_s", "goodput_per_s"
+]
+
+
+class Model(BaseModel):
+    """Base of all parts: unknown keys are refused, so that a typo can't pass as a missing value."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Distribution(Model):
+    """How the samples of all rounds together are spread, in the unit of the field that holds it.
+
+    Attributes:
+        p95: None in reports of schema versions 1 and 2.
+        cdf: the 0th, 1st, ... 100th percentile; empty where it is not drawn.
+    """
+
+    p50: float
+    p90: float
+    p95: float | None = None
+    p99: float
+    mean: float
+    n: int
+    cdf: list[float] = []
+
+
+class Estimate(Model):
+    """A figure over the rounds: their median, with a 95% interval.
+
+    Attributes:
+        low: None, as ``high``, where there is no interval: one round, or a round with a figure of 0.
+        rounds: the figure of each round that has it, in their order; empty in reports of schema versions 1 and 2.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    rounds: list[float]
+
+
+class Load(Model):
+    """What a server is under while a point is measured.
+
+    Attributes:
+        kind: ``closed``: so many requests are kept in flight. ``open``: so many are due each second, however many are
+            in flight. Of a sweep: ``single`` (one at a time), ``saturation`` (as many in flight as fill the server) and
+            ``rate`` (an open loop at a share of what this server saturated at).
+        name: what it is called in tables, messages and `SpeedRatio`; unique in a report.
+        concurrency: of a closed loop.
+        rate_per_s: of ``open``, requests due each second.
+        arrivals: of ``open`` and ``rate``.
+        share: of ``rate``, of the requests a second at saturation.
+    """
+
+    kind: LoadKind
+    name: str
+    concurrency: int | None = None
+    rate_per_s: float | None = None
+    arrivals: Literal["poisson", "constant"] | None = None
+    share: float | None = None
+
+    @classmethod
+    def in_flight(cls, concurrency: int) -> Load:
+        """Return a closed loop."""
+        return cls(kind="closed", name=f"{concurrency} in flight", concurrency=concurrency)
+
+    @classmethod
+    def at_rate(cls, rate_per_s: float, arrivals: Literal["poisson", "constant"]) -> Load:
+        """Return an open loop."""
+        return cls(kind="open", name=f"{rate_per_s:g} requests/s", rate_per_s=rate_per_s, arrivals=arrivals)
+
+
+class Goodput(Model):
+    """Requests that completed and met every objective: a second, and as a share of all that were due."""
+
+    per_s: float
+    share: float
+
+
+class ServerCounters(Model):
+    """What the server counted over the point, by its own ``/metrics``; None: it has no such metric, or no such page.
+
+    Attributes:
+        prefix_cache_share: of the prompt tokens looked up, those its prefix cache had.
+        image_cache_share: of the pictures looked up, those whose embedding it had.
+        preemptions: of running requests.
+        queue_mean_ms: mean time in the server's queue.
+        finished: requests that ended there; more than ``SpeedPoint.requests``: others use the server too.
+    """
+
+    prefix_cache_share: float | None = None
+    image_cache_share: float | None = None
+    preemptions: int | None = None
+    queue_mean_ms: float | None = None
+    finished: int | None = None
+
+
+class SpeedPoint(Model):
+    """One system under one load, all rounds pooled. Latencies are those of completed requests, counted from the moment
+    they were due. None: the server did not report what the metric needs, or nothing was completed.
+
+    Attributes:
+        rounds: in which it was measured.
+        requests: that ended, failed ones too; those of a ramp are in no figure.
+        errors: failed requests by kind.
+        unsent: requests that were due when the point was stopped, and never sent.
+        held: requests that were due while as many as allowed were in flight.
+        uncounted: completed requests whose tokens the server did not count.
+        offered_per_s: of an open loop, requests due each second; of a sweep the median over its rounds.
+        queueing_ms: in the client; part of every latency.
+        server_queueing_ms: by the usage of each answer.
+        loop_lag_ms: how late the client's event loop was.
+        by_round: medians over the rounds, with intervals: what to quote.
+        steady_requests_per_s: throughput without each round's end, when fewer and fewer are in flight.
+        energy_j_per_token: of the GPUs, for each output token.
+        invalid: why no figure is to be read from this point: it measures the client.
+        stopped: why rounds ended before all was sent; figures are then of a server that did not keep up.
+    """
+
+    role: Role
+    load: Load
+    rounds: int
+    requests: int
+    completed: int
+    errors: dict[str, int] = {}
+    unsent: int = 0
+    held: int = 0
+    uncounted: int = 0
+    wall_s: float
+    offered_per_s: float | None = None
+    ttft_ms: Distribution | None
+    tpot_ms: Distribution | None
+    itl_ms: Distribution | None
+    e2e_ms: Distribution | None
+    queueing_ms: Distribution | None = None
+    server_queueing_ms: Distribution | None = None
+    client_lag_ms: Distribution | None
+    loop_lag_ms: Distribution | None = None
+    requests_per_s: float
+    output_tokens_per_s: float | None
+    total_tokens_per_s: float | None = None
+    steady_requests_per_s: float | None = None
+    steady_output_tokens_per_s: float | None = None
+    goodput: Goodput | None = None
+    by_round: dict[SpeedFigure, Estimate] = {}
+    output_tokens: int | None
+    prompt_tokens: int | None
+    server: ServerCounters | None = None
+    energy_j_per_token: float | None = None
+    invalid: str | None = None
+    stopped: list[str] = []
+
+    @property
+    def concurrency(self) -> int | None:
+        """Requests kept in flight, where that is the load; None for open loops and sweeps."""
+        return self.load.concurrency if self.load.kind == "closed" else None
+
+
+class SpeedRatio(Model):
+    """Candidate / baseline under one load, round by round.
+
+    Attributes:
+        load: its name.
+        low: None, as ``high``, where there is no interval.
+        rounds: the ratio of each round that both have.
+    """
+
+    metric: SpeedFigure
+    load: str
+    ratio: float
+    low: float | None
+    high: float | None
+    rounds: list[float] = []
+
+
+class Share(Model):
+    """A mean score as a fraction of 1, or the share of the baseline's that the candidate keeps; a 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Difference(Model):
+    """Candidate - baseline of a mean score, paired by item.
+
+    Attributes:
+        method: ``tango`` for right/wrong scores, ``bootstrap`` for graded ones.
+        p_value: of the sign-flip test by cluster: exact McNemar for right/wrong scores when no items share a cluster.
+        lost: items right before and wrong now (right: a score of at least 0.5).
+        won: items wrong before and right now.
+        design_effect: n items tell as much as n / design_effect independent ones; 1 when none share a cluster.
+        smallest_detectable: what this number of items could have shown (80% power), as a fraction of 1.
+    """
+
+    value: float
+    low: float
+    high: float
+    method: Literal["tango", "bootstrap"]
+    p_value: float
+    lost: int
+    won: int
+    design_effect: float
+    smallest_detectable: float
+
+
+class TaskAccuracy(Model):
+    """One task, or all of them together under the name ``all``.
+
+    Attributes:
+        clusters: groups of items that share a picture or document; n when every item stands alone.
+        recovery: candidate's mean score / baseline's; None when the baseline scored next to nothing.
+        verdict: against the report's margin; see `Verdict.accuracy`.
+        p_adjusted: the p-value of the difference, adjusted by Holm for there being several tasks; ``all`` is not one of
+            them and keeps its own.
+        items_needed: with ``can't tell``: how many items like these would settle it with 80% power.
+    """
+
+    task: str
+    metric: str
+    n: int
+    clusters: int
+    baseline: Share
+    candidate: Share
+    difference: Difference
+    recovery: Share | None
+    verdict: Judgement
+    p_adjusted: float
+    items_needed: int | None
+
+
+class Answer(Model):
+    """What a system answered to one question.
+
+    Attributes:
+        note: what to know about the score, such as an answer that names several options.
+    """
+
+    text: str
+    score: float
+    note: str | None
+    finish_reason: str | None
+
+
+class Item(Model):
+    """One question with both answers, and all it takes to score them again.
+
+    Attributes:
+        question: as it was asked, options included.
+        answers: the right ones; letters for multiple choice.
+        choices: the options' texts, for multiple choice alone.
+        cluster: equal for items that are resampled together.
+        pictures: SHA-256 of each as it was sent.
+    """
+
+    id: str
+    task: str
+    question: str
+    answers: list[str]
+    metric: str
+    choices: list[str]
+    cluster: str
+    pictures: list[str]
+    baseline: Answer
+    candidate: Answer
+
+    @property
+    def flip(self) -> Literal["lost", "won"] | None:
+        """``lost``: right in the baseline, wrong in the candidate; ``won``: the other way."""
+        before, after = self.baseline.score >= RIGHT, self.candidate.score >= RIGHT
+        return None if before == after else "lost" if before else "won"
+
+
+class Accuracy(Model):
+    """Answers to the same questions by both systems."""
+
+    overall: TaskAccuracy
+    tasks: list[TaskAccuracy]
+    items: list[Item]
+    thumbnails: dict[str, str] = Field(
+        description="data URLs of the pictures of items that flipped, scaled down, by the SHA-256 of the original"
+    )
+    cut_answers: dict[Role, int] = Field(description="answers that hit max_tokens before they ended")
+
+    @property
+    def flipped(self) -> list[Item]:
+        """The items that changed between right and wrong, in the order they were asked."""
+        return [item for item in self.items if item.flip]
+
+
+class Drift(Model):
+    """How far a system's tokens are from the baseline's, on the baseline's own greedy answers; the measures are defined
+    in `bench.judge.fidelity.Drift`. None: could not be measured. Intervals are 95%.
+
+    Attributes:
+        delta_p: by percentile, as text: 1, 5, 25, 50, 75, 95, 99.
+    """
+
+    tokens: int = 0
+    scored: int = 0
+    mean_kl: Share | None = None
+    p99_kl: Share | None = None
+    coverage: float | None = None
+    top1_agreement: Share | None = None
+    delta_p: dict[str, Share] = {}
+    perplexity: Share | None = None
+    perplexity_ratio: Share | None = None
+    greedy: float | None = None
+    answered: int = 0
+    identical: Share | None = None
+    first_divergence: Share | None = None
+
+
+class FidelityItem(Model):
+    """One prompt, and how far the candidate is from the baseline on it.
+
+    Attributes:
+        mean_kl: nats a token; None when the answer could not be scored.
+        tokens: of the baseline's answer that were scored.
+        identical: whether both answered the same; None when one failed.
+        diverges_at: tokens in common before the two answers part; None when they don't, or can't be told.
+        failure: what failed, and whose.
+    """
+
+    id: str
+    prompt: str
+    pictures: list[str]
+    baseline: str | None
+    candidate: str | None
+    mean_kl: float | None
+    tokens: int
+    identical: bool | None
+    diverges_at: int | None
+    failure: str | None
+
+
+class Fidelity(Model):
+    """The candidate's drift from the baseline, and the baseline's from itself: the noise floor.
+
+    Attributes:
+        source: what was asked about: the questions, or a directory of pictures.
+        items_sha256: of the prompts and pictures; equal: the same was asked.
+        top_k: likeliest tokens listed at each position.
+        missing: what could not be measured and why, a line each.
+        failed: items with a failed request or a mismatch; they are left out of what they lack.
+        prompts_differ: items that the two systems saw as different prompt tokens.
+        thumbnails: data URLs of the pictures of the items that drifted most, by the SHA-256 of the original.
+    """
+
+    source: str
+    items_sha256: str
+    top_k: int
+    answer_tokens: int
+    candidate: Drift
+    noise: Drift | None
+    items: list[FidelityItem]
+    missing: list[str]
+    failed: int
+    prompts_differ: int
+    thumbnails: dict[str, str] = {}
+
+
+class Memory(Model):
+    """Memory of a server; None where it can't be known. All but the KV cache of servers that this run started.
+
+    Attributes:
+        kv_cache_tokens: of all requests together that fit into the server's KV cache.
+    """
+
+    host_bytes: int | None = None
+    host_kind: Literal["pss", "uss"] | None = None
+    gpu_bytes: int | None = None
+    weights_bytes: int | None = None
+    kv_cache_tokens: int | None = None
+
+
+class SystemInfo(Model):
+    """Who was measured."""
+
+    role: Role
+    label: str
+    source: str = Field(description="as given on the command line")
+    booted: bool = Field(description="whether this run started the server")
+    model: str
+    url: str
+    server_version: str | None = None
+    quantization: str | None = None
+    disk_bytes: int | None = None
+    disk_weights_bytes: int | None = None
+    memory: Memory = Memory()
+    serve_arguments: list[str] = []
+
+
+class Workload(Model):
+    """What was asked. Two reports can be compared when these are equal.
+
+    Attributes:
+        requests: of each closed loop, a system, over all rounds; more than asked for at high concurrency.
+        rates: of open loops, requests/s.
+        sweep: open-loop rates of the sweep; 0 without one.
+        sweep_concurrency: requests in flight that saturate a server, in a sweep.
+        duration_s: of each point and round, where that bounds it and not a number of requests.
+        output_tokens: a number, or a distribution as on the command line; likewise the next two.
+        prompt_tokens: without the pictures'; None: schema versions 1 and 2 do not say.
+        slos: what goodput is held against.
+    """
+
+    tasks_source: str | None
+    questions: int
+    questions_sha256: str | None
+    answer_tokens: int
+    question_concurrency: int
+    concurrencies: list[int]
+    requests: list[int]
+    rates: list[float] = []
+    arrivals: Literal["poisson", "constant"] | None = None
+    sweep: int = 0
+    sweep_concurrency: int | None = None
+    rounds: int
+    duration_s: float | None = None
+    ramp_s: float = 0.0
+    preset: str | None = None
+    output_tokens: str
+    prompt_tokens: str | None = None
+    images_per_request: str = "1"
+    image_sizes: list[str]
+    slos: list[str] = []
+    interleaved: bool
+    timeout_s: float
+    seed: int
+
+
+class Environment(Model):
+    """On what it ran.
+
+    Attributes:
+        commit: of qvl's own source, where it runs from a checkout; with ``+`` when files were changed.
+    """
+
+    platform: str
+    cpu: str
+    gpus: list[str]
+    versions: dict[str, str]
+    commit: str | None = None
+    command: str
+
+
+class Failed(Model):
+    """Requests that failed in the same way."""
+
+    role: Role
+    phase: str
+    kind: str
+    message: str
+    count: int
+
+
+class Verdict(Model):
+    """The answer in a sentence.
+
+    Attributes:
+        accuracy: over all items. ``no worse``: the 95% interval of the difference lies above -margin; ``worse``: not
+            so, it lies below 0, and p is below 5%; ``can't tell``: neither; None when accuracy was not measured.
+        margin: the loss that would not matter, as a fraction of 1.
+        sentence: what a reader should take away.
+        speed: the same of the candidate's speed; None where it has no ratio to the baseline's.
+    """
+
+    accuracy: Judgement | None
+    margin: float
+    sentence: str
+    speed: str | None = None
+
+
+class Report(Model):
+    """Everything one `qvl bench` found out.
+
+    Attributes:
+        status: ``ok``. ``partial``: the run was interrupted, and holds what was measured until then. ``failed``:
+            requests failed that must not; there are no figures, only failures.
+        unfinished: of a partial report, what is missing.
+        fidelity: None when it was not measured.
+    """
+
+    schema_version: Literal[3] = SCHEMA_VERSION
+    status: Literal["ok", "partial", "failed"]
+    unfinished: list[str] = []
+    created: datetime
+    duration_s: float
+    verdict: Verdict
+    systems: dict[Role, SystemInfo]
+    workload: Workload
+    accuracy: Accuracy | None
+    fidelity: Fidelity | None = None
+    speed: list[SpeedPoint]
+    speed_ratios: list[SpeedRatio]
+    failures: list[Failed]
+    warnings: list[str]
+    environment: Environment
+    definitions: dict[str, str]
+
+    @property
+    def loads(self) -> list[Load]:
+        """The loads that were measured, each once, in order."""
+        return list({point.load.name: point.load for point in self.speed}.values())
+
+    def point(self, role: Role, load: str) -> SpeedPoint | None:
+        """Return the speed of ``role`` under the load of that name, None when it was not measured."""
+        return next((p for p in self.speed if (p.role, p.load.name) == (role, load)), None)
+
+    def ratio(self, metric: SpeedFigure, load: str) -> SpeedRatio | None:
+        """Return candidate / baseline of a figure under the load of that name, None when there is none."""
+        return next((r for r in self.speed_ratios if (r.metric, r.load) == (metric, load)), None)

@@ -1,0 +1,266 @@
+"""Do `vllm bench serve` and this benchmark measure the same? Both ask one server, in turns, requests made alike.
+
+    python -m bench.studies.agreement --url http://127.0.0.1:8000 --tokenizer DIR --concurrency 1,8 --out agreement.json
+
+Equal are the number of requests, their prompts' and answers' lengths in tokens, the size of their pictures, requests in
+flight, temperature 0, ``ignore_eos``, and that special tokens are shown. No two requests are equal, over both tools and
+all rounds, so that no cache answers. Needs vLLM in this environment, whose command is run in a process of its own.
+
+Both define alike: TTFT is the first chunk of a request, counted from when it was sent; TPOT is per request, over the
+tokens after the first; throughput is output tokens over the time from the first request to the last answer. Where they
+differ in detail is told in docs/compare.md. What a server's unsteadiness hides shows against one that answers by the
+clock (`python -m bench.studies.timed_server`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import secrets
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.load import metrics
+from bench.load.client import Trace, ask
+from bench.load.endpoint import Endpoint, discover, http_client
+from bench.load.inputs import ImageSize, Lengths, SpeedInputs, parse_sizes
+from bench.load.loops import Block, closed_loop
+from bench.machine import environment
+from toolkit.errors import BenchError, QvlError
+from toolkit.paths import source_root
+
+__all__ = ["Agreement", "Figures", "Load", "measure", "table"]
+
+METRICS = ("ttft_ms", "tpot_ms", "output_tokens_per_s")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What both tools put on the server.
+
+    Attributes:
+        requests: of each round.
+        size: of each request's picture; None: text alone.
+        prompt_words: of the prompt, each a token of Qwen's.
+        output_tokens: of each answer.
+    """
+
+    concurrency: int
+    requests: int
+    size: ImageSize
+    prompt_words: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a tool found in a round: medians over requests, and output tokens a second of wall time."""
+
+    ttft_ms: float
+    tpot_ms: float
+    output_tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Both tools' rounds under one load, in the order they were measured."""
+
+    load: Load
+    ours: list[Figures]
+    theirs: list[Figures]
+
+    def median(self, tool: str, metric: str) -> float:
+        """Median over rounds of a tool's (``ours`` or ``theirs``) figure."""
+        return float(statistics.median(getattr(figures, metric) for figures in getattr(self, tool)))
+
+    def ratio(self, metric: str) -> float:
+        """Ours / theirs, of the medians over rounds."""
+        return self.median("ours", metric) / self.median("theirs", metric)
+
+    def spread(self, metric: str) -> float:
+        """How far apart a tool's own rounds are, the larger of the two: (most - least) / median. A ratio closer to 1
+        than this proves nothing, and one farther off proves little."""
+        found: list[float] = []
+        for tool in (self.ours, self.theirs):
+            values = [getattr(figures, metric) for figures in tool]
+            found.append((max(values) - min(values)) / statistics.median(values))
+        return max(found)
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+async def _ours(endpoint: Endpoint, bodies: Sequence[bytes], concurrency: int) -> Figures:
+    async with http_client(endpoint.url, endpoint.api_key, connections=concurrency) as http:
+
+        async def send(body: bytes, due: float) -> Trace:
+            return await ask(http, body, timeout_s=600.0, scheduled=due)
+
+        block = await closed_loop(send, bodies, concurrency)
+    return _figures(block)
+
+
+def _figures(block: Block) -> Figures:
+    failed = [trace.failure for trace in block.traces if trace.failure]
+    if failed:
+        raise BenchError(f"{len(failed)} of {len(block.traces)} requests failed: {failed[0].kind}: {failed[0].message}")
+    found = metrics.summarise(block.traces, block.wall_s)
+    if found.ttft is None or found.tpot is None or found.output_tokens_per_s is None:
+        raise BenchError("the server does not count tokens (stream_options.include_usage): there is no TPOT to compare")
+    return Figures(1000 * found.ttft.p50, 1000 * found.tpot.p50, found.output_tokens_per_s)
+
+
+# --- theirs -----------------------------------------------------------------------------------------------------------
+
+
+def _line(body: bytes) -> dict[str, Any]:
+    """What `vllm bench serve` reads of a request of ours: a line of its dataset ``custom_image`` or ``custom``."""
+    content = json.loads(body)["messages"][0]["content"]
+    if any(part["type"] == "image_url" for part in content):
+        return {"content": content}
+    return {"prompt": content[0]["text"]}
+
+
+def _theirs(endpoint: Endpoint, tokenizer: str, bodies: Sequence[bytes], load: Load) -> Figures:
+    lines = [_line(body) for body in bodies]
+    with tempfile.TemporaryDirectory(prefix="qvl-agreement-") as name:
+        directory = Path(name)
+        dataset = directory / "requests.jsonl"
+        dataset.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        options = {
+            "backend": "openai-chat",
+            "base-url": endpoint.url,
+            "endpoint": "/v1/chat/completions",
+            "model": endpoint.model,
+            "tokenizer": tokenizer,
+            "dataset-name": "custom" if "prompt" in lines[0] else "custom_image",
+            "dataset-path": dataset,
+            "custom-output-len": load.output_tokens,
+            "num-prompts": load.requests,
+            "max-concurrency": load.concurrency,
+            "temperature": 0,
+            "extra-body": '{"skip_special_tokens": false}',
+            "ready-check-timeout-sec": 0,  # its check would be a request of the dataset, known to the server's caches
+            "result-dir": directory,
+            "result-filename": "result.json",
+        }
+        command = [sys.executable, "-m", "serve.app.server", "bench", "serve"]
+        command += [part for option, value in options.items() for part in (f"--{option}", str(value))]
+        command += ["--ignore-eos", "--skip-chat-template", "--disable-shuffle", "--disable-tqdm", "--save-result"]
+        environ = os.environ | ({"OPENAI_API_KEY": endpoint.api_key} if endpoint.api_key else {})
+        done = subprocess.run(command, capture_output=True, text=True, cwd=source_root(), env=environ)
+        result = directory / "result.json"
+        if done.returncode or not result.exists():
+            said = (done.stderr or done.stdout).strip().splitlines()
+            raise BenchError(f"vllm bench serve ended with {done.returncode}: {said[-1] if said else 'nothing said'}")
+        found = json.loads(result.read_text())
+    if found["completed"] != load.requests:
+        raise BenchError(f"vllm bench serve completed {found['completed']} of {load.requests} requests")
+    expected = load.requests * load.output_tokens
+    if found["total_output_tokens"] != expected:
+        raise BenchError(f"vllm bench serve counted {found['total_output_tokens']} output tokens, not {expected}")
+    return Figures(found["median_ttft_ms"], found["median_tpot_ms"], found["output_throughput"])
+
+
+# --- both -------------------------------------------------------------------------------------------------------------
+
+
+def measure(endpoint: Endpoint, tokenizer: str, loads: Sequence[Load], rounds: int) -> list[Agreement]:
+    """Measure every load with both tools in turns, each first in every other round.
+
+    Raises:
+        BenchError: a request failed, or the server does not count tokens.
+    """
+    run = secrets.token_hex(8)
+    found = []
+    for load in loads:
+        inputs = SpeedInputs(run, (load.size,), load.output_tokens, Lengths.fixed(load.prompt_words))
+        label = f"{load.concurrency}/{load.size}"
+        asyncio.run(
+            _ours(endpoint, inputs.bodies(f"{label}/warm-up", 2 * load.concurrency, endpoint.model), load.concurrency)
+        )
+        sides: dict[str, list[Figures]] = {"ours": [], "theirs": []}
+        for index in range(rounds):
+            for tool in ("ours", "theirs") if index % 2 == 0 else ("theirs", "ours"):
+                bodies = inputs.bodies(f"{label}/{index}/{tool}", load.requests, endpoint.model)
+                if tool == "ours":
+                    sides[tool].append(asyncio.run(_ours(endpoint, bodies, load.concurrency)))
+                else:
+                    sides[tool].append(_theirs(endpoint, tokenizer, bodies, load))
+        found.append(Agreement(load, sides["ours"], sides["theirs"]))
+    return found
+
+
+def table(found: Sequence[Agreement]) -> str:
+    """Return a table in markdown."""
+    lines = [
+        "| in flight | picture | figure | ours | vllm bench serve | ours / theirs | rounds apart |",
+        "|---:|---|---|---:|---:|---:|---:|",
+    ]
+    for one in found:
+        size = "text" if one.load.size is None else f"{one.load.size[0]}x{one.load.size[1]}"
+        for metric, name in zip(METRICS, ("TTFT, ms", "TPOT, ms", "output tokens/s"), strict=True):
+            ours, theirs = one.median("ours", metric), one.median("theirs", metric)
+            lines.append(
+                f"| {one.load.concurrency} | {size} | {name} | {ours:.4g} | {theirs:.4g} | {one.ratio(metric):.3f} "
+                f"| {100 * one.spread(metric):.0f}% |"
+            )
+    return "\n".join(lines)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.studies.agreement", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--url", required=True, help="of a vLLM server that runs")
+    parser.add_argument("--tokenizer", required=True, help="directory or hub id, which vllm bench serve loads")
+    parser.add_argument("--concurrency", default="1,8", help="requests in flight, a load each")
+    parser.add_argument("--requests", type=int, default=64, help="of each round; 3 for each in flight at least")
+    parser.add_argument("--rounds", type=int, default=3, help="of each tool")
+    parser.add_argument("--image-sizes", default="text,448x448", help="WIDTHxHEIGHT,... or text: a load each")
+    parser.add_argument("--prompt-words", type=int, default=64, help="of each prompt")
+    parser.add_argument("--output-tokens", type=int, default=128, help="of each answer")
+    parser.add_argument("--api-key", help="of the server")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``python -m bench.studies.agreement``."""
+    given = _parse(arguments)
+    try:
+        endpoint = asyncio.run(discover(given.url, given.api_key))
+        loads = [
+            Load(flight, max(given.requests, 3 * flight), size, given.prompt_words, given.output_tokens)
+            for size in parse_sizes(given.image_sizes)
+            for flight in map(int, given.concurrency.split(","))
+        ]
+        found = measure(endpoint, given.tokenizer, loads, given.rounds)
+    except QvlError as error:
+        sys.exit(str(error))
+    print(table(found))
+    if given.out:
+        facts = {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(["python", "-m", "bench.studies.agreement", *sys.argv[1:]]),
+            "device": environment.gpu_names() or environment.cpu_name(),
+            "versions": environment.versions(),
+            "server_version": endpoint.version,
+            "loads": [asdict(one) | {"ratios": {m: one.ratio(m) for m in METRICS}} for one in found],
+        }
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

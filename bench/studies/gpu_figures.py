@@ -1,0 +1,313 @@
+"""The figures of one card: 16 bits against 4, and vLLM's kernel against another, all servers up at once.
+
+    python -m bench.studies.gpu_figures prepare --shapes 7b,2b    # random weights in these shapes, and their AWQ
+    python -m bench.studies.gpu_figures up                        # all servers, side by side, each with its KV cache
+    python -m bench.studies.gpu_figures measure                   # `qvl bench` over pairs of them; then the agreement
+    python -m bench.studies.gpu_figures down
+    python -m bench.studies.gpu_figures profile --profiles DIR    # what was measured of the kernels, for `qvl serve`
+
+`all` is the first four in a row; each can be called again, and does what is left. Speed and memory depend on the shape
+of weights alone, so random ones will do; nothing here is said about answers. A shape `tiny`, two layers of the 2B's,
+shows on a CPU that it all runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bench.cli.commands import run
+from toolkit.errors import QvlError
+
+__all__ = ["Pair", "Shape", "main", "pairs"]
+
+#: vLLM's own choice of kernel on Hopper is Machete; Marlin is faster there under a low load.
+_MARLIN = "awq-marlin"
+_GIB = 2**30
+#: Pictures are scaled to at most so many pixels: what is reserved for the largest one is not measured here.
+_MAX_PIXELS = 1280 * 28 * 28
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model and its systems.
+
+    Attributes:
+        base: of `qvl random-model`; ``layers`` None: all of them.
+        systems: what is served of it.
+        kv_gib: of each server's KV cache.
+        seconds: that a point is measured in each round.
+        rates: requests/s of open loops.
+        concurrency: requests in flight of closed loops.
+        sizes: of pictures, "text" for none, in turn.
+        agreement: the load under which our figures are held against those of `vllm bench serve`.
+    """
+
+    name: str
+    base: str
+    layers: int | None
+    systems: tuple[str, ...]
+    kv_gib: float
+    seconds: float
+    rates: str
+    concurrency: str = "1,8,32,128"
+    sizes: str = "text,448x448"
+    agreement: tuple[str, ...] = ("--concurrency", "8", "--requests", "96")
+
+    def directory(self, work: Path, system: str) -> Path:
+        """Where a system's checkpoint lies; the server is called by its name."""
+        return work / f"{self.name}-{system}"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A report: candidate against baseline, with open loops or without."""
+
+    shape: Shape
+    baseline: str
+    candidate: str
+    rates: bool
+
+    @property
+    def name(self) -> str:
+        """Of the report's directory."""
+        return f"{self.shape.name}-{self.candidate}-against-{self.baseline}"
+
+
+_TINY_AGREEMENT = ("--concurrency", "1", "--requests", "3", "--image-sizes", "text", "--output-tokens", "16")
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("7b", "7b", None, ("bf16", "awq", _MARLIN), 4.0, 3.0, "4,12"),
+        Shape("2b", "2b", None, ("bf16", "awq", _MARLIN), 2.0, 2.5, "8,24"),
+        Shape("tiny", "2b", 2, ("bf16", "awq"), 0.5, 2.0, "1", "1,2", "text,112x112", _TINY_AGREEMENT),
+    )
+}
+
+
+def pairs(shapes: Sequence[Shape]) -> list[Pair]:
+    """Return the reports to make, what matters most first."""
+    found = [Pair(shape, "bf16", _MARLIN if shape.name == "7b" else "awq", True) for shape in shapes]
+    return found + [Pair(shape, "awq", _MARLIN, False) for shape in shapes if _MARLIN in shape.systems]
+
+
+def _must(command: Sequence[object]) -> None:
+    if code := run(command):
+        raise SystemExit(code)
+
+
+def prepare(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+    """Make the checkpoints that are not there yet. A kernel is no other checkpoint: its name is a link."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for shape in shapes:
+        source, awq = shape.directory(given.work, "bf16"), shape.directory(given.work, "awq")
+        if not source.exists():
+            made: list[object] = ["random-model", "--shape", shape.base, "--out", source, "--device", device]
+            made += ["--layers", shape.layers] if shape.layers else []
+            _must(made + (["--tokenizer", given.tokenizer] if given.tokenizer else []))
+        if not awq.exists():
+            _must(["quantize", "--model", source, "--out", awq, "--samples", given.samples])
+        for system in shape.systems:
+            directory = shape.directory(given.work, system)
+            if not directory.exists():
+                directory.symlink_to(awq.name)
+
+
+def _all(shapes: Sequence[Shape]) -> Iterator[tuple[int, Shape, str]]:
+    for number, (shape, system) in enumerate((s, system) for s in shapes for system in s.systems):
+        yield number, shape, system
+
+
+def up(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+    """Start every server that does not run, all at once, and wait until the last is ready."""
+    from serve.plan import memory
+    from serve.process import state
+    from serve.process.backend import find_gpus
+    from serve.process.lifecycle import start
+    from serve.settings.config import ServeOptions
+    from serve.settings.profiles import Settings
+    from toolkit.checkpoint.checkpoint import Checkpoint
+    from toolkit.console import note
+
+    card = max((gpu.total for gpu in find_gpus()), default=0)
+
+    def boot(number: int, shape: Shape, system: str) -> str:
+        directory, port = shape.directory(given.work, system), given.port + number
+        known = state.load(port)
+        if known is not None and known.alive and known.ready:
+            return f"{directory.name}: runs on {known.url}"
+        kernel = "marlin" if system == _MARLIN and card else None
+        # Each has a KV cache of a given size: none measures what memory is left, which the others are taking.
+        cache = ("--kv-cache-memory-bytes", str(int(shape.kv_gib * _GIB)))
+        options = ServeOptions(
+            port=port,
+            served_model_name=directory.name,  # a link's own name
+            max_model_len=4096,
+            max_num_seqs=256 if card else None,
+            images_per_request=1,
+            videos_per_request=0,
+            probe_every=3600,  # a probe's question would count among those that are measured
+            timeout=900,
+            settings=Settings(kernel=kernel, max_pixels=_MAX_PIXELS),
+            extra=cache if card else (),
+        )
+        if card:
+            least = memory.need(Checkpoint.open(directory), options).total
+            share = min(0.95, round(least / card + 0.01, 3))  # what is checked to be free; not what is taken
+            options = replace(options, gpu_memory_utilization=share)
+        server = start(str(directory), options)
+        return f"{directory.name}: {server.url} after {server.boot_seconds:.0f} s"
+
+    with ThreadPoolExecutor(len(list(_all(shapes)))) as pool:
+        for booted in [pool.submit(boot, *each) for each in _all(shapes)]:
+            note(booted.result())
+
+
+def measure(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+    """Make the reports that are not there yet, then hold our figures against those of `vllm bench serve`."""
+    from toolkit.console import note, warn
+
+    urls = {(shape.name, system): f"http://127.0.0.1:{given.port + number}" for number, shape, system in _all(shapes)}
+    for pair in pairs(shapes):
+        out, shape = given.out / pair.name, pair.shape
+        begun = out.exists()
+        if begun and _whole(out):
+            continue
+        if time.monotonic() > given.end:
+            note(f"the time is up before {pair.name}: the same command goes on")
+            return
+        command: list[object] = ["bench", "--baseline", urls[shape.name, pair.baseline]]
+        command += ["--candidate", urls[shape.name, pair.candidate], "--out", out, "--tasks", "none"]
+        command += ["--concurrency", shape.concurrency, "--duration", shape.seconds, "--rounds", 3]
+        command += ["--image-sizes", shape.sizes, "--output-tokens", 128]
+        command += ["--prompt-tokens", 64, "--slo", "ttft=500ms,tpot=15ms"]
+        command += ["--resume"] if begun else []
+        if code := run(command + (["--rate", shape.rates] if pair.rates else [])):
+            warn(f"{pair.name} ended with {code}; going on")
+    shape = shapes[-1]
+    agreement = given.out / "agreement.json"
+    if time.monotonic() > given.end or agreement.exists():
+        return
+    url, tokenizer = urls[shape.name, "awq"], str(shape.directory(given.work, "awq"))
+    command = ["--url", url, "--tokenizer", tokenizer, "--out", agreement, *shape.agreement]
+    if code := run(command, "bench.studies.agreement"):
+        warn(f"the agreement ended with {code}")
+
+
+def _whole(out: Path) -> bool:
+    """Whether a directory holds a report of all that was to be measured."""
+    from bench.report.render.json_file import read
+
+    path = out / "report.json"
+    return path.exists() and read(path).status == "ok"
+
+
+def down(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+    """Stop the servers that run."""
+    from serve.process import state
+
+    for number, _, _ in _all(shapes):
+        if state.load(given.port + number) is not None:
+            run(["stop", "--port", given.port + number])
+
+
+def profile(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+    """Write a profile of each shape's kernels, at each load of its reports."""
+    from bench.report.render.json_file import read
+    from serve.plan.capacity import shape as published
+    from serve.settings.profiles import Key, Measured, Profile, Settings, format_key, model_key, save
+    from toolkit.console import note
+
+    named = {"awq": "vllm", _MARLIN: "marlin", "bf16": "fp16"}
+    for shape in shapes:
+        figures: dict[int, dict[str, float]] = {}
+        reports = []
+        # The pair of kernels counts for both of them, that with 16 bits for 16 bits alone where there are both.
+        for pair in pairs([shape]):
+            path = given.out / pair.name / "report.json"
+            if not path.exists():
+                continue
+            report = read(path)
+            reports.append(pair.name)
+            for point in report.speed:
+                if point.load.concurrency is not None and point.output_tokens_per_s is not None:
+                    system = pair.baseline if point.role == "baseline" else pair.candidate
+                    figures.setdefault(point.load.concurrency, {})[named[system]] = point.output_tokens_per_s
+        if not reports:
+            continue
+        gpu = report.environment.gpus[0].split(",")[0]
+        version = report.systems["candidate"].server_version or "unknown"
+        key = Key(gpu, model_key(published(shape.base, True).text_config), format_key(128), version)
+        candidates = {"vllm": Settings(), "marlin": Settings(kernel="marlin")}
+        present = {name for found in figures.values() for name in found}
+        measured = tuple(
+            Measured(count, {name: found[name] for name in sorted(found) if name != "fp16"}, found.get("fp16"))
+            for count, found in sorted(figures.items())
+        )
+        made = Profile(
+            key,
+            {name: settings for name, settings in candidates.items() if name in present},
+            measured,
+            provenance={
+                "what": "output tokens/s in closed loops, texts and pictures of 448x448 in turn, 128 output tokens, "
+                "random weights of the real shape",
+                "when": report.created.isoformat(),
+                "reports": reports,
+            },
+        )
+        note(str(save(made, given.profiles)))
+
+
+STEPS = {"prepare": prepare, "up": up, "measure": measure, "down": down, "profile": profile}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``python -m bench.studies.gpu_figures``."""
+    from toolkit.console import fail
+
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.studies.gpu_figures", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("step", choices=[*STEPS, "all"])
+    parser.add_argument("--shapes", default="7b,2b", help=f"of {', '.join(SHAPES)}, the most important first")
+    parser.add_argument("--work", type=Path, default=Path("out/card"), help="directory of the checkpoints")
+    parser.add_argument("--out", type=Path, default=Path("out/card/results"), help="directory of the reports")
+    parser.add_argument("--tokenizer", type=Path, help="directory with a Qwen2 tokenizer.json")
+    parser.add_argument("--samples", type=int, default=16, help="calibration chats: speed does not depend on them")
+    parser.add_argument("--profiles", type=Path, help="directory of profiles (where `qvl serve` looks for yours)")
+    parser.add_argument("--port", type=int, default=18000, help="of the first server")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no report after so long")
+    given = parser.parse_args(arguments)
+    given.end = time.monotonic() + 60 * given.minutes
+    given.work, given.out = given.work.resolve(), given.out.resolve()
+    for directory in (given.work, given.out):
+        directory.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("QVL_CACHE", str(given.work / "cache"))
+    try:
+        shapes = [SHAPES[name] for name in given.shapes.split(",")]
+    except KeyError as error:
+        fail(f"--shapes: {error.args[0]!r} is none of {', '.join(SHAPES)}")
+        raise SystemExit(2) from None
+    try:
+        if given.step != "all":
+            STEPS[given.step](given, shapes)
+            return
+        try:
+            for step in (prepare, up, measure):
+                step(given, shapes)
+        finally:
+            down(given, shapes)
+    except QvlError as error:
+        fail(str(error))
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The figures of docs/tuning.md and docs/multi-gpu.md, in steps that can each be killed and called again.
+
+    make tune-bench ARGS="--shape 7b --minutes 9"      # again until it says that nothing is left
+    python -m bench.studies.tuning --shape demo            # the dry run, on a CPU too
+
+Makes a model of the shape with random weights (speed and memory depend on shapes alone), its AWQ, then: `qvl tune`
+with fp16 beside it, a decode step's profile of both, `qvl plan` against boots on cards of 16 and 24 GiB, and, where
+there are two GPUs, tensor and data parallel over two against one. All results lie in OUT/SHAPE-results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.cli import commands
+from bench.tune.measure import Journal, TunePlan, table_rows, tune
+from toolkit.errors import QvlError
+
+__all__ = ["main", "spreads"]
+
+#: Loads, requests, output tokens and pictures: of a published shape on a GPU, and of the dry run.
+_REAL = {"loads": "1,8,32,128", "requests": 64, "tokens": 128, "sizes": "448x448", "steps": 64, "only": None}
+_DRY = {"loads": "1,2", "requests": 6, "tokens": 8, "sizes": "112x112", "steps": 12, "only": "vllm,few-sequences"}
+
+
+#: What `qvl tune --fail-if-left` exits with when its minutes were up.
+_TIME_UP = 3
+
+
+class OutOfTime(Exception):
+    """The minutes are up; what is done is kept."""
+
+
+class _Steps:
+    """Runs commands one after the other; one that has been done is not done again."""
+
+    def __init__(self, results: Path, minutes: float) -> None:
+        self.results = results
+        self.end = time.monotonic() + 60 * minutes
+        self.results.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def minutes_left(self) -> float:
+        return max(0.0, (self.end - time.monotonic()) / 60)
+
+    def run(
+        self, name: str, command: Sequence[object], module: str = "toolkit.cli", *, made: Path | None = None
+    ) -> None:
+        """Run the command unless ``made``, or a mark that it was done, is there. Raises OutOfTime where it says so."""
+        mark = made or self.results / f".{name}.done"
+        if mark.exists():
+            return
+        if time.monotonic() >= self.end:
+            raise OutOfTime(name)
+        code = commands.run(command, module)
+        if code == _TIME_UP:
+            raise OutOfTime(name)
+        if code:
+            raise SystemExit(code)
+        if made is None:
+            mark.touch()
+
+
+def spreads(gpus: int, on_gpu: bool) -> dict[str, tuple[int, int]]:
+    """Return (tp, dp) by name, of what so many GPUs can be compared in; on a CPU, two processes."""
+    found = {"one": (1, 1)}
+    if gpus >= 2 or not on_gpu:
+        found |= {"tp2": (2, 1), "dp2": (1, 2)}
+    if gpus >= 4:
+        found |= {"tp4": (4, 1), "dp4": (1, 4), "tp2-dp2": (2, 2)}
+    return found
+
+
+def _parallel(model: str, results: Path, plan: TunePlan, minutes: float) -> bool:
+    """Measure a model over one and more GPUs; return whether all is measured."""
+    from bench.machine.environment import gpu_names, versions
+    from bench.run.boot import free_ports
+    from bench.tune.cli import boot_with
+    from serve.settings.config import ServeOptions
+    from serve.settings.parallel import Parallel, visible_gpus
+
+    on_gpu = ServeOptions().on_gpu
+    ways = spreads(visible_gpus(), on_gpu)
+    journal = Journal(results / "parallel.json", {"model": model, "gpus": gpu_names(), "versions": versions()})
+
+    def options(name: str) -> ServeOptions:
+        tp, dp = ways[name]
+        return ServeOptions(port=free_ports(1)[0], parallel=Parallel(tp=tp, dp=dp), timeout=900)
+
+    settings = {name: {"tp": tp, "dp": dp} for name, (tp, dp) in ways.items()}
+    return tune(settings, plan, lambda name: boot_with(model, options(name)), journal, seconds=60 * minutes)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is left, until the minutes are up."""
+    from bench.load.inputs import parse_sizes
+    from serve.process.backend import choose
+    from toolkit.console import fail, note
+
+    parser = argparse.ArgumentParser(prog="python -m bench.studies.tuning", description=__doc__)
+    parser.add_argument("--shape", default="7b", choices=("2b", "7b", "72b", "demo"))
+    parser.add_argument("--out", type=Path, default=Path("out/tune-bench"))
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin nothing after so long")
+    parser.add_argument("--only", help="candidates of qvl tune to try, with commas")
+    given = parser.parse_args(arguments)
+    dry, gpu = given.shape == "demo", choose() == "gpu"
+    size = _DRY if dry else _REAL
+    source = "demo" if dry else str(given.out / f"{given.shape}-bf16")
+    awq = given.out / f"{given.shape}-awq"
+    results = given.out / f"{given.shape}-results"
+    steps = _Steps(results, given.minutes)
+    load = ["--image-sizes", str(size["sizes"])]
+    try:
+        if not dry:
+            made = ["random-model", "--shape", given.shape, "--out", source, "--device", "cuda" if gpu else "cpu"]
+            steps.run("weights", made, made=Path(source))
+        steps.run("awq", ["quantize", "--model", source, "--out", awq, "--samples", 16], made=awq)
+        for name, model in (("awq", str(awq)), ("fp16", source)):
+            out = results / f"step-{name}"
+            profiled = [model, "--out", out, "--steps", size["steps"], *load]
+            steps.run(f"step-{name}", profiled, "bench.studies.step_profile", made=out / "step.json")
+        steps.run("capacity", [source, awq, "--out", results / "capacity.json"], "bench.studies.capacity_check")
+        plan = TunePlan(
+            tuple(int(part) for part in str(size["loads"]).split(",")),
+            int(str(size["requests"])),
+            int(str(size["tokens"])),
+            parse_sizes(str(size["sizes"])),
+        )
+        if not _parallel(str(awq), results, plan, steps.minutes_left):
+            raise OutOfTime("parallel")
+        command: list[object] = ["tune", awq, "--fp16", source, "--concurrency", size["loads"], *load]
+        command += ["--requests", size["requests"], "--output-tokens", size["tokens"]]
+        command += ["--minutes", f"{steps.minutes_left:.1f}", "--out", results / "profile", "--fail-if-left"]
+        only = given.only or size["only"]
+        steps.run("tune", [*command, *(["--only", only] if only else [])])
+    except OutOfTime as late:
+        note(f"the time is up before or in the step {late}: the same command goes on")
+        raise SystemExit(_TIME_UP) from None
+    except QvlError as error:
+        fail(str(error))
+        raise SystemExit(2) from error
+    told = json.loads((results / "parallel.json").read_text())
+    for name, cells in table_rows(
+        list(Journal(results / "parallel.json", told["about"]).trials.values()), plan.concurrencies
+    ):
+        note(f"{name}: {', '.join(cells)} tokens/s at {size['loads']} in flight")
+    note(f"nothing is left; results are in {results}")
+
+
+if __name__ == "__main__":
+    main()

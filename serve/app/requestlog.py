@@ -1,0 +1,122 @@
+"""The outermost middleware: gives each request an id, writes one JSON line about it and counts it.
+
+A line never holds a prompt, a picture, a key, a query string or a header of the client, but for the request's id.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from prometheus_client import Counter, Gauge
+
+from serve.http.logs import line, write
+
+__all__ = ["ENABLED", "ROUTES", "RequestLog"]
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+#: Name of the environment variable that turns the lines on; ids and counts are always there.
+ENABLED = "QVL_REQUEST_LOG"
+#: Routes that are told apart; a stranger's paths must not become labels.
+ROUTES = frozenset(
+    {
+        "/health",
+        "/ready",
+        "/metrics",
+        "/play",
+        "/version",
+        "/tokenize",
+        "/detokenize",
+        "/v1/models",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+    }
+)
+#: Asked for every few seconds by machines: counted, and logged only when something is wrong. /ready not even then:
+#: what changes its answer is logged where it happens.
+_POLLED = frozenset({"/health", "/ready", "/metrics"})
+_SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+#: What nginx logs where the client went away before the answer.
+_CLIENT_GONE = 499
+
+_REQUESTS = Counter("qvl_requests_total", "Requests by route and status.", ["route", "status"])
+_IN_FLIGHT = Gauge("qvl_in_flight", "Requests under way.")
+
+
+class RequestLog:
+    """ASGI middleware. Puts `scope["qvl"] = {"id", "key", "refused"}`, which the middleware inside it fills in."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self._logs = os.environ.get(ENABLED) == "1"
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Pass a request on with its id; write its line when it has ended."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        asked = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
+        number = asked if _SAFE_ID.fullmatch(asked) else uuid.uuid4().hex
+        notes: dict[str, str | None] = {"id": number, "key": None, "refused": None}
+        headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
+        scope = {**scope, "qvl": notes, "headers": [*headers, (b"x-request-id", number.encode())]}
+        status, bytes_in, bytes_out = 0, 0, 0
+
+        async def counted_receive() -> Message:
+            nonlocal bytes_in
+            message = await receive()
+            bytes_in += len(message.get("body", b""))
+            return message
+
+        async def marked_send(message: Message) -> None:
+            nonlocal status, bytes_out
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                others = [(name, value) for name, value in message.get("headers", ()) if name != b"x-request-id"]
+                message = {**message, "headers": [*others, (b"x-request-id", number.encode())]}
+            bytes_out += len(message.get("body", b""))
+            await send(message)
+
+        _IN_FLIGHT.inc()
+        failed = False
+        try:
+            await self.app(scope, counted_receive, marked_send)
+        except Exception:
+            failed = True
+            raise
+        finally:
+            _IN_FLIGHT.dec()
+            status = status or (500 if failed else _CLIENT_GONE)
+            route = _route(scope["path"])
+            _REQUESTS.labels(route, str(status)).inc()
+            if self._logs and route != "/ready" and not (route in _POLLED and status < 400):
+                seconds = round(time.perf_counter() - began, 6)
+                more = {
+                    "id": number,
+                    "method": scope["method"],
+                    "route": route,
+                    "status": status,
+                    "seconds": seconds,
+                    "bytes_in": bytes_in,
+                    "bytes_out": bytes_out,
+                    "key": notes["key"],
+                    "refused": notes["refused"],
+                }
+                write(line("error" if status >= 500 else "info", "qvl.requests", "request", **more))
+
+
+def _route(path: str) -> str:
+    if path.startswith("/play/"):
+        return "/play"
+    return path if path in ROUTES else "other"

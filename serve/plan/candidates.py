@@ -1,0 +1,72 @@
+"""What `qvl tune` tries on a machine, and whether the machine is free to be measured on."""
+
+from __future__ import annotations
+
+import re
+
+from serve.process.backend import Backend, gpu_users
+from serve.settings.profiles import Settings
+from toolkit.errors import ServerError
+
+__all__ = ["DEFAULT", "candidates", "refuse_busy_gpu"]
+
+#: The candidate that changes nothing.
+DEFAULT = "vllm"
+_HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
+
+
+def candidates(
+    backend: Backend, card: str, quantized: bool, *, text: bool = False, lossy: bool = False
+) -> dict[str, Settings]:
+    """Return settings worth trying, by name, vLLM's own first.
+
+    On a GPU: the kernels beside vLLM's own choice, graphs and schedules for few or for many requests. On a CPU there is
+    one kernel and no graph: sequences and tokens of a step, and compiling.
+
+    Args:
+        backend: where the server computes.
+        card: the GPU's name.
+        quantized: whether the weights are packed.
+        text: whether real questions are asked; only then can guesses from n-grams be judged. Made requests are answered
+            beyond their end, which repeats itself, so any guess comes true.
+        lossy: also settings that change answers, such as keys and values in 8 bits.
+    """
+    found = {DEFAULT: Settings()}
+    if backend == "cpu":
+        found["few-sequences"] = Settings(max_num_seqs=2)
+        found["many-sequences"] = Settings(max_num_seqs=16)
+        found["short-steps"] = Settings(max_num_batched_tokens=512)
+        found["compiled"] = Settings(compile=True)
+        if text:
+            found["ngram"] = Settings(ngram=3)
+        return found
+    kernels: list[str | None] = [None]
+    if quantized:
+        kernels += ["marlin", "triton"] if _HOPPER.search(card) else ["triton"]
+    for kernel in kernels:
+        prefix = f"{kernel}-" if kernel else ""
+        if kernel:
+            found[kernel] = Settings(kernel=kernel)
+        if kernel == "triton":
+            continue  # alone first: if it does not win, its schedules will not
+        found[f"{prefix}interactivity"] = Settings(kernel=kernel, performance_mode="interactivity")
+        found[f"{prefix}throughput"] = Settings(kernel=kernel, performance_mode="throughput")
+        found[f"{prefix}long-steps"] = Settings(kernel=kernel, max_num_batched_tokens=16384)
+        found[f"{prefix}full-graphs"] = Settings(kernel=kernel, cudagraph_mode="FULL_DECODE_ONLY")
+        if text:
+            found[f"{prefix}ngram"] = Settings(kernel=kernel, ngram=3)
+    found["synchronous"] = Settings(async_scheduling=False)
+    found["no-caches"] = Settings(prefix_caching=False, mm_cache_gb=0)
+    if lossy:
+        found["fp8-cache"] = Settings(kv_cache_dtype="fp8")
+    return found
+
+
+def refuse_busy_gpu() -> None:
+    """Raise ServerError naming the processes that use a GPU: beside them nothing that is measured is true."""
+    users = gpu_users()
+    if users:
+        raise ServerError(
+            f"the GPU is in use: {'; '.join(users)}. What is measured beside others is not true: stop them, or "
+            "choose a free GPU with CUDA_VISIBLE_DEVICES and say --shared."
+        )

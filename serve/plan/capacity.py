@@ -1,0 +1,252 @@
+"""What of a model fits a card of a given size, from shapes alone: weights, activations, KV cache, context, concurrency.
+
+vLLM takes a share of the card, loads the weights, runs once at the largest sizes that its settings allow, captures CUDA
+graphs, and gives what is left to the KV cache (``determine_available_memory`` in its ``gpu_worker.py``). The same sum:
+
+    weights      packed tensors as they are, all others in the compute dtype's 2 bytes, tied matrices once, and what
+                 vLLM 0.25.1 reported beyond them on an H100
+    encoder      the widest moment of a vision block (in, two norms' worth of copies, MLP before and after its
+                 activation) over the patches of the largest picture, and that picture's pixels
+    step         the widest moment of a decoder layer over ``max_num_batched_tokens``: residual, norm, gate and up,
+                 their product
+    sampler      logits of ``max_num_seqs`` sequences in 16 bits, in float32, and two sorted or summed copies
+    activations  the largest of the three, and the encoder's output, which waits beside the last two
+    overhead     CUDA's context, cuBLAS and NCCL workspaces, the allocator's rounding, CUDA graphs
+    KV cache     2 x layers x KV heads x head size x 2 bytes a token
+
+Weights are within 3% of what vLLM reported for 2B and 7B, and the KV cache is exact (docs/tuning.md). The activations
+follow from vLLM's source and the overhead is an allowance: `python -m bench.studies.capacity_check` holds both
+against boots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from serve.settings.config import DEFAULT_GPU_SHARE, kv_bytes_per_token
+from toolkit.checkpoint.checkpoint import ARCHITECTURE, LINEARS, Checkpoint, QuantizationInfo
+from toolkit.checkpoint.weights import TensorInfo
+from toolkit.errors import FormatError, ResourceError
+from toolkit.models.anatomy import expected_tensors
+from toolkit.sources.random_model import SHAPES, VISION
+
+__all__ = ["Capacity", "Load", "Need", "batch", "capacity", "kv_tokens", "need", "shape", "weight_bytes"]
+
+_GIB = 1 << 30
+#: Bytes of an element of what vLLM computes in on a GPU.
+_ELEMENT = 2
+_GROUP_SIZE = 128
+#: vLLM's own settings for its API server (``get_batch_defaults``, 0.32): batched tokens and sequences on a card of at
+#: least so many bytes.
+_DEFAULTS = ((160 * _GIB, 16384, 1024), (70 * _GIB, 8192, 1024), (0, 2048, 256))
+#: Tokens of a block of the KV cache; one block is vLLM's own.
+_BLOCK = 16
+#: Reported beyond the tensors: 2B 0.145 GiB, its AWQ 0.08; 7B 0.156, its AWQ (Machete widens zero points) 0.20.
+_LOADED_BESIDE = int(0.14 * _GIB)
+#: CUDA's context and library workspaces, and what graphs take: an allowance, to be replaced by measurements.
+_CONTEXT_BYTES = int(0.6 * _GIB)
+_GRAPH_BYTES_A_LAYER = 12 << 20
+#: A side of the square of pixels that is one token.
+_TOKEN_PIXELS = 28 * 28
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a server is to take. None: as much as fits, or vLLM's own default."""
+
+    #: Longest sequence in tokens, pictures included.
+    context: int = 16384
+    #: Most pixels of a picture; the processor scales larger ones down. None: the processor's own bound.
+    image_pixels: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    #: Share of the card that vLLM may take.
+    share: float = DEFAULT_GPU_SHARE
+    #: GPUs that split the weights.
+    tp: int = 1
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on one card before any KV cache."""
+
+    weights: int
+    activations: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.activations + self.overhead
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What is left on a card, and what that is good for."""
+
+    model: str
+    #: "fp16" (either 16-bit float) or "awq".
+    format: str
+    #: Bytes of the card.
+    card: int
+    need: Need
+    kv_bytes: int
+    kv_bytes_per_token: int
+    #: Longest context that the settings and the model allow and one sequence fills; 0: the model does not fit.
+    context: int
+    #: Sequences of that length that the cache holds at once.
+    concurrency: int
+    #: Largest picture in pixels that is read without being scaled down.
+    image_pixels: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the model can be served at all."""
+        return self.context > 0
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return _whole_blocks(self.kv_bytes // self.kv_bytes_per_token)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON types; sizes in bytes."""
+        return {
+            "model": self.model,
+            "format": self.format,
+            "card_bytes": self.card,
+            "fits": self.fits,
+            "weights_bytes": self.need.weights,
+            "activations_bytes": self.need.activations,
+            "overhead_bytes": self.need.overhead,
+            "kv_cache_bytes": max(0, self.kv_bytes),
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "kv_tokens": self.kv_tokens,
+            "context": self.context,
+            "concurrency": self.concurrency,
+            "image_pixels": self.image_pixels,
+        }
+
+
+def shape(name: str, quantized: bool) -> Checkpoint:
+    """Return a published size as a checkpoint of headers without files: "2b", "7b" or "72b", bfloat16 or AWQ.
+
+    Raises FormatError for another name.
+    """
+    if name not in SHAPES:
+        raise FormatError(f"unknown shape {name!r}: choose {', '.join(SHAPES)}, or give a directory.")
+    text = {**SHAPES[name], "max_position_embeddings": 32768}
+    vision = {**VISION, "hidden_size": text["hidden_size"]}
+    config = {"architectures": [ARCHITECTURE], "model_type": "qwen2_vl", **text, "vision_config": vision}
+    bare = Checkpoint(Path(name), config, text, vision, {}, None, "model.layers.")
+    tensors: dict[str, TensorInfo] = {}
+    for expected in expected_tensors(bare):
+        if quantized and expected.linear and expected.name.removesuffix(".weight").endswith(LINEARS):
+            outputs, inputs = expected.shape
+            module, groups = expected.name.removesuffix(".weight"), inputs // _GROUP_SIZE
+            packed = {"qweight": ("I32", (inputs, outputs // 8)), "qzeros": ("I32", (groups, outputs // 8))}
+            packed["scales"] = ("F16", (groups, outputs))
+            for part, (dtype, size) in packed.items():
+                tensors[f"{module}.{part}"] = _tensor(f"{module}.{part}", dtype, size)
+        else:
+            tensors[expected.name] = _tensor(expected.name, "BF16", expected.shape)
+    info = QuantizationInfo(4, _GROUP_SIZE, True, "gemm", ("visual",)) if quantized else None
+    return replace(bare, tensors=tensors, quantization=info)
+
+
+def _tensor(name: str, dtype: str, size: tuple[int, ...]) -> TensorInfo:
+    info = TensorInfo(name, dtype, size, 0, Path(), 0)
+    return replace(info, nbytes=info.numel * (4 if dtype == "I32" else 2))
+
+
+def weight_bytes(checkpoint: Checkpoint, tp: int = 1) -> int:
+    """Return the bytes of weights on each of ``tp`` GPUs: packed ones as they are, others in 2 bytes an element."""
+    total = 0
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith("lm_head.") and checkpoint.tied_lm_head:
+            continue  # vLLM takes the embeddings
+        size = tensor.nbytes if tensor.dtype == "I32" else tensor.numel * _ELEMENT
+        total += size if len(tensor.shape) < 2 else size // tp
+    return total
+
+
+def need(checkpoint: Checkpoint, card: int, load: Load) -> Need:
+    """Return what a card of ``card`` bytes holds before the KV cache; the terms are in the module's docstring."""
+    text, vision = checkpoint.text_config, checkpoint.vision_config
+    hidden, inner, vocab = int(text["hidden_size"]), int(text["intermediate_size"]), int(text["vocab_size"])
+    tokens, sequences = batch(card, load)
+    picture = _image_tokens(checkpoint, load)
+    # the encoder runs over as many of the largest pictures as the budget holds, at least one
+    patches = max(picture, tokens // picture * picture) * int(vision.get("spatial_merge_size", 2)) ** 2
+    width = int(vision.get("embed_dim", 1280))
+    mlp = width * int(vision.get("mlp_ratio", 4))
+    pixels = patches * 3 * 2 * int(vision.get("patch_size", 14)) ** 2 * _ELEMENT
+    encoder = pixels + patches * (3 * width + 2 * mlp // load.tp) * _ELEMENT
+    cached = max(picture, tokens) * hidden * _ELEMENT
+    step = tokens * (3 * hidden + 3 * inner // load.tp) * _ELEMENT
+    sampler = sequences * vocab * (_ELEMENT + 3 * 4)
+    activations = max(encoder, cached + step, cached + sampler)
+    overhead = _CONTEXT_BYTES + int(text["num_hidden_layers"]) * _GRAPH_BYTES_A_LAYER
+    return Need(weight_bytes(checkpoint, load.tp) + _LOADED_BESIDE, activations, overhead)
+
+
+def capacity(checkpoint: Checkpoint, card: int, load: Load, model: str) -> Capacity:
+    """Return what serving ``checkpoint`` on a card of ``card`` bytes has room for under ``load``.
+
+    Args:
+        model: its name in the result.
+
+    Raises ResourceError for a card that is no card.
+    """
+    if card < _GIB:
+        raise ResourceError(f"a card of {card / _GIB:.2g} GiB: give its memory in GiB, such as --gpu-memory 16.")
+    before = need(checkpoint, card, load)
+    kv_bytes = int(card * load.share) - before.total
+    per_token = kv_bytes_per_token(checkpoint, "bfloat16") // min(
+        load.tp, int(checkpoint.text_config["num_key_value_heads"])
+    )
+    found = Capacity(model, "awq" if checkpoint.quantization else "fp16", card, before, kv_bytes, per_token, 0, 0, 0)
+    positions = int(checkpoint.text_config.get("max_position_embeddings", 32768))
+    context = min(load.context, positions, found.kv_tokens) // _BLOCK * _BLOCK
+    if context < _LEAST_CONTEXT:
+        return found
+    pixels = min(context, _image_tokens(checkpoint, load)) * _TOKEN_PIXELS
+    return replace(found, context=context, concurrency=found.kv_tokens // context, image_pixels=pixels)
+
+
+#: Less than a small picture, a question and an answer is no server.
+_LEAST_CONTEXT = 512
+
+
+def kv_tokens(checkpoint: Checkpoint, kv_bytes: int, dtype: str) -> int:
+    """Return the tokens that a KV cache of ``kv_bytes`` holds for requests."""
+    return _whole_blocks(kv_bytes // kv_bytes_per_token(checkpoint, dtype))
+
+
+def _whole_blocks(tokens: int) -> int:
+    return max(0, tokens // _BLOCK - 1) * _BLOCK
+
+
+def batch(card: int, load: Load) -> tuple[int, int]:
+    """Return the tokens and sequences of a step: those asked for, or vLLM's own for such a card."""
+    tokens, sequences = next((tokens, sequences) for least, tokens, sequences in _DEFAULTS if card >= least)
+    return load.max_num_batched_tokens or tokens, load.max_num_seqs or sequences
+
+
+def _image_tokens(checkpoint: Checkpoint, load: Load) -> int:
+    """Return the tokens of the largest picture that the processor lets through; vLLM profiles with one."""
+    bound = _processor_pixels(checkpoint)
+    return max(1, min(bound, load.image_pixels or bound) // _TOKEN_PIXELS)
+
+
+def _processor_pixels(checkpoint: Checkpoint) -> int:
+    from toolkit.checkpoint.weights import read_json
+
+    file = checkpoint.path / "preprocessor_config.json"
+    settings: Mapping[str, Any] = read_json(file) if file.is_file() else {}
+    size = settings.get("size")
+    found = settings.get("max_pixels") or (size.get("longest_edge") if isinstance(size, dict) else None)
+    return int(found or 12845056)  # what the published checkpoints say

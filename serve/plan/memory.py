@@ -1,0 +1,137 @@
+"""Whether a model fits before it is booted: vLLM finds out only after a minute of loading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from serve.process.backend import find_gpus, gpu_users
+from serve.settings.config import DEFAULT_GPU_SHARE, DTYPE_BYTES, ServeOptions
+from toolkit.checkpoint.checkpoint import Checkpoint
+from toolkit.errors import ResourceError, ResourceInUse
+
+__all__ = ["MemoryNeed", "available_host_memory", "check", "need"]
+
+_GIB = 1 << 30
+#: What vLLM takes beside weights and KV cache. CPU: measured, two processes with torch and transformers loaded, no
+#: model to speak of. GPU: CUDA's context and the activations of a picture; vLLM measures the true figure itself.
+_OVERHEAD = {"cpu": int(1.5 * _GIB), "gpu": int(1.5 * _GIB)}
+#: A process beside the first on a CPU: two took 2.0 GiB in all with the embedded model, where one took 1.1.
+_PROCESS = int(0.9 * _GIB)
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """The least memory a server takes, in bytes."""
+
+    weights: int
+    kv_cache: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kv_cache + self.overhead
+
+    def __str__(self) -> str:
+        return (
+            f"about {self.total / _GIB:.1f} GiB (weights {self.weights / _GIB:.1f}, "
+            f"KV cache {self.kv_cache / _GIB:.1f}, vLLM itself {self.overhead / _GIB:.1f})"
+        )
+
+
+def need(checkpoint: Checkpoint, options: ServeOptions) -> MemoryNeed:
+    """Estimate the least memory that serving takes. Packed weights keep their size, others take the compute dtype's."""
+    element = DTYPE_BYTES[options.dtype_for(checkpoint)]
+    weights = sum(t.nbytes if t.dtype == "I32" else t.numel * element for t in checkpoint.tensors.values())
+    cache, overhead = options.kv_bytes_for(checkpoint), _OVERHEAD["gpu" if options.on_gpu else "cpu"]
+    spread = options.parallel
+    if options.on_gpu:  # of each
+        return MemoryNeed(weights // (spread.tp * spread.pp), cache // (spread.tp * spread.pp), overhead)
+    # each process beyond the first has torch and transformers of its own
+    return MemoryNeed(weights * spread.dp, cache * spread.dp, overhead + (spread.gpus - 1) * _PROCESS)
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def _host_memory() -> int:
+    """Return the bytes that this process could take if nobody else took any."""
+    total = int(psutil.virtual_memory().total)
+    try:
+        return min(total, int((_CGROUP / "memory.max").read_text()))  # "max" where there is no limit
+    except (OSError, ValueError):
+        return total
+
+
+def available_host_memory() -> int:
+    """Return the bytes this process may still take: what the machine has free, or less where a cgroup limits it."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        inactive = next(
+            int(line.split()[1])
+            for line in (_CGROUP / "memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")  # page cache, given back under pressure
+        )
+    except (OSError, ValueError, StopIteration):
+        return available
+    return min(available, max(0, limit - used + inactive))
+
+
+def check(checkpoint: Checkpoint, options: ServeOptions) -> None:
+    """Raise ResourceError, with the figures, when the model can't fit; ResourceInUse when it could, were others gone.
+
+    Models spread over several GPUs by one of vLLM's own flags are left for vLLM to judge.
+    """
+    least = need(checkpoint, options)
+    if not options.on_gpu:
+        available = available_host_memory()
+        if least.total > available:
+            others = least.total <= _host_memory()
+            kind, stop = (ResourceInUse, "Stop what else takes memory, or: ") if others else (ResourceError, "")
+            raise kind(
+                f"{checkpoint.path} needs {least} of memory, and {available / _GIB:.1f} GiB are available. "
+                f"{stop}{_advice(checkpoint, options)}"
+            )
+        return
+    if options.parallel.ray or any(argument.partition("=")[0] in _PARALLEL for argument in options.extra):
+        return
+    gpus = sorted(find_gpus(), key=lambda g: g.free, reverse=True)[: options.parallel.gpus]
+    gpu = gpus[-1] if gpus else None
+    if gpu is None:
+        raise ResourceError("nvidia-smi lists no GPU. Serve with --backend cpu, or check the driver with `nvidia-smi`.")
+    share = options.gpu_memory_utilization or DEFAULT_GPU_SHARE
+    figures = f"{gpu.name} has {gpu.free / _GIB:.1f} of {gpu.total / _GIB:.1f} GiB free"
+    if least.total > gpu.total * share:
+        raise ResourceError(
+            f"{checkpoint.path} needs {least} of GPU memory; {figures}, of which vLLM may take a share of {share:g}. "
+            f"{_advice(checkpoint, options)}"
+        )
+    if gpu.total * share > gpu.free:
+        smaller = int(100 * gpu.free / gpu.total) / 100
+        enough = least.total <= gpu.total * smaller
+        raise ResourceInUse(
+            f"vLLM would reserve {gpu.total * share / _GIB:.1f} GiB (a share of {share:g}), and {figures}. "
+            f"Stop what uses the GPU{_named(gpu_users())}"
+            + (f", or give --gpu-memory-utilization {smaller:g}." if enough else f": the model needs {least}.")
+        )
+
+
+def _named(users: list[str]) -> str:
+    return f" ({'; '.join(users)})" if users else ""
+
+
+_PARALLEL = {"--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"}
+
+
+def _advice(checkpoint: Checkpoint, options: ServeOptions) -> str:
+    smaller = f"a smaller --max-model-len (now {options.max_model_len_for(checkpoint)})"
+    if not options.on_gpu:
+        smaller += f" or --max-num-seqs (now {options.max_num_seqs_for()})"
+    if checkpoint.quantization is None:
+        return f"Quantize it first (`qvl quantize`: weights shrink to about a third), or give {smaller}."
+    return f"Give {smaller}, or serve a smaller model."

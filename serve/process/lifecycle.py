@@ -1,0 +1,406 @@
+"""Start vLLM, wait until it really answers, look at it, drain and stop it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import httpx
+import psutil
+
+from serve.app.server import DIE_WITH
+from serve.guard.keys import read_keys
+from serve.plan import memory
+from serve.process import state
+from serve.process.backend import require_vllm
+from serve.process.bootlog import Phases, decisive_lines, explain, read_from
+from serve.process.repack import servable
+from serve.settings.config import ServeOptions
+from serve.settings.lora import check_lora
+from toolkit.checkpoint.checkpoint import Checkpoint, resolve
+from toolkit.errors import ResourceError, ServerError
+from toolkit.paths import cache_dir
+
+__all__ = ["Drained", "OnPhase", "Server", "Status", "readiness", "start", "status", "statuses", "stop"]
+
+#: Called while a server boots with the phase it has reached and the seconds since the start.
+OnPhase = Callable[[str, float], None]
+#: Seconds beyond the drain until a server that was asked to stop is killed.
+_STOP_MARGIN = 15.0
+_POLL = 0.2
+
+
+class Drained(KeyboardInterrupt):
+    """An interrupt that came when the server had just become ready: it was drained and is gone."""
+
+
+@dataclass
+class Server:
+    """A running server that has answered an image question. As a context manager it stops at the end."""
+
+    #: Where clients find it, such as "http://127.0.0.1:8000"; its API is under /v1.
+    url: str
+    port: int
+    pid: int
+    log: Path
+    model_name: str
+    #: The directory that was asked for.
+    checkpoint: Path
+    #: Seconds from start to ready.
+    boot_seconds: float
+    api_key: str | None = field(default=None, repr=False)
+    #: Bytes at the log's beginning that tell of earlier starts.
+    log_start: int = 0
+    _state: state.ServerState = field(repr=False, kw_only=True)
+    _process: subprocess.Popen[bytes] = field(repr=False, kw_only=True)
+
+    def stop(self, drain: bool = True) -> None:
+        """Stop it and wait until no process of it is left; requests under way may finish first. Idempotent."""
+        _end(self._state, drain)
+        self._process.wait()
+
+    def clear(self) -> None:
+        """After its death, end what its processes have left; it stays written down, so that it can be found."""
+        state.end_group(self._state, grace=0)
+        self._process.wait()
+
+    def running(self) -> bool:
+        """Whether its process still runs."""
+        return self._process.poll() is None
+
+    def wait(self) -> int:
+        """Wait until the server ends by itself and return its exit status."""
+        return self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop(drain=kind is None)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is known about one server."""
+
+    port: int
+    #: "booting": not ready yet; "ready"; "stalled": its engine stopped answering; "draining": it is being stopped;
+    #: "silent": it runs but nothing answers; "restarting": it died and is about to be started again; "dead".
+    state: Literal["booting", "ready", "stalled", "draining", "silent", "restarting", "dead"]
+    url: str
+    model_name: str
+    checkpoint: str
+    backend: str
+    pid: int
+    #: Seconds since its start; None when dead.
+    uptime: float | None
+    #: Bytes of host memory of all its processes, shared pages counted once; None when dead.
+    memory: int | None
+    log: str
+    #: How often its supervisor has started it again.
+    restarts: int = 0
+    #: Why, where it is stalled or dead.
+    reason: str | None = None
+
+
+def start(
+    model: str,
+    options: ServeOptions,
+    *,
+    on_phase: OnPhase | None = None,
+    attached: bool = False,
+    supervised: bool = False,
+    restarts: int = 0,
+) -> Server:
+    """Start vLLM and return when it is ready: when it has answered a question about a picture.
+
+    The server is a process group of its own and outlives this process, unless `attached`.
+
+    Args:
+        model: a directory, a hub name or "demo". A GEMV checkpoint is repacked first, see `serve.process.repack`.
+        options: see `ServeOptions`.
+        on_phase: called several times a second while booting.
+        attached: end the server when this process ends, however it ends.
+        supervised: this process will start it again when it dies; see `serve.process.supervisor`.
+        restarts: how often that has happened; the log is then continued.
+
+    Raises CheckpointError for a model that can't be used, ResourceError for too little memory or disk, ServerError for
+    a port that is taken, a file of keys that can't be read, and a vLLM that dies or does not answer in time, and
+    Drained instead of KeyboardInterrupt when clients could have had requests under way. No process is left behind then.
+    """
+    began = time.monotonic()
+    require_vllm("gpu" if options.on_gpu else "cpu")
+    _refuse_taken_port(options)
+    directory = resolve(model)
+    checkpoint = Checkpoint.open(directory)
+    name = options.name_for(directory)
+    options.arguments(checkpoint, name)  # a setting that does not suit the model is refused before anything is repacked
+    if options.guard is not None and options.guard.api_key_file is not None:
+        read_keys(Path(options.guard.api_key_file))
+    for lora in options.loras:
+        check_lora(lora, checkpoint)
+    memory.check(checkpoint, options)
+    served = servable(checkpoint)
+    try:
+        with state.locked("start", "servers"):
+            _refuse_taken_port(options)
+            log = _new_log(options.port, keep=restarts > 0)
+            log_start = log.stat().st_size
+            environment = options.environment(os.environ, name, began=began, restarts=restarts)
+            process = _spawn(options.arguments(served, name), environment, log, attached)
+            running = state.ServerState(
+                port=options.port,
+                pid=process.pid,
+                created=state.process_start(process.pid),
+                url=options.url,
+                model_name=name,
+                checkpoint=str(directory.resolve()),
+                served=str(served.path.resolve()),
+                backend=str(options.backend),
+                log=str(log),
+                drain=options.drain,
+                supervisor=os.getpid() if supervised else None,
+                supervisor_created=state.process_start(os.getpid()) if supervised else 0.0,
+                restarts=restarts,
+            )
+            with _ended_on_error(running, process):
+                _save(running)
+    except OSError as error:
+        raise ResourceError(
+            f"{cache_dir('servers')} can't be written ({error.strerror or error}). Free some space, or set QVL_CACHE."
+        ) from error
+    with _ended_on_error(running, process):
+        _wait_until_ready(process, running, options, began, on_phase, log_start)
+        running = replace(running, ready=True)
+        with contextlib.suppress(OSError):
+            state.save(running)
+    return Server(
+        url=options.url,
+        port=options.port,
+        pid=process.pid,
+        log=log,
+        model_name=name,
+        checkpoint=directory,
+        boot_seconds=time.monotonic() - began,
+        api_key=options.api_key,
+        log_start=log_start,
+        _state=running,
+        _process=process,
+    )
+
+
+def status(port: int) -> Status:
+    """Return what is known about the server on this port. Raises ServerError when qvl started none there."""
+    return _status(_known(port))
+
+
+def statuses() -> list[Status]:
+    """Return what is known about all servers that were started and not stopped, by port."""
+    return [_status(known) for known in state.load_all()]
+
+
+def stop(port: int, drain: bool = True) -> Status:
+    """Stop the server on this port; requests under way may finish first.
+
+    Returns what was known about it before. Raises ServerError when qvl started none there, or it will not end.
+    """
+    known = _known(port)
+    before = _status(known)
+    state.end_supervisor(known, _grace(known) if drain else 0)
+    _end(state.load(port) or known, drain)  # the supervisor may have started another one meanwhile, or forgotten it
+    return before
+
+
+def _known(port: int) -> state.ServerState:
+    known = state.load(port)
+    if known is None:
+        others = ", ".join(str(other.port) for other in state.load_all())
+        raise ServerError(
+            f"qvl has no server on port {port}. " + (f"It has some on: {others}." if others else "It has none at all.")
+        )
+    return known
+
+
+def _refuse_taken_port(options: ServeOptions) -> None:
+    known = state.load(options.port)
+    if known is not None and known.supervisor != os.getpid() and (known.alive or known.supervised):
+        raise ServerError(
+            f"port {options.port} is taken by qvl's server of {known.model_name} (pid {known.pid}). "
+            f"Stop it with `qvl stop --port {options.port}`, or give another --port."
+        )
+    if known is not None:
+        state.end_group(known, grace=0)  # what a server that died may have left
+        if known.supervisor != os.getpid():
+            state.remove(known)
+    holder = state.port_holder(options.host, options.port)
+    if holder is not None:
+        raise ServerError(f"port {options.port} is taken by {holder}. Stop that, or give another --port.")
+
+
+def _new_log(port: int, keep: bool = False) -> Path:
+    """Return the path of a new, empty log file; the one before is kept as PORT.log.1. Or `keep` and continue it."""
+    log = cache_dir("servers", f"{port}.log")
+    if keep and log.exists():
+        return log
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        log.replace(log.with_suffix(".log.1"))
+    log.touch(mode=0o600)
+    return log
+
+
+def _save(running: state.ServerState) -> None:
+    """Write down a server. A restart goes on without: its supervisor is written down, and a full disk is no reason."""
+    try:
+        state.save(running)
+    except OSError:
+        if running.restarts == 0:
+            raise
+
+
+@contextlib.contextmanager
+def _ended_on_error(running: state.ServerState, process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Leave no process behind when the block fails or is interrupted.
+
+    A server that has said to the world that it is ready may have requests under way, though nobody here has heard it
+    say so: an interrupt drains it. Raises Drained then, and what was raised otherwise.
+    """
+    try:
+        yield
+    except BaseException as error:
+        drained = isinstance(error, KeyboardInterrupt) and _has_been_ready(running)
+        try:
+            state.end_group(running, grace=_grace(running) if drained else 0)
+        finally:
+            state.end_group(running, grace=0)  # also when a second interrupt ends the wait
+            process.wait()
+            if running.restarts == 0:
+                state.remove(running)  # otherwise its supervisor goes on, and must be found
+        if drained:
+            raise Drained from None
+        raise
+
+
+def _spawn(arguments: list[str], environment: dict[str, str], log: Path, attached: bool) -> subprocess.Popen[bytes]:
+    if attached:
+        environment = {**environment, DIE_WITH: str(os.getpid())}
+    with log.open("ab") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-m", "serve.app.server", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def _grace(known: state.ServerState) -> float:
+    return known.drain + _STOP_MARGIN
+
+
+def _has_been_ready(known: state.ServerState) -> bool:
+    """Ask the server itself, which knows it before whoever waits for it does."""
+    with httpx.Client(base_url=known.url, timeout=1, trust_env=False) as client:
+        said = readiness(client)
+    return said is not None and said["state"] not in ("starting", "failed")
+
+
+def _end(known: state.ServerState, drain: bool) -> None:
+    # One that boots has no request under way, and would not heed being asked.
+    drain = drain and (known.ready or _has_been_ready(known))
+    state.end_group(known, grace=_grace(known) if drain else 0)
+    state.remove(known)
+
+
+def _wait_until_ready(
+    process: subprocess.Popen[bytes],
+    running: state.ServerState,
+    options: ServeOptions,
+    began: float,
+    on_phase: OnPhase | None,
+    log_start: int,
+) -> None:
+    phases = Phases(Path(running.log), start=log_start)
+    said: dict[str, Any] | None = None
+    with httpx.Client(base_url=running.url, timeout=10, trust_env=False) as client:
+        for _ in _until(began + options.timeout):
+            phase = phases.update()
+            if on_phase is not None:
+                on_phase(phase, time.monotonic() - began)
+            if process.poll() is not None:
+                raise explain(Path(running.log), process.returncode, phase, log_start)
+            said = readiness(client)
+            if said is not None and said["ready"]:
+                return
+            if said is not None and said["state"] == "failed":
+                raise ServerError(f"{running.checkpoint} can't be served like this: {said['reason']}")
+    what = f"{phases.current}: {said['reason']}" if said is not None else phases.current
+    raise ServerError(
+        f"vLLM was not ready after {options.timeout:g} s: it was still {what}. "
+        f"Give a longer --timeout, or read {running.log}"
+    )
+
+
+def _until(deadline: float) -> Iterator[None]:
+    while time.monotonic() < deadline:
+        yield
+        time.sleep(_POLL)
+
+
+def readiness(client: httpx.Client) -> dict[str, Any] | None:
+    """Return what /ready says, see `serve.app.ready`; None when nothing answers there."""
+    try:
+        said = client.get("/ready").json()
+    except (httpx.HTTPError, ValueError):
+        return None
+    return said if isinstance(said, dict) and {"ready", "state"} <= set(said) else None
+
+
+def _status(known: state.ServerState) -> Status:
+    alive = known.alive
+    kind: Literal["booting", "ready", "stalled", "draining", "silent", "restarting", "dead"]
+    reason = None
+    if not alive:
+        kind = "restarting" if known.supervised else "dead"
+        reason = "; ".join(decisive_lines(read_from(Path(known.log)), limit=2)) or None
+    elif not known.ready:
+        kind = "booting"
+    else:
+        with httpx.Client(base_url=known.url, timeout=5, trust_env=False) as client:
+            said = readiness(client)
+        kind = "silent" if said is None else "stalled" if said["state"] == "failed" else said["state"]
+        reason = None if said is None else said.get("reason")
+    return Status(
+        port=known.port,
+        state=kind,
+        url=known.url,
+        model_name=known.model_name,
+        checkpoint=known.checkpoint,
+        backend=known.backend,
+        pid=known.pid,
+        uptime=known.uptime if alive else None,
+        memory=_memory(known) if alive else None,
+        log=known.log,
+        restarts=known.restarts,
+        reason=reason,
+    )
+
+
+def _memory(known: state.ServerState) -> int:
+    """Return the bytes of all of a server's processes, each shared page split among its users (PSS)."""
+    total = 0
+    for process in state.group_members(known):
+        with contextlib.suppress(psutil.Error):
+            total += process.memory_full_info().pss
+    return total

@@ -1,0 +1,374 @@
+"""Profiles: settings of vLLM that were measured to be fast, for a card, a model's shape, a format and a vLLM version.
+
+A profile file holds what `qvl tune` measured: candidates, each a set of `Settings`, and their figures at each load.
+Some ship with the project (`serve/settings/profiles/`), a user's own lie in the cache and come first. One for another
+card or
+another vLLM is not used: kernels and their ranking change with both.
+
+The kernels that vLLM 0.32 has for 4-bit weights with zero points on CUDA, in the order in which it takes the first
+that can (``_POSSIBLE_KERNELS``): Machete (Hopper), Marlin (from Turing on), Conch (its package installed), Triton,
+Humming (its package installed); CUTLASS W4A8 and Exllama are in that list and take no zero points.
+`VLLM_DISABLED_KERNELS` names those to pass over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from serve.process.backend import Backend, find_gpus, installed_vllm
+from toolkit.checkpoint.checkpoint import Checkpoint
+from toolkit.errors import ServerError
+from toolkit.paths import cache_dir
+
+__all__ = ["KERNELS", "MODES", "Choice", "Key", "Measured", "Mode", "Profile", "Settings", "choose", "key_for", "save"]
+
+Mode = Literal["auto", "latency", "throughput", "off"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+#: Kernel -> classes that vLLM would take before it.
+KERNELS: dict[str, tuple[str, ...]] = {
+    "machete": (),
+    "marlin": ("MacheteLinearKernel",),
+    "conch": ("MacheteLinearKernel", "MarlinLinearKernel"),
+    "triton": ("MacheteLinearKernel", "MarlinLinearKernel", "ConchLinearKernel"),
+    "humming": ("MacheteLinearKernel", "MarlinLinearKernel", "ConchLinearKernel", "TritonW4A16LinearKernel"),
+}
+_SCHEMA = 1
+#: What is compared, and whether more of it is better.
+_METRICS = {"output_tokens_per_s": True, "tpot_ms": False}
+_SHIPPED = Path(__file__).with_name("profiles")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a profile sets; None leaves it to vLLM and `serve.settings.config`. Raises ServerError for what is no
+    setting."""
+
+    #: One of `KERNELS`.
+    kernel: str | None = None
+    #: Batch sizes that CUDA graphs are captured for.
+    cudagraph_sizes: tuple[int, ...] | None = None
+    #: vLLM's ``cudagraph_mode``: NONE, PIECEWISE, FULL, FULL_DECODE_ONLY, FULL_AND_PIECEWISE.
+    cudagraph_mode: str | None = None
+    #: Passes of its compiler that are switched on, such as ``fuse_norm_quant``.
+    passes: tuple[str, ...] = ()
+    #: vLLM's own ``--performance-mode``: balanced, interactivity, throughput.
+    performance_mode: str | None = None
+    #: Compile and capture at all.
+    compile: bool | None = None
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int | None = None
+    max_model_len: int | None = None
+    #: Most pixels of a picture; larger ones are scaled down.
+    max_pixels: int | None = None
+    prefix_caching: bool | None = None
+    #: GiB of prepared pictures kept in host memory.
+    mm_cache_gb: float | None = None
+    kv_cache_dtype: str | None = None
+    async_scheduling: bool | None = None
+    #: Tokens guessed at once from the prompt's own n-grams.
+    ngram: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("cudagraph_sizes", "passes"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+        if self.kernel is not None and self.kernel not in KERNELS:
+            raise ServerError(f"unknown kernel {self.kernel!r}: one of {', '.join(KERNELS)}.")
+
+    @classmethod
+    def read(cls, found: Mapping[str, Any]) -> Settings:
+        """Make settings of JSON. Raises ServerError for names that are none."""
+        unknown = set(found) - {each.name for each in fields(cls)}
+        if unknown:
+            raise ServerError(f"unknown settings in a profile: {', '.join(sorted(unknown))}.")
+        return cls(**found)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what is set."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, ())}
+
+    def __str__(self) -> str:
+        return (
+            ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in self.as_dict().items()) or "none"
+        )
+
+    def arguments(self, given: Iterable[str] = ()) -> list[str]:
+        """Return vLLM's arguments; those whose flags are among ``given`` are left out, for the user's word counts.
+
+        ``compile``, ``max_num_seqs`` and ``max_model_len`` are settings of `serve.settings.config.ServeOptions`.
+        """
+        taken = {argument.partition("=")[0] for argument in given}
+        found: dict[str, str | None] = {}
+        compilation: dict[str, Any] = {}
+        if self.cudagraph_sizes is not None:
+            compilation["cudagraph_capture_sizes"] = list(self.cudagraph_sizes)
+        if self.cudagraph_mode is not None:
+            compilation["cudagraph_mode"] = self.cudagraph_mode
+        if self.passes:
+            compilation["pass_config"] = dict.fromkeys(self.passes, True)
+        if compilation and not taken & {"--compilation-config", "-O", "--enforce-eager"}:
+            found["--compilation-config"] = json.dumps(compilation)
+        if self.performance_mode is not None:
+            found["--performance-mode"] = self.performance_mode
+        if self.max_num_batched_tokens is not None:
+            found["--max-num-batched-tokens"] = str(self.max_num_batched_tokens)
+        if self.max_pixels is not None:
+            found["--mm-processor-kwargs"] = json.dumps({"max_pixels": self.max_pixels})
+        if self.mm_cache_gb is not None:
+            found["--mm-processor-cache-gb"] = f"{self.mm_cache_gb:g}"
+        if self.kv_cache_dtype is not None:
+            found["--kv-cache-dtype"] = self.kv_cache_dtype
+        if self.ngram is not None:
+            speculation = {"method": "ngram", "num_speculative_tokens": self.ngram}
+            found["--speculative-config"] = json.dumps({**speculation, "prompt_lookup_max": 4, "prompt_lookup_min": 2})
+        for name, value in (
+            ("enable-prefix-caching", self.prefix_caching),
+            ("async-scheduling", self.async_scheduling),
+        ):
+            if value is not None and not taken & {f"--{name}", f"--no-{name}"}:
+                found[f"--{name}" if value else f"--no-{name}"] = None
+        return [
+            word for flag, value in found.items() if flag not in taken for word in (flag, value) if word is not None
+        ]
+
+    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
+        """Return ``base`` with the kernels that vLLM is to pass over, unless it names some already."""
+        if not self.kernel or not KERNELS[self.kernel] or "VLLM_DISABLED_KERNELS" in base:
+            return dict(base)
+        return {**base, "VLLM_DISABLED_KERNELS": ",".join(KERNELS[self.kernel])}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a profile is for."""
+
+    #: The GPU's name as nvidia-smi gives it; for a CPU its model and the cores that may be used.
+    card: str
+    #: Layers x hidden size x intermediate size.
+    model: str
+    #: "fp16", or "awq-g128" with the group size, "+16" where some layers are in 16 bits.
+    format: str
+    #: Version of vLLM.
+    vllm: str
+    #: GPUs that split the weights.
+    tp: int = 1
+
+
+def model_key(text_config: Mapping[str, Any]) -> str:
+    """Return what a `Key` calls a model: the sizes that its speed depends on."""
+    return "x".join(str(text_config[name]) for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+
+
+def format_key(group_size: int, mixed: bool = False) -> str:
+    """Return what a `Key` calls an AWQ checkpoint's format; ``mixed``: some layers are in 16 bits."""
+    return f"awq-g{group_size}" + ("+16" if mixed else "")
+
+
+def key_for(checkpoint: Checkpoint, backend: Backend, tp: int = 1) -> Key:
+    """Return what a profile for this checkpoint on this machine must be for."""
+    info = checkpoint.quantization
+    form = "fp16" if info is None else format_key(info.group_size, bool(checkpoint.left_linears()))
+    gpus = find_gpus() if backend == "gpu" else []
+    card = gpus[0].name if gpus else _cpu_name()
+    build = installed_vllm()
+    return Key(card, model_key(checkpoint.text_config), form, build[1] if build else "none", tp)
+
+
+def _cpu_name() -> str:
+    name = "CPU"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures at one load: of each candidate, and of the 16-bit model; None: not measured."""
+
+    concurrency: int
+    figures: dict[str, float]
+    fp16: float | None = None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was measured for a `Key`."""
+
+    key: Key
+    candidates: dict[str, Settings]
+    loads: tuple[Measured, ...]
+    #: What the figures are: one of `_METRICS`.
+    metric: str = "output_tokens_per_s"
+    #: Where the figures come from: when, with what, on what inputs.
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.metric not in _METRICS:
+            raise ServerError(f"unknown metric {self.metric!r} in a profile: one of {', '.join(_METRICS)}.")
+        for load in self.loads:
+            if not load.figures or set(load.figures) - set(self.candidates):
+                raise ServerError(f"a profile's figures at {load.concurrency} in flight are of no candidate.")
+        if not self.loads:
+            raise ServerError("a profile without figures.")
+
+    def winner(self, concurrency: int) -> str:
+        """Return the best candidate at the measured load nearest to ``concurrency`` (by ratio)."""
+        load = min(self.loads, key=lambda m: abs(_ratio(m.concurrency, concurrency)))
+        return min(load.figures, key=lambda name: self._cost(load.figures[name]))
+
+    def chosen(self, mode: Mode) -> str:
+        """Return the candidate for a mode.
+
+        latency: the best at the least load. throughput: the best at the highest. auto: of those measured at every load,
+        the one whose worst loss against a load's best is the least.
+        """
+        loads = sorted(self.loads, key=lambda load: load.concurrency)
+        if mode in ("latency", "throughput"):
+            return self.winner(loads[0 if mode == "latency" else -1].concurrency)
+        everywhere = [name for name in self.candidates if all(name in load.figures for load in loads)]
+        return min(everywhere or [self.winner(loads[0].concurrency)], key=self._worst_loss)
+
+    def against_fp16(self, name: str) -> dict[int, float]:
+        """Return at each load how many times as fast as fp16 a candidate is."""
+        return {
+            load.concurrency: self._cost(load.fp16) / self._cost(load.figures[name])
+            for load in self.loads
+            if load.fp16 is not None and name in load.figures
+        }
+
+    def _worst_loss(self, name: str) -> float:
+        best = [min(map(self._cost, load.figures.values())) for load in self.loads]
+        return max(
+            self._cost(load.figures[name]) / b for load, b in zip(self.loads, best, strict=True) if name in load.figures
+        )
+
+    def _cost(self, figure: float) -> float:
+        """Return what is less for a better figure, in proportion."""
+        return 1 / figure if _METRICS[self.metric] else figure
+
+    def dumps(self) -> str:
+        """Return the profile as JSON."""
+        found = {
+            "schema": _SCHEMA,
+            "key": asdict(self.key),
+            "metric": self.metric,
+            "candidates": {name: settings.as_dict() for name, settings in self.candidates.items()},
+            "loads": [asdict(load) for load in self.loads],
+            "provenance": self.provenance,
+        }
+        return json.dumps(found, indent=1) + "\n"
+
+    @classmethod
+    def loads_text(cls, text: str, where: str) -> Profile:
+        """Read a profile. Raises ServerError naming ``where`` for what is none."""
+        try:
+            found = json.loads(text)
+            if found["schema"] != _SCHEMA:
+                raise ServerError(f"schema {found['schema']} is not {_SCHEMA}.")
+            return cls(
+                Key(**found["key"]),
+                {name: Settings.read(value) for name, value in found["candidates"].items()},
+                tuple(Measured(**load) for load in found["loads"]),
+                found["metric"],
+                found["provenance"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, ServerError) as error:
+            raise ServerError(
+                f"{where} is no profile ({error}). Make it anew with `qvl tune`, or delete it."
+            ) from error
+
+
+def _ratio(a: int, b: int) -> float:
+    return max(a, b) / min(a, b)
+
+
+def own_directory() -> Path:
+    """Return where a user's own profiles lie."""
+    return cache_dir("profiles")
+
+
+def save(profile: Profile, directory: Path | None = None) -> Path:
+    """Write a profile under a name made of its key, whole or not at all; return the file."""
+    directory = directory or own_directory()
+    directory.mkdir(parents=True, exist_ok=True)
+    key = profile.key
+    words = (key.card, key.model, key.format, f"tp{key.tp}", f"vllm-{key.vllm}")
+    name = "_".join("".join(c if c.isalnum() or c in ".-+" else "-" for c in word) for word in words)
+    path = directory / f"{name}.json"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(profile.dumps(), encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The settings to serve with, and what the user is told about them."""
+
+    settings: Settings
+    notes: tuple[str, ...] = ()
+
+
+def choose(mode: Mode, key: Key, directories: Sequence[Path] | None = None) -> Choice:
+    """Find the profile for ``key`` and return its settings for ``mode``; vLLM's own settings where there is none.
+
+    Args:
+        directories: where profiles lie, the first that has one for the key counts. None: the user's own, then those
+            that ship.
+    """
+    if mode not in MODES:
+        raise ServerError(f"--profile {mode}: one of {', '.join(MODES)}.")
+    if mode == "off":
+        return Choice(Settings())
+    near: list[Profile] = []
+    notes: list[str] = []
+    for directory in [own_directory(), _SHIPPED] if directories is None else directories:
+        for path in sorted(directory.glob("*.json")):
+            try:
+                profile = Profile.loads_text(path.read_text(encoding="utf-8"), str(path))
+            except (ServerError, OSError, UnicodeDecodeError) as error:
+                notes.append(f"profile ignored: {error}")
+                continue
+            if profile.key == key:
+                name = profile.chosen(mode)
+                return Choice(profile.candidates[name], (*notes, *_told(profile, name, mode, path)))
+            if (profile.key.model, profile.key.format) == (key.model, key.format):
+                near.append(profile)
+    for profile in near:
+        notes.append(f"a profile of this model is ignored: it was measured on {_differs(profile.key, key)}")
+    if near or mode != "auto":
+        notes.append("vLLM's own settings are used; `qvl tune` measures what is fastest here")
+    return Choice(Settings(), tuple(notes))
+
+
+def _differs(found: Key, key: Key) -> str:
+    other = [found.card] if found.card != key.card else []
+    other += [f"vLLM {found.vllm}"] if found.vllm != key.vllm else []
+    other += [f"{found.tp} GPUs"] if found.tp != key.tp else []
+    return f"{' with '.join(other)}, this is {key.card} with vLLM {key.vllm}"
+
+
+def _told(profile: Profile, name: str, mode: Mode, path: Path) -> list[str]:
+    settings = profile.candidates[name]
+    where = f"measured on {profile.key.card}; --profile off leaves it out ({path.name})"
+    said = [f"profile {mode}: {name} ({settings}), {where}"]
+    slower = {load: factor for load, factor in profile.against_fp16(name).items() if factor < 1}
+    if slower and profile.key.format != "fp16":
+        figures = ", ".join(f"{factor:.2f}x at {load}" for load, factor in sorted(slower.items()))
+        said.append(f"the 16-bit model was measured faster than this one ({figures} in flight): serve it where it fits")
+    return said

@@ -1,0 +1,70 @@
+"""`qvl serve --profile`: the options of a server with what a profile and the card's memory say filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from serve.plan.capacity import Load, batch, capacity
+from serve.process.backend import find_gpus
+from serve.settings.config import DEFAULT_GPU_SHARE, ServeOptions
+from serve.settings.profiles import Mode, choose, key_for
+from toolkit.checkpoint.checkpoint import Checkpoint, resolve
+
+__all__ = ["fit_card", "tuned"]
+
+#: Bounds on pictures that are tried where the processor's own leaves no room, in pixels: 4096 and 1280 tokens.
+_PIXELS = (4096 * 784, 1280 * 784)
+
+
+def tuned(model: str, options: ServeOptions, mode: Mode, note: Callable[[str], None]) -> ServeOptions:
+    """Return ``options`` with the profile's settings, and with a context and pictures that the card has room for.
+
+    What the user gave stays. ``note`` is told what was chosen and why.
+
+    Raises CheckpointError for a model that can't be used, ServerError for a mode that is none.
+    """
+    checkpoint = Checkpoint.open(resolve(model))
+    chosen = choose(mode, key_for(checkpoint, "gpu" if options.on_gpu else "cpu", options.parallel.tp))
+    for said in chosen.notes:
+        note(said)
+    options = replace(options, settings=chosen.settings)
+    if not options.on_gpu or mode == "off":
+        return options
+    gpus = find_gpus()
+    return fit_card(checkpoint, options, min(gpu.total for gpu in gpus), note) if gpus else options
+
+
+def fit_card(checkpoint: Checkpoint, options: ServeOptions, card: int, note: Callable[[str], None]) -> ServeOptions:
+    """Return ``options`` with the context, and where that is not enough the pictures, that a card has room for.
+
+    A model that does not fit at all, and what the user or the profile has set, stay as they are.
+    """
+    settings = options.settings
+    wanted = options.max_model_len_for(checkpoint)
+    if options.max_model_len is not None or settings.max_model_len is not None:
+        return options
+    load = Load(
+        wanted,
+        settings.max_pixels,
+        options.max_num_seqs or settings.max_num_seqs,
+        settings.max_num_batched_tokens,
+        options.gpu_memory_utilization or DEFAULT_GPU_SHARE,
+        options.parallel.tp * options.parallel.pp,
+    )
+    tokens, sequences = batch(card, load)
+    found = capacity(checkpoint, card, load, "")
+    pixels = None
+    for bound in _PIXELS if settings.max_pixels is None else ():
+        if found.context >= wanted:
+            break
+        pixels = bound
+        found = capacity(checkpoint, card, replace(load, image_pixels=bound), "")
+    if not found.fits or (found.context >= wanted and pixels is None):
+        return options
+    said = f"this card has room for a context of {found.context} tokens"
+    if pixels is not None:
+        said += f" with pictures of up to {pixels:,} pixels (larger ones are scaled down)"
+        settings = replace(settings, max_pixels=pixels)
+    note(f"{said}, at {tokens} tokens a step and {sequences} sequences; --max-model-len decides otherwise")
+    return replace(options, max_model_len=min(wanted, found.context), settings=settings)

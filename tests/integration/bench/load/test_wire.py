@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from socket import create_server
+
+import httpx
+import pytest
+
+from bench.load.client import ChatRequest, Trace, ask
+from bench.load.endpoint import discover, http_client
+from bench.load.wire import Wire
+from tests.support.fake_server import Behaviour, serving
+
+BODY = ChatRequest("hi", ("data:image/jpeg;base64," + "A" * 300_000,)).body("fake")
+
+
+def traces(url: str, count: int = 1, at_once: int = 1, timeout_s: float = 10.0) -> list[Trace]:
+    async def main() -> list[Trace]:
+        async with http_client(url, "key", transport=Wire()) as http:
+            found = []
+            for _ in range(count // at_once):
+                found += await asyncio.gather(*(ask(http, BODY, timeout_s=timeout_s) for _ in range(at_once)))
+            return found
+
+    return asyncio.run(main())
+
+
+def test_answers_are_those_of_httpxs_transport() -> None:
+    with serving(Behaviour(gap_s=0.001, api_key="key")) as server:
+        found = traces(server.url, count=6, at_once=3)
+        assert len(set(server.raw_bodies)) == 1
+        assert server.raw_bodies[0] == BODY
+    for trace in found:
+        assert (trace.failure, trace.text, trace.completion_tokens, len(trace.chunks)) == (None, "x" * 8, 8, 8)
+
+
+def test_connections_are_kept() -> None:
+    async def main(url: str) -> int:
+        wire = Wire()
+        async with http_client(url, transport=wire) as http:
+            for _ in range(5):
+                await ask(http, BODY, timeout_s=10)
+            return sum(map(len, wire._idle.values()))
+
+    with serving() as server:
+        assert asyncio.run(main(server.url)) == 1
+
+
+def test_other_requests_pass_too() -> None:
+    with serving(Behaviour(model="m")) as server:
+        assert asyncio.run(discover(server.url, transport=Wire())).model == "m"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "kind"),
+    [
+        (Behaviour(status=500), "http"),
+        (Behaviour(close_after=2), "truncated"),
+        (Behaviour(gap_s=30), "timeout"),
+        (Behaviour(first_s=30), "timeout"),
+    ],
+)
+def test_failures_are_those_of_httpxs_transport(behaviour: Behaviour, kind: str) -> None:
+    with serving(behaviour) as server:
+        for trace in traces(server.url, count=2, timeout_s=0.3):
+            assert trace.failure is not None
+            assert trace.failure.kind == kind
+
+
+@contextmanager
+def answering(*answers: bytes) -> Iterator[str]:
+    """Accept a connection for each answer, read a request, send the answer, close."""
+    with create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            for answer in answers:
+                connection, _ = listener.accept()
+                with connection:
+                    received = b""
+                    while not received.endswith(BODY):
+                        received += connection.recv(1 << 20)
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(5)
+
+
+STREAM = b'data: {"choices": [{"delta": {"content": "a"}}]}\n\ndata: [DONE]\n\n'
+
+
+def test_a_server_that_closes_idle_connections_is_connected_anew() -> None:
+    whole = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(STREAM) + STREAM
+
+    async def main(url: str) -> list[str]:
+        async with http_client(url, transport=Wire()) as http:
+            first = await ask(http, BODY, timeout_s=5)
+            await asyncio.sleep(0.1)
+            return [first.text, (await ask(http, BODY, timeout_s=5)).text]
+
+    with answering(whole, whole) as url:
+        assert asyncio.run(main(url)) == ["a", "a"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (
+            b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n\r\n" + STREAM,
+            None,
+        ),  # a body that ends with the connection
+        (b"", "connect"),
+        (b"SSH-2.0-OpenSSH\r\n\r\n", "connect"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", "truncated"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 900\r\n\r\n" + STREAM[:50], "truncated"),
+    ],
+)
+def test_what_is_no_complete_http_is_a_failure(answer: bytes, kind: str | None) -> None:
+    with answering(answer) as url:
+        failure = traces(url)[0].failure
+    assert (failure and failure.kind) == kind
+
+
+def test_nobody_listening_and_nobody_there() -> None:
+    with create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    failure = traces(url)[0].failure
+    assert failure is not None
+    assert failure.kind == "connect"
+
+
+def test_reads_obey_the_clients_timeout() -> None:
+    async def main(url: str) -> None:
+        async with http_client(url, transport=Wire(), timeout_s=0.2) as http:
+            await http.post("/v1/chat/completions", content=BODY)
+
+    with serving(Behaviour(first_s=30)) as server, pytest.raises(httpx.ReadTimeout):
+        asyncio.run(main(server.url))

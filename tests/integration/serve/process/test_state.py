@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from serve.process import state
+from tests.support.serve import Start
+from toolkit.errors import ServerError
+
+
+def test_saved_and_found(start: Start) -> None:
+    assert state.load_all() == []
+    one, two = start(18140), start(18101)
+    state.save(one)
+    state.save(two)
+    assert state.load(18140) == one
+    assert state.load_all() == [two, one]
+    state.save(replace(one, ready=True))
+    assert state.load(18140) == replace(one, ready=True)
+    state.remove(one)
+    assert state.load_all() == [two]
+
+
+def test_a_damaged_file_is_nothing(cache: Path) -> None:
+    (cache / "servers").mkdir(parents=True)
+    (cache / "servers" / "18140.json").write_text('{"port": 18140,')
+    (cache / "servers" / "18141.json").write_text('{"unknown": 1}')
+    assert state.load(18140) is None
+    assert state.load_all() == []
+
+
+def test_a_new_server_is_not_forgotten_with_the_old(start: Start) -> None:
+    old, new = start(18140), start(18140)
+    state.save(new)
+    state.remove(old)
+    assert state.load(18140) == new
+
+
+def test_ending_leaves_no_process(start: Start) -> None:
+    family = start(18140)
+    members = state.group_members(family)
+    assert len(members) == 2
+    assert family.alive
+    state.end_group(family, grace=5)
+    assert state.group_members(family) == []
+    assert not family.alive
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in members)
+    state.end_group(family, grace=5)  # once more does no harm
+
+
+def test_ending_without_grace_is_quick(start: Start) -> None:
+    family = start(18140)
+    began = time.monotonic()
+    state.end_group(family, grace=0)
+    assert time.monotonic() - began < 2
+    assert state.group_members(family) == []
+
+
+def test_a_leader_that_is_gone_leaves_its_child_to_be_ended(start: Start) -> None:
+    family = start(18140)
+    os.kill(family.pid, signal.SIGKILL)
+    os.waitpid(family.pid, 0)
+    assert not family.alive
+    assert len(state.group_members(family)) == 1
+    state.end_group(family, grace=0)
+    assert state.group_members(family) == []
+
+
+def test_a_number_given_to_another_process_is_left_alone(start: Start) -> None:
+    family = start(18140)
+    impostor = replace(family, created=family.created - 1000)
+    assert not impostor.alive
+    assert state.group_members(impostor) == []
+    state.end_group(impostor, grace=5)
+    assert family.alive
+
+
+def test_ports() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        assert state.port_holder("127.0.0.1", port) == f"{psutil.Process().name()} (pid {os.getpid()})"
+        assert state.port_holder("0.0.0.0", port) is not None
+    assert state.port_holder("127.0.0.1", port) is None
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_addresses_of_other_machines(host: str) -> None:
+    with pytest.raises(ServerError, match=f"--host {host}"):
+        state.port_holder(host, 18140)
+
+
+def test_locks_exclude_one_another() -> None:
+    order = []
+
+    def wait_for_it() -> None:
+        with state.locked("x", "servers"):
+            order.append("second")
+
+    with state.locked("x", "servers"):
+        thread = threading.Thread(target=wait_for_it)
+        thread.start()
+        time.sleep(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_setting_the_clock_moves_no_process(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a process began is counted from the machine's start, so a server is known after the clock was set."""
+    known = start(18140)
+    assert 0 < known.created < time.clock_gettime(time.CLOCK_BOOTTIME)
+    for jump in (-86_400.0, 86_400.0 * 365):
+        wrong = time.time() + jump
+        monkeypatch.setattr(time, "time", lambda wrong=wrong: wrong)
+        assert known.alive and 0 <= known.uptime < 600
+        assert len(state.group_members(known)) == 2
+        monkeypatch.undo()
+    with pytest.raises(psutil.NoSuchProcess):
+        state.process_start(2**22 + 1)
+
+
+def test_a_supervisor_is_asked_first_and_killed_if_it_does_not_heed(start: Start) -> None:
+    keeper = start(18141)
+    known = replace(start(18140), supervisor=keeper.pid, supervisor_created=keeper.created)
+    assert known.supervised
+    state.end_supervisor(known, grace=5)
+    assert not known.supervised and known.alive
+    state.end_supervisor(known, grace=5)  # it is gone: nothing to do
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        known = replace(known, supervisor=process.pid, supervisor_created=state.process_start(process.pid))
+        state.end_supervisor(known, grace=0.3)
+        assert process.wait(timeout=5) == -signal.SIGKILL
+
+
+def test_a_supervisor_forgets_what_it_started_last(start: Start) -> None:
+    first = replace(start(18140), supervisor=os.getpid(), supervisor_created=state.process_start(os.getpid()))
+    state.save(replace(start(18140), supervisor=os.getpid(), supervisor_created=first.supervisor_created))
+    state.remove(first)  # it holds the one before the last restart
+    assert state.load(18140) is None

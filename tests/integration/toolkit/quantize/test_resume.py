@@ -1,0 +1,111 @@
+"""Killed, interrupted and repeated quantizations of the embedded model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.support.short import calibration, short_demo
+from tests.support.tiny import files
+from toolkit.errors import CheckpointError
+from toolkit.quantize import quantize
+
+#: Kills `quantize` at random moments, time and again, then lets it finish. In a process of its own, which has imported
+#: everything and forks: a fresh start for each kill would be seconds of imports.
+KILLER = """
+    import os, random, shutil, signal, sys, time
+    from pathlib import Path
+    import torch
+    from toolkit.quantize import pipeline, quantizer  # AutoAWQ and transformers with it
+    source, calib, out, kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+    torch.set_num_threads(1)
+
+    def start(to):
+        pid = os.fork()
+        if pid == 0:
+            pipeline.quantize(source, to, calib=calib)
+            os._exit(0)
+        return pid
+
+    began = time.monotonic()
+    assert os.waitpid(start(out / "whole"), 0)[1] == 0
+    longest = time.monotonic() - began
+    rng, done, resumed, ended = random.Random(0), 0, 0, 0
+    while done < kills:
+        pid = start(out / "killed")
+        time.sleep(rng.uniform(0, longest))
+        if os.waitpid(pid, os.WNOHANG)[0]:  # it was faster: once more from the start
+            ended += 1
+            shutil.rmtree(out / "killed")
+            continue
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        done += 1
+        resumed += bool(list(out.glob(".killed.qvl-partial/parts-*/layer-*.safetensors")))
+    if not (out / "killed").exists():
+        assert os.waitpid(start(out / "killed"), 0)[1] == 0
+    print(f"{done} kills, {resumed} of them with layers finished, {ended} runs that ended before theirs")
+"""
+
+
+def same_but_for_what_was_measured(a: Path, b: Path) -> bool:
+    ours, theirs = files(a), files(b)
+    return ours.keys() == theirs.keys() and {n for n in ours if ours[n] != theirs[n]} <= {"qvl-run.json"}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibration(tmp_path_factory.mktemp("calibration"))
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_no_byte(tmp_path: Path, manifest: Path) -> None:
+    source, out = short_demo(tmp_path / "in", layers=4), tmp_path / "out"
+    out.mkdir()
+    command = [sys.executable, "-c", textwrap.dedent(KILLER), str(source), str(manifest), str(out), "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("20 kills")
+    assert " 0 of them with layers finished" not in done.stdout
+    # killed after the last rename, a run leaves its empty work directory to the next
+    assert not list(out.glob(".*/**/*.safetensors"))
+    assert same_but_for_what_was_measured(out / "killed", out / "whole")
+
+
+def started(source: Path, out: Path, manifest: Path) -> subprocess.Popen[str]:
+    """Start `qvl quantize` and return it when its first layer is done."""
+    command = [sys.executable, "-m", "toolkit.cli", "quantize", "--model", str(source), "--calib", str(manifest)]
+    process = subprocess.Popen(
+        [*command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if line.startswith("layer 0"):
+            return process
+    raise AssertionError(f"it ended before a layer was done:\n{seen}")
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on_and_going_on_works(tmp_path: Path, manifest: Path) -> None:
+    source, out = short_demo(tmp_path / "in", layers=5), tmp_path / "out" / "q"
+    with started(source, out, manifest) as process:
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in told and "Traceback" not in told
+    assert "of 5 layers are kept: run the same command again to go on" in told
+    assert [path.name for path in out.parent.iterdir()] == [".q.qvl-partial"]
+    with pytest.raises(CheckpointError, match=r"recipe\.group_size was 128, now 64.*--restart"):
+        quantize(str(source), out, calib=str(manifest), group_size=64)
+    os.utime(source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"source\.files\.model\.safetensors\.mtime_ns was"):
+        quantize(str(source), out, calib=str(manifest))
+    quantize(str(source), out, calib=str(manifest), restart=True)
+    assert [path.name for path in out.parent.iterdir()] == ["q"]

@@ -1,0 +1,42 @@
+"""The embedded model cut down to its first layers: real weights and processor, seconds to quantize."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
+from toolkit.paths import demo_checkpoint
+
+
+def short_demo(out: Path, layers: int = 1, **config: Any) -> Path:
+    """Write the embedded model with ``layers`` decoder layers to ``out``; ``config`` overrides its config."""
+    source = Checkpoint.open(demo_checkpoint())
+    with CheckpointWriter(out) as writer:
+        for name in source.tensors:
+            if not name.startswith(source.layers_prefix) or int(name[len(source.layers_prefix)]) < layers:
+                writer.add(name, source.get(name))
+        writer.copy_side_files(source.path)
+        writer.set_config({**source.config, "num_hidden_layers": layers, "max_window_layers": layers, **config})
+    return out
+
+
+def calibration(directory: Path, samples: int = 4) -> Path:
+    """Write a manifest of small pictures with questions and answers, of several sizes, and one text-only chat."""
+    rng = random.Random(0)
+    directory.mkdir(parents=True, exist_ok=True)
+    lines: list[dict[str, Any]] = [{"messages": [{"role": "user", "content": "What colour is the sky?"}]}]
+    for i in range(samples - 1):
+        size = (rng.choice([112, 168]), rng.choice([112, 140]))
+        image = Image.new("RGB", size, (240, 240, 240))
+        ImageDraw.Draw(image).ellipse((20, 20, 90, 90), fill=rng.choice(["red", "green", "blue"]))
+        image.save(directory / f"{i}.png")
+        content = [{"type": "image_url", "image_url": {"url": f"{i}.png"}}, {"type": "text", "text": "Which shape?"}]
+        lines.append({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "circle"}]})
+    path = directory / "calib.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.load import metrics
+from bench.load.client import Failure, Trace
+from toolkit.errors import BenchError
+
+
+def trace(n_out: int | None = 5) -> Trace:
+    # Due at 10.0, sent 0.1 later, first text at 10.5, two tokens in the last chunk, over at 11.3.
+    return Trace(10.0, 10.1, 11.3, (10.5, 10.7, 10.8, 11.2), "x", 7, n_out)
+
+
+def test_latencies_count_from_the_scheduled_moment() -> None:
+    assert metrics.ttft(trace()) == pytest.approx(0.5)
+    assert metrics.e2e(trace()) == pytest.approx(1.3)
+    assert metrics.client_lag(trace()) == pytest.approx(0.1)
+
+
+def test_tpot_counts_tokens_not_chunks() -> None:
+    assert metrics.tpot(trace(5)) == pytest.approx((1.3 - 0.5) / 4)
+
+
+@pytest.mark.parametrize("n_out", [None, 0, 1])
+def test_one_token_has_no_tpot(n_out: int | None) -> None:
+    assert metrics.tpot(trace(n_out)) is None
+
+
+def test_itl_is_the_gaps_between_chunks() -> None:
+    assert metrics.itl(trace()) == pytest.approx([0.2, 0.1, 0.4])
+
+
+def test_a_request_without_text_has_no_first_token() -> None:
+    assert metrics.ttft(Trace(0.0, 0.0, 1.0)) is None
+
+
+def test_rates_divide_by_wall_time() -> None:
+    assert metrics.output_tokens_per_s([trace(5), trace(7)], 4.0) == pytest.approx(3.0)
+    assert metrics.requests_per_s([trace(), trace()], 4.0) == pytest.approx(0.5)
+
+
+def test_tokens_nobody_counted_have_no_rate() -> None:
+    assert metrics.output_tokens_per_s([trace(5), trace(None)], 4.0) is None
+    assert metrics.output_tokens_per_s([], 4.0) is None
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1))
+def test_percentiles_are_ordered_and_numpys(samples: list[float]) -> None:
+    found = metrics.spread(samples)
+    assert found is not None
+    assert min(samples) <= found.p50 <= found.p90 <= found.p99 <= max(samples)
+    assert found.p90 == pytest.approx(float(np.percentile(samples, 90)))
+    assert found.n == len(samples)
+
+
+def test_requests_without_the_metric_are_left_out() -> None:
+    found = metrics.spread([1.0, None, 3.0])
+    assert found is not None
+    assert (found.p50, found.n) == (2.0, 2)
+    assert metrics.spread([None]) is None
+
+
+def test_every_metric_has_a_definition_to_print() -> None:
+    definitions = metrics.definitions()
+    assert "(E2E - TTFT) / (n_out - 1)" in definitions["tpot"]
+    assert all(" = " in text and "\n" not in text for text in definitions.values())
+
+
+def test_percentiles_have_p95_and_formulas_are_a_table() -> None:
+    found = metrics.spread(range(101))
+    assert found is not None
+    assert (found.p50, found.p90, found.p95, found.p99) == (50, 90, 95, 99)
+    assert metrics.definitions() == metrics.FORMULAS
+    assert {"ttft", "tpot", "itl", "e2e", "queueing", "goodput", "steady", "client_fault"} <= metrics.FORMULAS.keys()
+
+
+def test_lag_is_what_the_client_added_and_queueing_is_all_of_it() -> None:
+    held = Trace(10.0, 10.5, 11.0, (10.9,), held_s=0.4)
+    assert metrics.queueing(held) == pytest.approx(0.5)
+    assert metrics.client_lag(held) == pytest.approx(0.1)
+    assert metrics.ttft(held) == pytest.approx(0.9)  # none of it is forgiven
+
+
+FAILED = Trace(0.0, 0.0, 9.0, failure=Failure("http", "HTTP 429", 429))
+
+
+def test_failed_requests_are_counted_and_in_no_figure() -> None:
+    stalled = Trace(0.0, 0.0, 9.0, (1.0,), failure=Failure("stalled", "silent"))
+    found = metrics.summarise([trace(), FAILED, FAILED, stalled], 2.0)
+    assert (found.requests, found.completed) == (4, 1)
+    assert found.errors == {"http 429": 2, "stalled": 1}
+    assert found.requests_per_s == pytest.approx(0.5)
+    assert found.output_tokens_per_s == pytest.approx(2.5)
+    assert found.total_tokens_per_s == pytest.approx(6.0)
+    assert found.ttft is not None
+    assert (found.ttft.n, found.ttft.p99) == (1, pytest.approx(0.5))
+
+
+def test_uncounted_tokens_are_said_so() -> None:
+    found = metrics.summarise([trace(), trace(None)], 2.0, slos=metrics.parse_slos("tpot=1s"))
+    assert (found.uncounted, found.output_tokens_per_s, found.goodput) == (1, None, None)
+    assert found.ttft is not None
+
+
+def test_a_summary_of_nothing_has_no_figures() -> None:
+    found = metrics.summarise([], 0.0)
+    assert (found.requests, found.ttft, found.requests_per_s, found.goodput, found.invalid) == (
+        0,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+def test_objectives_are_read() -> None:
+    slos = metrics.parse_slos(" TTFT=200ms, tpot=0.03s,e2e=.5s")
+    assert [(slo.metric, slo.limit_s) for slo in slos] == [("ttft", 0.2), ("tpot", 0.03), ("e2e", 0.5)]
+    assert ",".join(map(str, metrics.parse_slos("ttft=200ms,e2e=2s"))) == "ttft=200ms,e2e=2s"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "none of ttft, tpot, e2e"),
+        ("latency=2s", "'latency' is none of ttft"),
+        ("ttft", "not a time above 0 with its unit"),
+        ("ttft=200", "with its unit"),
+        ("ttft=-1ms", "above 0"),
+        ("ttft=0ms", "above 0"),
+        ("ttft=1m", "with its unit"),
+        ("ttft=1ms,ttft=2ms", "has one already"),
+    ],
+)
+def test_other_objectives_are_refused(text: str, words: str) -> None:
+    with pytest.raises(BenchError, match=words):
+        metrics.parse_slos(text)
+
+
+def test_goodput_counts_requests_that_met_everything() -> None:
+    good = trace(5)  # TTFT 0.5, TPOT 0.2
+    one_token = trace(1)
+    slos = metrics.parse_slos("ttft=500.1ms,tpot=200.1ms")
+    found = metrics.goodput([good, good, one_token, trace(3), FAILED], slos, 2.0, unsent=1)  # trace(3): TPOT 0.4
+    assert found is not None
+    assert found.per_s == pytest.approx(1.5)
+    assert found.share == pytest.approx(3 / 6)
+    assert metrics.goodput([good], metrics.parse_slos("ttft=499ms"), 2.0) == metrics.Goodput(0.0, 0.0)
+    assert metrics.goodput([good], (), 2.0) is None
+
+
+def test_the_steady_rate_is_that_of_a_full_load() -> None:
+    # Two in flight, 1 s and 10 tokens each, for ever: 2 requests/s, wherever the window lies.
+    traces = [Trace(t, t, t + 1, (t + 0.5,), "", 1, 10) for t in [*np.arange(0, 8, 1.0), *np.arange(0.3, 8, 1.0)]]
+    for start, end in ((1.0, 5.0), (1.7, 2.2), (2.0, 7.31)):
+        found = metrics.steady(traces, start, end)
+        assert found is not None
+        assert (found.requests_per_s, found.output_tokens_per_s) == (pytest.approx(2.0), pytest.approx(20.0))
+    assert metrics.steady(traces, 3.0, 3.0) is None
+
+
+def lagging(lag: float) -> list[Trace]:
+    return [Trace(float(i), i + lag, i + 1.0, (i + 0.1,)) for i in range(20)]
+
+
+def test_a_point_is_invalid_when_the_client_lags() -> None:
+    assert metrics.client_fault(lagging(0.004)) is None
+    assert "5% of a TTFT of 100.0 ms" in (metrics.client_fault(lagging(0.006)) or "")
+    # p50 is fine, p90 is not.
+    assert "(p90)" in (metrics.client_fault([*lagging(0.0), *lagging(0.03)[:4]]) or "")
+    assert "read its answers" in (metrics.client_fault(lagging(0.0), [0.0, 0.01, 0.01]) or "")
+    # What was held for want of a place is the server's doing.
+    assert metrics.client_fault([Trace(0.0, 5.0, 6.0, (5.5,), held_s=5.0)]) is None

@@ -1,0 +1,79 @@
+"""The figures of one card: what is measured of which servers, and the profiles that come of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bench.studies import gpu_figures as card
+from serve.settings import profiles
+from tests.support.paths import RESULTS
+
+H100 = RESULTS / "h100"
+SHIPPED = Path(profiles.__file__).parent / "profiles"
+
+
+def test_a_shipped_profile_is_what_the_reports_say(tmp_path: Path) -> None:
+    card.main(["profile", "--work", str(tmp_path / "w"), "--out", str(H100), "--profiles", str(tmp_path / "p")])
+    made = sorted((tmp_path / "p").iterdir())
+    assert [path.name for path in made] == [path.name for path in sorted(SHIPPED.glob("*.json"))]
+    path = next(path for path in made if "3584" in path.name)  # the 2B's is qvl tune's, which knows Marlin too
+    assert path.read_text() == (SHIPPED / path.name).read_text()
+    seven = json.loads(path.read_text())
+    report = json.loads((H100 / "7b-awq-marlin-against-awq" / "report.json").read_text())
+    alone = {p["role"]: p["output_tokens_per_s"] for p in report["speed"] if p["load"]["concurrency"] == 1}
+    assert seven["loads"][0]["figures"] == {"vllm": alone["baseline"], "marlin": alone["candidate"]}
+
+
+def test_sixteen_bits_are_measured_before_kernels() -> None:
+    found = card.pairs([card.SHAPES["7b"], card.SHAPES["2b"]])
+    assert [pair.name for pair in found] == [
+        "7b-awq-marlin-against-bf16",
+        "2b-awq-against-bf16",
+        "7b-awq-marlin-against-awq",
+        "2b-awq-marlin-against-awq",
+    ]
+    assert [pair.rates for pair in found] == [True, True, False, False]
+
+
+def test_a_run_that_was_interrupted_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole report is left alone; one that is partial, or was killed before it was written, is asked to resume."""
+    whole, partial, killed = tmp_path / "7b-awq-marlin-against-bf16", tmp_path / "2b-awq-against-bf16", "2b-awq-marlin"
+    shutil.copytree(H100 / whole.name, whole)
+    shutil.copytree(H100 / partial.name, partial)
+    report = json.loads((partial / "report.json").read_text())
+    (partial / "report.json").write_text(json.dumps({**report, "status": "partial"}))
+    (tmp_path / f"{killed}-against-awq").mkdir()
+    asked: dict[str, list[str]] = {}
+
+    def run(command: list[object], module: str = "toolkit.cli") -> int:
+        words = [str(word) for word in command]
+        asked[Path(words[words.index("--out") + 1]).name] = words
+        return 0
+
+    monkeypatch.setattr(card, "run", run)
+    card.main(["measure", "--work", str(tmp_path / "work"), "--out", str(tmp_path)])
+    resumed = {name: "--resume" in words for name, words in asked.items()}
+    assert resumed == {
+        "2b-awq-against-bf16": True,
+        "7b-awq-marlin-against-awq": False,
+        "2b-awq-marlin-against-awq": True,
+        "agreement.json": False,
+    }
+
+
+def test_an_unknown_shape_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        card.main(["up", "--shapes", "7b,9b", "--work", str(tmp_path), "--out", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "'9b' is none of 7b, 2b" in capsys.readouterr().err
+
+
+def test_a_step_without_its_checkpoints_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        card.main(["up", "--shapes", "tiny", "--work", str(tmp_path), "--out", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "no such directory" in capsys.readouterr().err

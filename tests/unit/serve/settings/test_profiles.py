@@ -1,0 +1,204 @@
+"""Which settings are served with, why, and what vLLM is told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from serve.process.backend import Gpu
+from serve.settings import profiles
+from serve.settings.profiles import KERNELS, Key, Measured, Profile, Settings, choose, key_for, save
+from tests.support import tiny
+from tests.support.paths import ROOT
+from toolkit.checkpoint.checkpoint import Checkpoint
+from toolkit.errors import ServerError
+
+KEY = Key("NVIDIA H100 80GB HBM3", "28x3584x18944", "awq-g128", "0.32.0")
+CANDIDATES = {"a": Settings(kernel="marlin"), "b": Settings(max_num_seqs=64), "c": Settings(ngram=3)}
+LOADS = (
+    Measured(1, {"a": 10.0, "b": 8.0, "c": 9.9}, fp16=9.0),
+    Measured(32, {"a": 50.0, "b": 60.0, "c": 59.0}, fp16=70.0),
+    Measured(128, {"a": 60.0, "b": 90.0}),
+)
+PROFILE = Profile(KEY, CANDIDATES, LOADS)
+
+
+class TestChoice:
+    def test_by_load(self) -> None:
+        assert [PROFILE.winner(n) for n in (1, 4, 20, 1000)] == ["a", "a", "b", "b"]
+
+    def test_by_mode(self) -> None:
+        assert PROFILE.chosen("latency") == "a" and PROFILE.chosen("throughput") == "b"
+        assert PROFILE.chosen("auto") == "b"  # at worst 1.25 times slower; a is 1.5 times, c is not known at 128
+
+    def test_times_are_better_when_less(self) -> None:
+        times = Profile(KEY, CANDIDATES, (Measured(1, {"a": 4.0, "b": 5.0}, fp16=6.0),), "tpot_ms")
+        assert times.chosen("latency") == "a"
+        assert times.against_fp16("a") == {1: 1.5}
+
+    def test_against_fp16(self) -> None:
+        assert PROFILE.against_fp16("b") == {1: pytest.approx(8 / 9), 32: pytest.approx(60 / 70)}
+
+    def test_the_users_own_comes_first(self, tmp_path: Path) -> None:
+        own, shipped = tmp_path / "own", tmp_path / "shipped"
+        save(PROFILE, shipped)
+        save(replace(PROFILE, candidates={**CANDIDATES, "b": Settings(max_num_seqs=7)}), own)
+        assert choose("auto", KEY, [own, shipped]).settings == Settings(max_num_seqs=7)
+        assert choose("auto", KEY, [shipped]).settings == Settings(max_num_seqs=64)
+        assert choose("off", KEY, [own]) == profiles.Choice(Settings())
+
+    def test_it_says_so(self, tmp_path: Path) -> None:
+        save(PROFILE, tmp_path)
+        notes = choose("latency", KEY, [tmp_path]).notes
+        assert "profile latency: a (kernel marlin), measured on NVIDIA H100" in notes[0]
+        assert "16-bit model was measured faster than this one (0.71x at 32 in flight)" in notes[1]
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"vllm": "0.25.1"}, "measured on vLLM 0.25.1, this is NVIDIA H100 80GB HBM3 with vLLM 0.32.0"),
+            ({"card": "NVIDIA L4"}, "measured on NVIDIA L4,"),
+            ({"tp": 2}, "measured on 2 GPUs,"),
+        ],
+    )
+    def test_one_for_something_else_is_ignored(self, tmp_path: Path, change: dict[str, str], words: str) -> None:
+        save(replace(PROFILE, key=replace(KEY, **change)), tmp_path)
+        found = choose("auto", KEY, [tmp_path])
+        assert found.settings == Settings()
+        assert words in found.notes[0] and "qvl tune" in found.notes[1]
+
+    def test_nothing_known(self, tmp_path: Path) -> None:
+        save(replace(PROFILE, key=replace(KEY, model="1x2x3")), tmp_path)
+        assert choose("auto", KEY, [tmp_path]) == profiles.Choice(Settings())
+        assert "qvl tune" in choose("latency", KEY, [tmp_path]).notes[0]
+
+    def test_a_damaged_one_is_named_and_left(self, tmp_path: Path) -> None:
+        (tmp_path / "A.json").write_text("{")
+        (tmp_path / "B.json").write_text(PROFILE.dumps().replace('"schema": 1', '"schema": 9'))
+        (tmp_path / "C.json").write_bytes(b"\xff\xfe")
+        save(PROFILE, tmp_path)
+        found = choose("latency", KEY, [tmp_path])
+        assert found.settings == CANDIDATES["a"]
+        assert [note.startswith("profile ignored") for note in found.notes] == [True, True, True, False, False]
+
+    def test_no_mode(self) -> None:
+        with pytest.raises(ServerError, match="--profile fast: one of auto, latency, throughput, off"):
+            choose("fast", KEY)  # type: ignore[arg-type]
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = save(PROFILE, tmp_path)
+    assert Profile.loads_text(path.read_text(), "x") == PROFILE
+    assert save(PROFILE, tmp_path) == path and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metric": "joy"},
+        {"loads": []},
+        {"loads": [{"concurrency": 1, "figures": {}}]},
+        {"loads": [{"concurrency": 1, "figures": {"z": 1.0}}]},
+        {"candidates": {"a": {"kernal": "marlin"}}},
+        {"candidates": {"a": {"kernel": "warlin"}}},
+        {"key": {"card": "x"}},
+        {"candidates": []},
+    ],
+)
+def test_what_is_no_profile(change: dict[str, object]) -> None:
+    text = json.dumps({**json.loads(PROFILE.dumps()), **change})
+    with pytest.raises(ServerError, match=r"f\.json is no profile"):
+        Profile.loads_text(text, "f.json")
+
+
+class TestShipped:
+    FILES = sorted((Path(profiles.__file__).parent / "profiles").glob("*.json"))
+
+    @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+    def test_can_be_read_and_say_where_they_come_from(self, path: Path) -> None:
+        found = Profile.loads_text(path.read_text(), path.name)
+        assert found.provenance["what"] and found.provenance["when"]
+
+    def test_what_was_measured(self) -> None:
+        found = {p.key.model: p for p in (Profile.loads_text(f.read_text(), f.name) for f in self.FILES)}
+        seven, two = found["28x3584x18944"], found["28x1536x8960"]
+        assert (seven.chosen("latency"), seven.chosen("throughput")) == ("marlin", "vllm")
+        assert seven.against_fp16("marlin")[1] > 1.6
+        assert {two.chosen(wish) for wish in ("auto", "latency", "throughput")} == {"marlin"}
+        assert all((factor > 1.1) == (load <= 8) for load, factor in two.against_fp16("marlin").items())
+        assert all(factor < 1 for factor in two.against_fp16("vllm").values())
+
+
+class TestArguments:
+    ALL = Settings(
+        kernel="marlin",
+        cudagraph_sizes=(1, 2, 4),
+        cudagraph_mode="FULL_AND_PIECEWISE",
+        passes=("fuse_norm_quant",),
+        performance_mode="interactivity",
+        max_num_batched_tokens=4096,
+        max_pixels=1003520,
+        prefix_caching=False,
+        mm_cache_gb=2,
+        kv_cache_dtype="fp8",
+        async_scheduling=True,
+        ngram=3,
+    )
+
+    def test_nothing_set_is_nothing_said(self) -> None:
+        assert Settings().arguments() == [] and Settings().environment({"A": "1"}) == {"A": "1"}
+
+    def test_the_users_flags_count(self) -> None:
+        given = ["--max-num-batched-tokens", "8", "--no-enable-prefix-caching", "--kv-cache-dtype=auto"]
+        words = self.ALL.arguments(given)
+        assert "--max-num-batched-tokens" not in words and "--kv-cache-dtype" not in words
+        assert not [word for word in words if "prefix" in word]
+        assert "--compilation-config" not in self.ALL.arguments(["--enforce-eager"])
+
+    def test_the_kernels_passed_over(self) -> None:
+        assert self.ALL.environment({})["VLLM_DISABLED_KERNELS"] == "MacheteLinearKernel"
+        assert self.ALL.environment({"VLLM_DISABLED_KERNELS": "X"})["VLLM_DISABLED_KERNELS"] == "X"
+        assert Settings(kernel="machete").environment({}) == {}
+
+    @pytest.mark.slow
+    def test_the_installed_vllm_takes_them(self) -> None:
+        """Its own parser reads every flag, and its list of kernels has them in the order that is assumed here."""
+        code = (
+            "import sys, json\n"
+            "from serve.app.server import answer_for_vllm; answer_for_vllm()\n"
+            "from toolkit.compat import patch_torchvision; patch_torchvision()\n"
+            "from vllm.engine.arg_utils import AsyncEngineArgs\n"
+            "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
+            "parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())\n"
+            "args = AsyncEngineArgs.from_cli_args(parser.parse_args(json.loads(sys.argv[1])))\n"
+            "assert args.compilation_config.cudagraph_capture_sizes == [1, 2, 4], args.compilation_config\n"
+            "assert args.compilation_config.pass_config.fuse_norm_quant is True\n"
+            "assert args.enable_prefix_caching is False and args.async_scheduling is True\n"
+            "assert args.speculative_config['method'] == 'ngram'\n"
+            "from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS, PlatformEnum\n"
+            "print(json.dumps([kernel.__name__ for kernel in _POSSIBLE_KERNELS[PlatformEnum.CUDA]]))\n"
+        )
+        root = ROOT
+        command = [sys.executable, "-c", code, json.dumps(self.ALL.arguments())]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        order = [n for n in json.loads(done.stdout.splitlines()[-1]) if n not in ("CutlassW4A8LinearKernel",)]
+        order.remove("ExllamaLinearKernel")
+        for names in KERNELS.values():
+            assert list(names) == order[: len(names)]
+
+
+def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiles, "find_gpus", lambda: [Gpu("NVIDIA L4", 1, 1)])
+    monkeypatch.setattr(profiles, "installed_vllm", lambda: ("gpu", "0.33.0"))
+    plain = Checkpoint.open(tiny.write(tmp_path / "a"))
+    packed = Checkpoint.open(tiny.write(tmp_path / "b", version="gemm"))
+    mixed = Checkpoint.open(tiny.write(tmp_path / "c", version="gemm", left=frozenset({(0, "mlp.down_proj")})))
+    assert key_for(plain, "gpu") == Key("NVIDIA L4", "2x128x256", "fp16", "0.33.0")
+    assert [key_for(each, "gpu").format for each in (packed, mixed)] == ["awq-g64", "awq-g64+16"]
+    assert "cores" in key_for(plain, "cpu", 2).card and key_for(plain, "cpu", 2).tp == 2

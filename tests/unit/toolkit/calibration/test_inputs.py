@@ -1,0 +1,198 @@
+"""Calibration manifests: every form of sample that is taken, every mistake that is named."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import http.server
+import io
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from toolkit.calibration.inputs import digest, prepare, read_manifest
+from toolkit.errors import ManifestError, MediaError
+from toolkit.paths import demo_checkpoint
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    from toolkit.compat import patch_torchvision
+
+    patch_torchvision()
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(demo_checkpoint())
+
+
+def picture(size: tuple[int, int] = (112, 140), colour: str = "red") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def manifest(directory: Path, *lines: object) -> Path:
+    path = directory / "calib.jsonl"
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
+    return path
+
+
+def chat(*parts: dict[str, Any], answer: str | None = "red") -> dict[str, Any]:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [*parts, {"type": "text", "text": "What colour?"}]}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    return {"messages": messages}
+
+
+def inputs_of(path: Path, processor: Any, **settings: Any) -> list[Any]:
+    return list(prepare(read_manifest(path), processor, **{"max_tokens": 4096, "max_pixels": None, **settings}))
+
+
+def test_every_way_to_name_an_image_gives_the_same_inputs(tmp_path: Path, processor: Any) -> None:
+    (tmp_path / "a b.png").write_bytes(picture())
+    data_url = "data:image/png;base64," + base64.b64encode(picture()).decode()
+    ways = [
+        {"type": "image_url", "image_url": {"url": "a b.png"}},
+        {"type": "image_url", "image_url": data_url},
+        {"type": "image", "image": str(tmp_path / "a b.png")},
+        {"type": "image", "image": (tmp_path / "a b.png").as_uri()},
+        {"image": data_url},
+    ]
+    prepared = inputs_of(manifest(tmp_path, *[chat(way) for way in ways]), processor)
+    assert len({digest([p]) for p in prepared}) == 1
+    # 112 x 140 pixels are 8 x 10 patches, merged 2 x 2
+    assert prepared[0].vision_tokens == 20
+    assert prepared[0].inputs["pixel_values"].shape == (80, 1176)
+    assert prepared[0].inputs["input_ids"].shape == (1, prepared[0].tokens)
+    assert "attention_mask" not in prepared[0].inputs
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[str]:
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_images_from_a_url(tmp_path: Path, processor: Any, site: str) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    here, there = inputs_of(
+        manifest(tmp_path, chat({"image": "a.png"}), chat({"image_url": {"url": f"{site}/a.png"}})), processor
+    )
+    assert digest([here]) == digest([there])
+    with pytest.raises(MediaError, match=r"calib.jsonl:1: .*absent\.png can't be fetched .*404"):
+        inputs_of(manifest(tmp_path, chat({"image": f"{site}/absent.png"})), processor)
+
+
+def test_qwen_style_bare_lists_and_plain_text(tmp_path: Path, processor: Any) -> None:
+    path = manifest(tmp_path, [{"role": "user", "content": "hello"}], {"text": "hello"})
+    first, second = inputs_of(path, processor)
+    assert digest([first]) == digest([second])
+    assert first.vision_tokens == 0
+
+
+def test_bounds_on_pixels(tmp_path: Path, processor: Any) -> None:
+    (tmp_path / "a.png").write_bytes(picture((280, 280)))
+    small = {"type": "image", "image": "a.png", "max_pixels": 56 * 56}
+    path = manifest(tmp_path, chat({"image": "a.png"}), chat(small))
+    assert [p.vision_tokens for p in inputs_of(path, processor)] == [100, 4]
+    assert [p.vision_tokens for p in inputs_of(path, processor, max_pixels=112 * 112)] == [16, 4]
+
+
+def test_a_video_as_frames_and_as_a_file(tmp_path: Path, processor: Any) -> None:
+    cv2 = pytest.importorskip("cv2")
+    import numpy as np
+
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(picture((112, 112), "red" if i < 2 else "blue"))
+    writer = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 4, (112, 112))
+    for i in range(8):  # two seconds
+        writer.write(np.full((112, 112, 3), (0, 0, 255) if i < 4 else (255, 0, 0), np.uint8))
+    writer.release()
+    # video frames are never below 128 tokens' worth of pixels unless a bound says so
+    bound = {"min_pixels": 112 * 112, "max_pixels": 112 * 112}
+    frames = {"type": "video", "video": [f"{i}.png" for i in range(4)], **bound}
+    file = {"type": "video_url", "video_url": {"url": "v.avi"}, "sample_fps": 2, **bound}
+    prepared = inputs_of(manifest(tmp_path, chat(frames), chat(file)), processor)
+    # 4 frames of 8 x 8 patches: 2 temporal patches of 16 merged tokens
+    assert [p.inputs["video_grid_thw"].tolist() for p in prepared] == [[[2, 8, 8]]] * 2
+    assert [p.vision_tokens for p in prepared] == [32, 32]
+
+
+def test_a_draw_is_seeded_and_keeps_order(tmp_path: Path) -> None:
+    path = manifest(tmp_path, *[{"text": str(i)} for i in range(20)])
+    texts = [s.messages[0]["content"][0]["text"] for s in read_manifest(path, 5, seed=1)]
+    assert texts == [s.messages[0]["content"][0]["text"] for s in read_manifest(path, 5, seed=1)]
+    assert texts != [s.messages[0]["content"][0]["text"] for s in read_manifest(path, 5, seed=2)]
+    assert sorted(texts, key=int) == texts and len(set(texts)) == 5
+
+
+def test_long_samples_are_left_out_and_told(tmp_path: Path, processor: Any) -> None:
+    path = manifest(tmp_path, {"text": "a b c " * 200}, {"text": "short"})
+    told: list[tuple[str, int]] = []
+    kept = list(
+        prepare(
+            read_manifest(path),
+            processor,
+            max_tokens=100,
+            max_pixels=None,
+            skipped=lambda sample, tokens: told.append((sample.where, tokens)),
+        )
+    )
+    assert [k.where for k in kept] == [f"{path}:2"]
+    assert told[0][0] == f"{path}:1" and told[0][1] > 100
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{nope", "not JSON"),
+        ("{}", "non-empty 'messages'"),
+        ('{"messages": []}', "non-empty 'messages'"),
+        ('{"messages": ["hi"]}', "'role'"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "'role' of system, user, assistant"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "string or a list of parts"),
+        ('{"messages": [{"role": "user", "content": ["x"]}]}', "must be an object, found str"),
+        ('{"messages": [{"role": "user", "content": [{"type": "audio"}]}]}', "unknown content part of type 'audio'"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image", "image": 3}]}]}', "needs a path or URL"),
+        ('{"messages": [{"role": "user", "content": [{"type": "video", "video": []}]}]}', "list of image paths"),
+        ("3", "non-empty 'messages'"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = manifest(tmp_path, {"text": "fine"}, line)
+    with pytest.raises(ManifestError) as error:
+        read_manifest(path)
+    assert f"{path}:2: " in str(error.value) and message in str(error.value)
+
+
+def test_no_manifest_or_an_empty_one(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="no calibration manifest at"):
+        read_manifest(tmp_path / "absent.jsonl")
+    with pytest.raises(ManifestError, match="is a directory"):
+        read_manifest(tmp_path)
+    with pytest.raises(ManifestError, match="has no samples"):
+        read_manifest(manifest(tmp_path, "", "  "))
+    (tmp_path / "calib.jsonl").write_bytes(picture())
+    with pytest.raises(ManifestError, match="not UTF-8"):
+        read_manifest(tmp_path / "calib.jsonl")
+
+
+def test_a_broken_video_is_named(tmp_path: Path, processor: Any) -> None:
+    pytest.importorskip("cv2")
+    (tmp_path / "v.mp4").write_text("not a video")
+    for video, message in [("v.mp4", "not a video that can be decoded"), ("absent.mp4", "no file at")]:
+        with pytest.raises(MediaError, match=message):
+            inputs_of(manifest(tmp_path, chat({"type": "video", "video": video})), processor)

@@ -1,0 +1,430 @@
+"""Quantization end to end on one or two layers of the embedded model, and every way it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from tests.support.short import calibration, short_demo
+from tests.support.tiny import files
+from toolkit.checkpoint.checkpoint import LINEARS, Checkpoint, CheckpointWriter
+from toolkit.errors import AlreadyQuantized, CheckpointError, FormatError, ManifestError, ResourceError
+from toolkit.formats.packing import PackedLinear, unpack_gemm, unpack_gemv
+from toolkit.quantize import quantize
+from toolkit.quantize import run as pipeline
+from toolkit.quantize.search.grid import dequantize
+
+if TYPE_CHECKING:
+    from toolkit.quantize.search.autoawq import Qwen2VLAwqQuantizer
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return short_demo(tmp_path_factory.mktemp("source") / "short")
+
+
+@pytest.fixture(scope="session")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibration(tmp_path_factory.mktemp("calibration"))
+
+
+@pytest.fixture(scope="session")
+def gemm(tmp_path_factory: pytest.TempPathFactory, source: Path, manifest: Path) -> Path:
+    return quantize(str(source), tmp_path_factory.mktemp("gemm") / "out", calib=str(manifest))
+
+
+def packed(checkpoint: Checkpoint, name: str) -> PackedLinear:
+    return PackedLinear(*(checkpoint.get(f"{name}.{part}") for part in ("qweight", "qzeros", "scales")))
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint.open(path)
+    return {name: checkpoint.get(name) for name in checkpoint.tensors}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_output_is_the_source_with_its_linears_packed(source: Path, gemm: Path) -> None:
+    before, after = Checkpoint.open(source), Checkpoint.open(gemm)
+    linears = {f"{name}.weight" for name in before.linear_names(0)}
+    kept = {name for name in before.tensors if name not in linears}
+    parts = {f"{name}.{part}" for name in before.linear_names(0) for part in ("qweight", "qzeros", "scales")}
+    assert set(after.tensors) == kept | parts
+    for name in kept:
+        assert after.get(name).dtype == before.get(name).dtype
+        if not name.startswith(before.layers_prefix):
+            assert torch.equal(after.get(name), before.get(name)), name
+    assert after.config == {
+        **before.config,
+        "quantization_config": {
+            "bits": 4,
+            "group_size": 128,
+            "modules_to_not_convert": ["visual", "model.visual"],
+            "quant_method": "awq",
+            "version": "gemm",
+            "zero_point": True,
+        },
+    }
+    for name in ("tokenizer.json", "preprocessor_config.json", "chat_template.json", "generation_config.json"):
+        assert (gemm / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_norm_times_weight_is_what_it_was(source: Path, gemm: Path) -> None:
+    """The scales moved from norm to linears cancel: norm x weight differs from the source by rounding alone.
+
+    (Not looked at: up_proj, whose rows down_proj's scales divide.)
+    """
+    before, after = Checkpoint.open(source), Checkpoint.open(gemm)
+    prefix = before.layer_prefix(0)
+    for norm, names in (("input_layernorm", LINEARS[:3]), ("post_attention_layernorm", LINEARS[4:5])):
+        for name in names:
+            true = before.get(f"{prefix}{name}.weight").float() * before.get(f"{prefix}{norm}.weight").float()
+            got = dequantize(unpack_gemm(packed(after, prefix + name))) * after.get(f"{prefix}{norm}.weight").float()
+            error = ((got - true).norm() / true.norm()).item()
+            assert 0.01 < error < 0.15, (name, error)
+
+
+def test_qvl_json_tells_what_was_done(gemm: Path, source: Path, manifest: Path) -> None:
+    told = json.loads((gemm / "qvl.json").read_text())
+    assert told["source"]["hash"] == Checkpoint.open(source).content_hash()
+    assert told["calibration"]["samples"] == 4 and told["calibration"]["vision_tokens"] > 0
+    assert told["recipe"]["format"] == "gemm" and told["recipe"]["group_size"] == 128
+    assert [layer["layer"] for layer in told["layers"]] == [0]
+    measured = json.loads((gemm / "qvl-run.json").read_text())
+    assert measured["layers"][0]["seconds"]["total"] > 0 and measured["peak_host_bytes"] > 1e8
+    assert 0 < told["layers"][0]["relative_error"] < 0.05
+    assert "# " in (gemm / "README.md").read_text()
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path, gemm: Path, source: Path, manifest: Path) -> None:
+    again = quantize(str(source), tmp_path / "again", calib=str(manifest))
+    measured = {"qvl-run.json"}
+    ours, theirs = (files(directory) for directory in (again, gemm))
+    assert ours.keys() == theirs.keys() and {name for name in ours if ours[name] != theirs[name]} <= measured
+
+
+def test_gemv_holds_the_same_numbers(tmp_path: Path, gemm: Path, source: Path, manifest: Path) -> None:
+    gemv = Checkpoint.open(quantize(str(source), tmp_path / "gemv", calib=str(manifest), format="gemv"))
+    assert gemv.quantization is not None and gemv.quantization.version == "gemv"
+    for name in gemv.linear_names(0):
+        a, b = unpack_gemv(packed(gemv, name), 128), unpack_gemm(packed(Checkpoint.open(gemm), name))
+        assert torch.equal(a.values, b.values) and torch.equal(a.zeros, b.zeros) and torch.equal(a.scales, b.scales)
+
+
+def test_names_and_config_of_transformers_5_are_kept(tmp_path: Path, gemm: Path, source: Path, manifest: Path) -> None:
+    from transformers import AutoConfig
+
+    flat = Checkpoint.open(source)
+    AutoConfig.from_pretrained(source).save_pretrained(tmp_path / "config")
+    config = json.loads((tmp_path / "config" / "config.json").read_text())
+    assert "text_config" in config
+    with CheckpointWriter(tmp_path / "nested") as writer:
+        for name in flat.tensors:
+            inner = (
+                f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.", 1)
+            )
+            writer.add(inner, flat.get(name))
+        writer.copy_side_files(source)
+        writer.set_config(config)
+    out = Checkpoint.open(quantize(str(tmp_path / "nested"), tmp_path / "out", calib=str(manifest)))
+    assert out.layers_prefix == "model.language_model.layers."
+    assert {**out.config, "quantization_config": None} == {**config, "quantization_config": None}
+    name = "0.mlp.down_proj.qweight"
+    assert torch.equal(out.get(out.layers_prefix + name), Checkpoint.open(gemm).get("model.layers." + name))
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32),
+        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
+    directory = tmp_path_factory.mktemp("adapter") / "lora"
+    model.save_pretrained(directory)
+    return directory
+
+
+def test_a_whole_row_as_one_group(tmp_path: Path, source: Path, manifest: Path) -> None:
+    out = Checkpoint.open(quantize(str(source), tmp_path / "out", calib=str(manifest), group_size=-1))
+    assert out.quantization is not None and out.quantization.group_size == -1
+    assert out.tensors["model.layers.0.mlp.down_proj.scales"].shape == (1, 256)
+
+
+def test_an_adapter_is_merged_first(tmp_path: Path, source: Path, manifest: Path, adapter: Path) -> None:
+    from safetensors.torch import load_file
+
+    from toolkit.sources.adapter import merge
+
+    base = Checkpoint.open(source)
+    merged = Checkpoint.open(merge(base, adapter, tmp_path / "merged"))
+    lora = load_file(adapter / "adapter_model.safetensors")
+    key = next(k for k in lora if "down_proj.lora_A" in k)
+    delta = 2.0 * lora[key.replace("lora_A", "lora_B")] @ lora[key]
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.allclose(merged.get(name).float(), base.get(name).float() + delta, atol=2e-3)
+    assert torch.equal(merged.get("visual.merger.mlp.0.weight"), base.get("visual.merger.mlp.0.weight"))
+    direct = quantize(str(source), tmp_path / "direct", calib=str(manifest), adapter=adapter)
+    assert same(tensors(direct), tensors(quantize(str(merged.path), tmp_path / "two", calib=str(manifest))))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["direct", "merged", "two"]
+
+
+def test_an_adapter_that_is_none(tmp_path: Path, source: Path, manifest: Path, adapter: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"no adapter_config\.json"):
+        quantize(str(source), tmp_path / "out", calib=str(manifest), adapter=tmp_path / "empty")
+    other = short_demo(tmp_path / "other", layers=1)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["nowhere"]}))
+    (broken / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="does not fit"):
+        quantize(str(other), tmp_path / "out", calib=str(manifest), adapter=broken)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"format": "marlin"}, FormatError, "unknown format 'marlin': choose gemm"),
+        ({"bits": 3}, FormatError, "4-bit values only"),
+        ({"group_size": 100}, FormatError, "group size 100 is not one .* use 32, 64, 128, -1"),
+        ({"scaling": "trio"}, FormatError, "choose plain or duo"),
+        ({"rounding": "up"}, FormatError, "choose nearest or compensated"),
+        ({"search": "autoawq", "rounding": "compensated"}, FormatError, "AutoAWQ's search rounds to nearest"),
+        ({"skip": "("}, FormatError, "regular expression"),
+        ({"samples": 0}, ManifestError, "at least 1"),
+        ({"devices": "abacus"}, ResourceError, "unknown device 'abacus'"),
+        ({"devices": "meta"}, ResourceError, "not supported"),
+        ({"max_tokens": 3}, ManifestError, "no sample of .* is within 3 tokens"),
+        ({"calib": "absent.jsonl"}, ManifestError, "no calibration manifest"),
+    ],
+)
+def test_bad_settings_leave_nothing(
+    tmp_path: Path, source: Path, manifest: Path, settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        quantize(str(source), tmp_path / "out", **{"calib": str(manifest), **settings})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_group_size_that_does_not_divide_names_the_layer(tmp_path: Path, manifest: Path) -> None:
+    source = short_demo(tmp_path / "odd", intermediate_size=448)
+    with pytest.raises(FormatError, match=r"128 does not divide the 448 inputs of model\.layers\.0\.mlp\.down_proj: "):
+        quantize(str(source), tmp_path / "out", calib=str(manifest))
+    with pytest.raises(FormatError, match="use 32, 64, -1"):
+        quantize(str(source), tmp_path / "out", calib=str(manifest))
+
+
+def test_a_quantized_source_is_refused(tmp_path: Path, gemm: Path, manifest: Path) -> None:
+    with pytest.raises(AlreadyQuantized, match=r"AWQ already.*qvl convert"):
+        quantize(str(gemm), tmp_path / "out", calib=str(manifest))
+
+
+def test_an_existing_output_needs_force(tmp_path: Path, source: Path, manifest: Path, gemm: Path) -> None:
+    out = tmp_path / "out"
+    short_demo(out)
+    before = tensors(out)
+    with pytest.raises(CheckpointError, match="--force"):
+        quantize(str(source), out, calib=str(manifest))
+    assert same(tensors(out), before)
+    quantize(str(source), out, calib=str(manifest), force=True)
+    assert same(tensors(out), tensors(gemm))
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(
+    tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = short_demo(tmp_path / "in")
+    search = pipeline._Run._search
+
+    def then_replaced(self: Any, *args: Any) -> None:
+        search(self, *args)
+        (source / "model.safetensors").touch()
+
+    monkeypatch.setattr(pipeline._Run, "_search", then_replaced)
+    with pytest.raises(CheckpointError, match="were replaced during the run"):
+        quantize(str(source), tmp_path / "out", calib=str(manifest))
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_command_line_says_one_thing_and_exits_with_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "toolkit.cli", "quantize", "--model", str(tmp_path), "--out", str(tmp_path / "o")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+class Hungry(torch.nn.Linear):
+    """A module that runs out of memory above a number of tokens."""
+
+    limit = 100
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x)
+
+
+def bare_quantizer(notes: list[str]) -> Qwen2VLAwqQuantizer:
+    from toolkit.quantize.search.autoawq import (
+        Qwen2VLAwqQuantizer,  # seconds: paid by the worker that runs these tests
+    )
+
+    quantizer = Qwen2VLAwqQuantizer.__new__(Qwen2VLAwqQuantizer)
+    quantizer.device = quantizer.store = torch.device("cpu")
+    quantizer.on_note = notes.append
+    quantizer.chunk_tokens = 512
+    quantizer.w_bit, quantizer.group_size, quantizer.zero_point = 4, 32, True
+    quantizer.max_chunk_memory = 2**30
+    quantizer._stand_in = None
+    return quantizer
+
+
+def test_out_of_memory_halves_the_chunk_and_goes_on() -> None:
+    notes: list[str] = []
+    quantizer, module, x = bare_quantizer(notes), Hungry(8, 4), torch.randn(1, 1000, 8)
+    out = quantizer._module_forward(x, module, {})
+    assert torch.allclose(out, torch.nn.functional.linear(x, module.weight, module.bias))
+    assert quantizer.chunk_tokens == 64 and len(notes) == 3 and "64 tokens at a time" in notes[-1]
+
+
+def test_out_of_memory_at_any_chunk_says_what_to_do() -> None:
+    module = Hungry(8, 4)
+    module.limit = 0
+    with pytest.raises(ResourceError, match="even with 64 tokens at a time: free memory"):
+        bare_quantizer([])._module_forward(torch.randn(1, 1000, 8), module, {})
+
+
+@pytest.mark.parametrize("duo", [True, False])
+def test_the_scale_search_leaves_the_weights_as_they_were(duo: bool) -> None:
+    """AutoAWQ's own search keeps the first candidate's scaling in the weights when they are on a CPU."""
+    from toolkit.quantize.search.autoawq import _copied_state
+
+    torch.manual_seed(0)
+    quantizer = bare_quantizer([])
+    quantizer.duo_scaling = duo
+    linear = torch.nn.Linear(64, 16, bias=False).requires_grad_(False)
+    before = linear.weight.clone()
+    x = torch.randn(1, 200, 64) * torch.linspace(0.1, 4, 64)
+    scales = quantizer._compute_best_scale(
+        x, linear.weight.abs().mean(0), x.abs().mean((0, 1)), linear, [linear], linear(x), {}
+    )
+    assert torch.equal(linear.weight, before)
+    assert bool(torch.isfinite(scales).all()) and not hasattr(linear.state_dict, "__wrapped__")
+    with _copied_state(linear):
+        linear.state_dict()["weight"].zero_()
+    assert torch.equal(linear.weight, before)
+
+
+def test_a_plan_that_does_not_fit_has_the_figures(source: Path, tmp_path: Path) -> None:
+    from toolkit.calibration.inputs import PreparedSample
+    from toolkit.quantize.plan import make_plan
+    from toolkit.quantize.recipe import Recipe
+
+    checkpoint = Checkpoint.open(source)
+    cpu = torch.device("cpu")
+    small = make_plan(checkpoint, Recipe(), [PreparedSample({}, 100, 0, "")] * 10, cpu)
+    assert all("needs" in line and "free" in line for line in small.check(tmp_path / "o", cpu))
+    huge = make_plan(checkpoint, Recipe(), [PreparedSample({}, 10**9, 0, "")] * 10, cpu)
+    with pytest.raises(ResourceError, match=r"not enough host memory: needs [\d.]+ GB, [\d.]+ GB free: use fewer"):
+        huge.check(tmp_path / "o", cpu)
+
+
+def test_a_containers_limit_bounds_host_memory(tmp_path: Path) -> None:
+    from toolkit.quantize.plan import _available_host
+
+    assert _available_host(100, tmp_path) == 100  # no control group
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _available_host(100, tmp_path) == 100
+    (tmp_path / "memory.max").write_text("80\n")
+    (tmp_path / "memory.current").write_text("60\n")
+    (tmp_path / "memory.stat").write_text("anon 20\ninactive_file 15\nactive_file 5\n")
+    assert _available_host(100, tmp_path) == 40
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_told_before_the_work(tmp_path: Path, source: Path, manifest: Path) -> None:
+    disk = tmp_path / "small"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(ResourceError, match=r"not enough disk: needs [\d.]+ GB"):
+            quantize(str(source), disk / "out", calib=str(manifest))
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_autoawqs_search_makes_the_same_kind_of_checkpoint(
+    tmp_path: Path, source: Path, manifest: Path, gemm: Path
+) -> None:
+    out = quantize(str(source), tmp_path / "out", calib=str(manifest), search="autoawq", scaling="duo")
+    a, b = tensors(out), tensors(gemm)
+    assert {k: (v.shape, v.dtype) for k, v in a.items()} == {k: (v.shape, v.dtype) for k, v in b.items()}
+    errors = [json.loads((d / "qvl.json").read_text())["layers"][0]["relative_error"] for d in (out, gemm)]
+    assert errors[1] < errors[0] < 0.02
+
+
+def test_layers_in_16_bits(tmp_path: Path, manifest: Path) -> None:
+    """By a pattern, and by a report of which hurt most; what is left is the source's, and said to engines."""
+    source = short_demo(tmp_path / "in", layers=2)
+    report = tmp_path / "layers.json"
+    out = quantize(str(source), tmp_path / "a", calib=str(manifest), skip=r"layers\.0\.mlp", layers_report=report)
+    before, after = Checkpoint.open(source), Checkpoint.open(out)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        kept = f"{before.layer_prefix(0)}mlp.{name}.weight"
+        assert torch.equal(after.get(kept), before.get(kept))
+    norm = f"{before.layer_prefix(0)}post_attention_layernorm.weight"
+    assert torch.equal(after.get(norm), before.get(norm))
+    assert "layers.0.mlp.down_proj" in after.config["quantization_config"]["modules_to_not_convert"]
+    told = json.loads(report.read_text())
+    assert report.with_suffix(".png").stat().st_size > 10_000
+    assert [set(layer["error"]) for layer in told["layers"]] == [{"rtn", "autoawq", "moments"}] * 2
+    assert told["sums"]["moments"] < told["sums"]["autoawq"] < told["sums"]["rtn"]
+
+    quantize(str(source), tmp_path / "b", calib=str(manifest), layers_report=report)
+    worst = max(json.loads(report.read_text())["layers"], key=lambda layer: layer["error"]["moments"])["layer"]
+    mixed = Checkpoint.open(quantize(str(source), tmp_path / "c", calib=str(manifest), from_report=report, budget=0.05))
+    plain = Checkpoint.open(tmp_path / "b")
+    assert plain.nbytes < mixed.nbytes <= plain.nbytes * 1.05
+    left = [n for n in mixed.linear_names(worst) if f"{n}.weight" in mixed.tensors]
+    assert left and all(torch.equal(mixed.get(f"{n}.weight"), before.get(f"{n}.weight")) for n in left)
+
+
+def test_a_dry_run_says_what_is_needed_and_writes_nothing(
+    tmp_path: Path, source: Path, manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize(str(source), tmp_path / "out", calib=str(manifest), dry_run=True)
+    told = capsys.readouterr().err
+    assert "host memory: needs" in told and "time" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_layers_write_the_same_bytes(tmp_path: Path, manifest: Path) -> None:
+    source = short_demo(tmp_path / "in", layers=3)
+    one = quantize(str(source), tmp_path / "one", calib=str(manifest), devices="cpu")
+    two = quantize(str(source), tmp_path / "two", calib=str(manifest), devices="cpu,cpu")
+    a, b = files(one), files(two)
+    assert a.keys() == b.keys() and {name for name in a if a[name] != b[name]} == {"qvl-run.json"}
+
+
+def test_balance_by_modality_is_told(tmp_path: Path, source: Path, manifest: Path) -> None:
+    out = quantize(str(source), tmp_path / "out", calib=str(manifest), balance="modality")
+    told = json.loads((out / "qvl.json").read_text())
+    assert len(told["vision_sensitivity"]) == 1 and told["recipe"]["balance"] == "modality"

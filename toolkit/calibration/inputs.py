@@ -1,0 +1,274 @@
+"""What the model is shown while it is quantized: a JSONL manifest of chats becomes model inputs, sample by sample.
+
+A line is one sample: ``{"messages": [...]}`` in OpenAI's form (``image_url`` parts) or Qwen's (``image``/``video``
+parts), a bare list of messages, or ``{"text": "..."}``. Images are paths (relative to the manifest), ``file://`` or
+``http(s)://`` URLs, or data URLs; videos are a list of frames or a file. Nothing is padded or batched, so no pad token
+ever weighs in; all tokens of a sample count the same, whoever said them: calibration has no labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.calibration import media
+from toolkit.errors import ManifestError, MediaError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+__all__ = ["CalibrationSample", "PreparedSample", "digest", "prepare", "read_manifest"]
+
+#: Keys of a vision part that qwen-vl-utils understands and that are passed through.
+_VISION_SETTINGS = (
+    "min_pixels",
+    "max_pixels",
+    "total_pixels",
+    "resized_height",
+    "resized_width",
+    "sample_fps",
+    "raw_fps",
+)
+_MAX_VIDEO_FRAMES = 768  # qwen-vl-utils' own bound
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class CalibrationSample:
+    """One chat in Qwen's form; media are still references, opened by :func:`prepare`.
+
+    ``where`` names file and line for error messages; ``base`` is the directory that relative paths start from.
+    """
+
+    messages: list[dict[str, Any]]
+    where: str
+    base: Path
+
+
+@dataclass(frozen=True)
+class PreparedSample:
+    """Model inputs of one sample.
+
+    ``inputs``: what the processor returns, without the attention mask (there is no padding to mask): ``input_ids``
+    [1, T], ``mm_token_type_ids`` [1, T], ``pixel_values`` [patches, 1176], ``image_grid_thw`` [images, 3] and the like.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    tokens: int
+    vision_tokens: int
+    where: str
+
+
+def read_manifest(path: Path, samples: int | None = None, seed: int = 0) -> list[CalibrationSample]:
+    """Read a JSONL manifest and check the form of every line.
+
+    With ``samples`` below the number of lines, a seeded draw is taken, in the file's order.
+
+    Raises:
+        ManifestError: the file is missing, empty or has a malformed line; the message names file and line.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ManifestError(f"{path} is a directory; a calibration manifest is a JSONL file, one chat a line")
+    if not path.is_file():
+        raise ManifestError(f"no calibration manifest at {path}: give a JSONL file of chats, or --calib demo")
+    found: list[CalibrationSample] = []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    found.append(_read_line(line, f"{path}:{number}", path.parent))
+    except UnicodeDecodeError as error:
+        raise ManifestError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): is it a JSONL file?"
+        ) from None
+    if not found:
+        raise ManifestError(f"{path} has no samples: write one JSON object with a 'messages' list per line")
+    if samples is not None and samples < len(found):
+        keep = sorted(random.Random(seed).sample(range(len(found)), samples))
+        found = [found[i] for i in keep]
+    return found
+
+
+def _read_line(line: str, where: str, base: Path) -> CalibrationSample:
+    try:
+        data = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ManifestError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    if isinstance(data, dict) and isinstance(data.get("text"), str):
+        messages: Any = [{"role": "user", "content": data["text"]}]
+    else:
+        messages = data.get("messages") if isinstance(data, dict) else data
+    if not isinstance(messages, list) or not messages:
+        raise ManifestError(f"{where}: expected a non-empty 'messages' list (or a 'text' string)")
+    return CalibrationSample([_read_message(m, where) for m in messages], where, base)
+
+
+def _read_message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict) or message.get("role") not in _ROLES:
+        raise ManifestError(f"{where}: every message needs a 'role' of {', '.join(_ROLES)}")
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise ManifestError(f"{where}: a message's 'content' is a string or a list of parts")
+    return {"role": message["role"], "content": [_read_part(p, where) for p in content]}
+
+
+def _read_part(part: Any, where: str) -> dict[str, Any]:
+    """Turn one content part, OpenAI's or Qwen's, into Qwen's form."""
+    if not isinstance(part, dict):
+        raise ManifestError(f"{where}: a content part must be an object, found {type(part).__name__}")
+    settings = {k: part[k] for k in _VISION_SETTINGS if k in part}
+    for kind in ("image", "video"):
+        url = part.get(f"{kind}_url")
+        media = part.get(kind) if url is None else url.get("url") if isinstance(url, dict) else url
+        if media is None:
+            continue
+        if kind == "video" and isinstance(media, list):
+            if not media or not all(isinstance(m, str) for m in media):
+                raise ManifestError(f"{where}: a video given as frames needs a list of image paths or URLs")
+        elif not isinstance(media, str) or not media:
+            raise ManifestError(f"{where}: an {kind} part needs a path or URL")
+        return {"type": kind, kind: media, **settings}
+    if isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    raise ManifestError(
+        f"{where}: unknown content part of type {part.get('type')!r}; use text, image(_url) or video(_url)"
+    )
+
+
+def _load_image(reference: str, base: Path, where: str) -> Image:
+    return media.decode(media.read(reference, base, where), where, media.shorten(reference))
+
+
+def _load_video(part: dict[str, Any], base: Path, where: str) -> dict[str, Any]:
+    """Return the part with its frames decoded: a list of PIL images at ``sample_fps`` frames a second."""
+    video = part["video"]
+    if isinstance(video, list):
+        return {**part, "video": [_load_image(frame, base, where) for frame in video]}
+    import cv2
+    from PIL import Image
+
+    if video.startswith(("http://", "https://", "data:")):
+        raise MediaError(f"{where}: a video must be a local file or a list of frames")
+    path = media.local_path(video, base)
+    if not path.is_file():
+        raise MediaError(f"{where}: no file at {path}")
+    wanted = float(part.get("sample_fps", 2.0))
+    reader = cv2.VideoCapture(str(path))
+    try:
+        native = reader.get(cv2.CAP_PROP_FPS) or wanted
+        step = max(1.0, native / wanted)
+        frames: list[Image.Image] = []
+        index = 0
+        while len(frames) < _MAX_VIDEO_FRAMES and reader.grab():
+            if index >= len(frames) * step:
+                ok, pixels = reader.retrieve()
+                if not ok:
+                    break
+                frames.append(Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)))
+            index += 1
+    finally:
+        reader.release()
+    if not frames:
+        raise MediaError(f"{where}: {path} is not a video that can be decoded")
+    return {**part, "video": frames, "sample_fps": native / step, "raw_fps": native}
+
+
+def _with_media(sample: CalibrationSample, bounds: dict[str, int]) -> list[dict[str, Any]]:
+    """Return the sample's messages with every image and video decoded; ``bounds`` hold for images that set none."""
+    from qwen_vl_utils.vision_process import MAX_RATIO
+
+    messages = []
+    for message in sample.messages:
+        content = []
+        for part in message["content"]:
+            if part["type"] == "image":
+                image = _load_image(part["image"], sample.base, sample.where)
+                if max(image.size) > MAX_RATIO * min(image.size):
+                    raise MediaError(
+                        f"{sample.where}: an image of {image.size} is over the model's 1:{MAX_RATIO} ratio"
+                    )
+                part = {**bounds, **part, "image": image}
+            elif part["type"] == "video":
+                part = _load_video(part, sample.base, sample.where)
+            content.append(part)
+        messages.append({**message, "content": content})
+    return messages
+
+
+def prepare(
+    samples: Iterable[CalibrationSample],
+    processor: Any,
+    *,
+    max_tokens: int,
+    max_pixels: int | None,
+    skipped: Callable[[CalibrationSample, int], None] | None = None,
+) -> Iterator[PreparedSample]:
+    """Turn samples into model inputs, one at a time, through ``process_vision_info`` and the model's own processor.
+
+    Args:
+        samples: from :func:`read_manifest`.
+        processor: the checkpoint's ``AutoProcessor``.
+        max_tokens: longer samples are left out (cutting one could cut an image in two) and told to ``skipped``.
+        max_pixels: bound on an image's pixels, for parts that set none; None: the processor's own.
+        skipped: called with the sample and its number of tokens.
+
+    Raises:
+        MediaError: an image or video can't be decoded.
+    """
+    from qwen_vl_utils import process_vision_info
+
+    vision_ids = [
+        i
+        for i in (
+            processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+            processor.tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        )
+        if i is not None
+    ]
+    # a fine-tuned model may have its own bounds: the server will resize by them, so calibration does
+    size = processor.image_processor.size
+    bounds = {"min_pixels": int(size["shortest_edge"]), "max_pixels": int(size["longest_edge"])}
+    if max_pixels is not None:
+        bounds["max_pixels"] = max(bounds["min_pixels"], min(bounds["max_pixels"], max_pixels))
+    for sample in samples:
+        messages = _with_media(sample, bounds)
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        images, videos, video_kwargs = process_vision_info(
+            messages, return_video_kwargs=True, return_video_metadata=True
+        )
+        extra: dict[str, Any] = {}
+        if videos:
+            frames, metadata = zip(*videos, strict=True)
+            videos, extra = list(frames), {"video_metadata": list(metadata), **video_kwargs}
+        # the pictures have their final size already: resizing is process_vision_info's
+        inputs = dict(
+            processor(text=[text], images=images, videos=videos, return_tensors="pt", do_resize=False, **extra)
+        )
+        inputs.pop("attention_mask", None)  # without padding it masks nothing, and it would cost [T, T] floats a sample
+        ids = inputs["input_ids"]
+        if ids.shape[1] > max_tokens:
+            if skipped is not None:
+                skipped(sample, ids.shape[1])
+            continue
+        vision = sum(int((ids == i).sum()) for i in vision_ids)
+        yield PreparedSample(inputs, ids.shape[1], vision, sample.where)
+
+
+def digest(samples: Iterable[PreparedSample]) -> str:
+    """Return a SHA-256 over everything the model is shown: equal digests mean equal calibration."""
+    sha = hashlib.sha256()
+    for sample in samples:
+        for name in sorted(sample.inputs):
+            value = sample.inputs[name]
+            sha.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            sha.update(value.contiguous().numpy().tobytes())
+    return sha.hexdigest()
