@@ -236,7 +236,7 @@ def test_the_verb_refuses_an_unknown_kind(tmp_path: Path) -> None:
 def test_the_picture_that_make_ask_shows_is_the_drawn_one() -> None:
     picture = gallery.shapes_picture()
     assert (picture.question, picture.answer) == ("How many shapes are in the picture?", "5")
-    with Image.open(REPOSITORY / "docs" / "pictures" / "shapes.png") as image:
+    with Image.open(REPOSITORY / "docs" / "images" / "shapes.png") as image:
         assert image.convert("RGB").tobytes() == picture.image.tobytes()
 
 
