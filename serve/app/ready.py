@@ -13,25 +13,21 @@ import math
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Literal
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.http.errors import error_response
 from serve.http.images import sample_picture
 from serve.http.logs import line, write
 from serve.http.metrics import refusals
+from serve.http.middleware import Middleware, innermost
 from serve.settings.environment import READY, VLLM_API_KEY
 from serve.settings.ready import ReadySettings
 
 __all__ = ["PATH", "Proof", "Ready"]
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 State = Literal["starting", "ready", "stalled", "failed", "draining"]
 
 PATH = "/ready"
@@ -53,11 +49,11 @@ _RESTARTS = Gauge("qvl_restarts", "How often the supervisor has restarted the se
 _START_SECONDS = Gauge("qvl_start_seconds", "Seconds from the command to ready.")
 
 
-class Ready:
+class Ready(Middleware):
     """ASGI middleware that answers /ready, asks the probe and refuses new requests while the server drains."""
 
-    def __init__(self, app: App, settings: ReadySettings | None = None) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, settings: ReadySettings | None = None) -> None:
+        super().__init__(app)
         self.settings = settings or ReadySettings(**json.loads(os.environ[READY]))
         self.state: State = "starting"
         self.reason = "no image question was answered yet"
@@ -327,18 +323,16 @@ class Ready:
                 status = message["status"]
             parts.append(message.get("body", b""))
 
-        await _inmost(self.app)(scope, receive, send)
+        # Past the guard, which would want a key and count the probe.
+        await innermost(self.app)(scope, receive, send)
         return status, b"".join(parts).decode(errors="replace")
 
 
-class Proof:
+class Proof(Middleware):
     """ASGI middleware right before vLLM's application that tells `Ready` of answers that have come out of the engine.
 
     `Ready` itself can't tell: the guard between them answers too, and may put an error at the end of a stream.
     """
-
-    def __init__(self, app: App) -> None:
-        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on; watch the answers of the routes that generate."""
@@ -370,14 +364,6 @@ def _tokens() -> float:
 
 class _Unfit(Exception):
     """The model answers, and the answer shows that it can't be served as it is."""
-
-
-def _inmost(app: Any) -> App:
-    """Return what lies inside this project's middleware: the guard would want a key, and count the probe."""
-    while type(app).__module__.startswith("serve."):
-        app = getattr(app, "app", None) or app._app
-    inner: App = app
-    return inner
 
 
 def _check_answer(answer: dict[str, Any]) -> None:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import Counter
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.guard.body import Checker, parse
 from serve.guard.fetch import Fetcher
@@ -25,17 +25,12 @@ from serve.guard.rate import Clients
 from serve.guard.retry import Beginning
 from serve.http.errors import Refusal, error_body
 from serve.http.metrics import refusals
+from serve.http.middleware import Middleware
 from serve.settings.environment import GUARD
 from serve.settings.limits import Limits
 from toolkit.errors import ServerError
 
 __all__ = ["Guard"]
-
-Message = dict[str, Any]
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 #: Requests that vLLM failed before it answered, and that were sent to it a second time.
 retries = Counter("qvl_retries", "Requests given to the engine a second time.")
@@ -60,18 +55,19 @@ class _Gone(Exception):
     """The client left before its request was complete."""
 
 
-class Guard:
+class Guard(Middleware):
     """ASGI middleware; its settings are the environment variable QVL_GUARD, see `serve.settings.limits.Limits`.
 
     Raises ServerError when that is absent or the key file can't be read: no server is better than an open one.
     """
 
-    def __init__(self, app: App, limits: Limits | None = None, fetcher: Fetcher | None = None) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits | None = None, fetcher: Fetcher | None = None) -> None:
         if limits is None:
             if GUARD not in os.environ:
                 raise ServerError(f"{GUARD} is not set: start the server with `qvl serve`.")
             limits = Limits.loads(os.environ[GUARD])
-        self._app, self._limits = app, limits
+        super().__init__(app)
+        self._limits = limits
         path = None if limits.api_key_file is None else Path(limits.api_key_file)
         self._keys = Keys(path, limits.api_key) if limits.needs_key else None
         self._clients = Clients(limits.rate_per_minute, limits.max_concurrency)
@@ -89,7 +85,7 @@ class Guard:
         elif scope["type"] == "websocket":
             await self._refuse_websocket(scope, receive, send)
         else:
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
 
     @staticmethod
     async def _refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
@@ -147,7 +143,7 @@ class _Request:
     async def _serve(self) -> None:
         method: str = self.scope["method"]
         if self.path in _OPEN and method in ("GET", "HEAD"):
-            await self.guard._app(self.scope | {"method": "GET"}, self.receive, self.send)
+            await self.guard.app({**self.scope, "method": "GET"}, self.receive, self.send)
             return
         if method == "OPTIONS" and self.cors and b"access-control-request-method" in self.headers:
             await self._preflight()
@@ -163,7 +159,7 @@ class _Request:
             )  # fmt: skip
         if expected == "GET":
             # Answered by vLLM in no time, without its engine. uvicorn leaves out the body where HEAD was asked.
-            await self.guard._app(self._inner_scope("GET"), self.receive, self._out)
+            await self.guard.app(self._inner_scope("GET"), self.receive, self._out)
             return
         self.guard._clients.enter(name)
         try:
@@ -237,13 +233,13 @@ class _Request:
             return await self._leaves()
 
         # A scope of its own: vLLM's application writes into it.
-        await self.guard._app(dict(inner), replay, send)
+        await self.guard.app(dict(inner), replay, send)
 
     def _inner_scope(self, method: str, length: int | None = None) -> Scope:
         headers = [header for header in self.scope["headers"] if header[0] in _INNER_HEADERS]
         if length is not None:
             headers.append((b"content-length", str(length).encode()))
-        return self.scope | {"method": method, "headers": headers}
+        return {**self.scope, "method": method, "headers": headers}
 
     async def _read(self) -> bytes:
         """Return the whole body."""
@@ -310,7 +306,7 @@ class _Request:
             self._let_go()
             headers = list(message["headers"])
             self.streams = any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in headers)
-            message = message | {"headers": headers + self.cors} if self.cors else message
+            message = {**message, "headers": headers + self.cors} if self.cors else message
         elif not message.get("more_body", False):
             self.finished = True
         await self.send(message)
@@ -348,7 +344,11 @@ class _Request:
         await self.send({"type": "http.response.body", "body": b""})
 
     def _cors(self) -> list[tuple[bytes, bytes]]:
-        """Return the headers that let a page of another origin read the answer, if its origin is one that may."""
+        """Return the headers that let a page of another origin read the answer, if its origin is one that may.
+
+        Not starlette's CORSMiddleware: that answers any origin's preflight itself, before the guard could refuse and
+        count it, with a text as body, and adds headers to the answers of clients that send no origin.
+        """
         origin = self.headers.get(b"origin")
         if origin is None or origin not in self.guard._origins:
             return []

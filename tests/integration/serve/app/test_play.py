@@ -12,8 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.app.play import App, Beside, Play, Receive, Scope, Send
+from serve.app.play import Beside, Play
 from serve.guard.app import Guard
 from serve.settings.limits import Limits
 from serve.settings.play import PlayOptions
@@ -34,7 +35,7 @@ Start = Callable[..., str]
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     with contextlib.ExitStack() as stack:
 
-        def run(inner: App, beside: App | str | None = None, limits: Limits | None = None) -> str:
+        def run(inner: ASGIApp, beside: ASGIApp | str | None = None, limits: Limits | None = None) -> str:
             url = beside if beside is None or isinstance(beside, str) else stack.enter_context(serving(beside))
             monkeypatch.setenv("QVL_PLAY", PlayOptions(beside=url).dumps())
             monkeypatch.setenv("QVL_GUARD", (limits or Limits()).dumps())
