@@ -17,9 +17,9 @@ from typing import Any
 from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.compat import limit_headers
 from serve.guard.body import Checker, parse
 from serve.guard.fetch import Fetcher
-from serve.guard.headers import harden
 from serve.guard.keys import Keys
 from serve.guard.rate import Clients
 from serve.guard.retry import Beginning
@@ -76,7 +76,7 @@ class Guard(Middleware):
         self._routes = _ROUTES | {path: method for method, _, path in (r.partition(" ") for r in limits.allow_routes)}
         self._origins = frozenset(origin.encode() for origin in limits.cors_origins)
         self._held = 0
-        _harden_uvicorn()
+        limit_headers(lambda reason: refusals.labels(reason).inc())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection of any kind that ASGI knows."""
@@ -96,14 +96,6 @@ class Guard(Middleware):
             return
         for message in Refusal(403, "route", "There are no websockets here.").sends():
             await send(message | {"type": f"websocket.{message['type']}"})
-
-
-def _harden_uvicorn() -> None:
-    try:
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-    except ImportError:  # then it uses h11
-        return
-    harden(HttpToolsProtocol, lambda reason: refusals.labels(reason).inc())
 
 
 class _Request:
