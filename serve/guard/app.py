@@ -18,9 +18,10 @@ from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.compat import limit_headers
-from serve.guard.body import Checker, parse
+from serve.guard.body import Checker
 from serve.guard.fetch import Fetcher
 from serve.guard.keys import Keys
+from serve.guard.parse import parse
 from serve.guard.rate import Clients
 from serve.guard.retry import Beginning
 from serve.http.errors import Refusal, error_body
