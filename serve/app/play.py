@@ -21,7 +21,7 @@ from importlib import resources
 import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.http.errors import error_response
+from serve.http.errors import Headers, error_response
 from serve.http.middleware import Middleware
 from serve.settings.environment import GUARD, PLAY
 from serve.settings.limits import Limits
@@ -30,7 +30,6 @@ from toolkit.errors import ServerError
 
 __all__ = ["Beside", "Play"]
 
-Headers = list[tuple[bytes, bytes]]
 
 _TYPES = {
     "html": b"text/html; charset=utf-8",
