@@ -20,6 +20,7 @@ from toolkit.checkpoint.config import QuantizationInfo, read_family, read_quanti
 from toolkit.checkpoint.weights import TensorInfo, read_json, read_weights
 from toolkit.checkpoint.writer import CheckpointWriter
 from toolkit.errors import CheckpointError
+from toolkit.files import DIGEST_BYTES
 from toolkit.models.family import Family, Vision
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class Checkpoint:
             tensors = sorted(self.tensors.values(), key=lambda t: t.name)
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 digests = list(pool.map(_tensor_digest, tensors))
-            total = hashlib.blake2b(json.dumps(self.config, sort_keys=True).encode(), digest_size=20)
+            total = hashlib.blake2b(json.dumps(self.config, sort_keys=True).encode(), digest_size=DIGEST_BYTES)
             for t, digest in zip(tensors, digests, strict=True):
                 total.update(f"\0{t.name}\0{t.dtype}\0{t.shape}\0".encode() + digest)
             self._hash = total.hexdigest()
@@ -240,7 +241,7 @@ def _fill(buffer: memoryview, info: TensorInfo, start: int) -> int:
 
 
 def _tensor_digest(info: TensorInfo) -> bytes:
-    digest = hashlib.blake2b(digest_size=20)
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     buffer = memoryview(bytearray(min(info.nbytes, 8 * 2**20)))
     start = 0
     while start < info.nbytes:
