@@ -127,13 +127,13 @@ def serve(
     """
     import sys
 
+    from serve.plan.tuned import tuned
     from serve.process.supervisor import GaveUp, Policy, stopped_by_signals, supervisor
     from serve.process.supervisor import detach as start_detached
     from serve.settings.config import ServeOptions
     from serve.settings.limits import Limits
     from serve.settings.lora import Lora
     from serve.settings.parallel import Parallel
-    from serve.settings.tuned import tuned
     from toolkit.console import fail, note
     from toolkit.errors import ServerError
 

@@ -48,7 +48,7 @@ def check(model: str, card: int | None, context: int) -> dict[str, Any]:
     from bench.run.boot import free_ports
     from serve.plan.capacity import Load, batch, capacity, kv_tokens
     from serve.process import lifecycle
-    from serve.process.backend import find_gpus
+    from serve.settings.backend import find_gpus
     from serve.settings.config import DEFAULT_GPU_SHARE, ServeOptions
     from toolkit.checkpoint.checkpoint import Checkpoint, resolve
 

@@ -127,10 +127,9 @@ def _all(shapes: Sequence[Shape]) -> Iterator[tuple[int, Shape, str]]:
 
 def up(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
     """Start every server that does not run, all at once, and wait until the last is ready."""
-    from serve.plan import memory
-    from serve.process import state
-    from serve.process.backend import find_gpus
+    from serve.process import memory, state
     from serve.process.lifecycle import start
+    from serve.settings.backend import find_gpus
     from serve.settings.config import ServeOptions
     from serve.settings.profiles import Settings
     from toolkit.checkpoint.checkpoint import Checkpoint

@@ -63,7 +63,7 @@ def tune(
     from bench.tune.measure import FP16, Journal, TunePlan
     from bench.tune.measure import tune as run
     from serve.plan.candidates import candidates, refuse_busy_gpu
-    from serve.process.backend import choose, require_vllm
+    from serve.settings.backend import choose, require_vllm
     from serve.settings.parallel import Parallel
     from serve.settings.profiles import key_for, save
     from toolkit.checkpoint.checkpoint import Checkpoint, resolve

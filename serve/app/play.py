@@ -16,17 +16,18 @@ import hashlib
 import json
 import os
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
 
 import httpx
 
 from serve.http.errors import error_response
+from serve.settings.environment import GUARD, PLAY
 from serve.settings.limits import Limits
+from serve.settings.play import PlayOptions
 from toolkit.errors import ServerError
 
-__all__ = ["Beside", "Play", "PlayOptions"]
+__all__ = ["Beside", "Play"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -66,48 +67,17 @@ _RESPONSE_TYPES = ("application/json", "text/event-stream")
 _CONNECT, _READ = 5.0, 300.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlayOptions:
-    """The page's settings. Raises ServerError, naming the option, for a value that can't be."""
-
-    #: Address of the server to compare with, such as http://127.0.0.1:8001. None: the page shows one server.
-    beside: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.beside is None:
-            return
-        try:
-            url = httpx.URL(self.beside)
-        except httpx.InvalidURL:
-            url = httpx.URL()
-        if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query or url.fragment:
-            raise ServerError(f"--play-beside {self.beside}: give an address such as http://127.0.0.1:8001.")
-        object.__setattr__(self, "beside", str(url).rstrip("/").removesuffix("/v1"))
-
-    def dumps(self) -> str:
-        """Return the settings as JSON, for the environment variable QVL_PLAY of the server's process."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def loads(cls, text: str) -> PlayOptions:
-        """Return the settings that `dumps` wrote. Raises ServerError."""
-        try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise ServerError(f"QVL_PLAY can't be read ({error}). `qvl serve` sets it itself: unset it.") from None
-
-
 class Play:
     """Serves the page and hands everything else inwards. Settings: QVL_PLAY; the limits it tells of: QVL_GUARD."""
 
     def __init__(self, app: App) -> None:
         self._app = app
-        options = PlayOptions.loads(os.environ.get("QVL_PLAY", "{}"))
+        options = PlayOptions.loads(os.environ.get(PLAY, "{}"))
         self._beside = options.beside is not None
-        guarded = "QVL_GUARD" in os.environ
+        guarded = GUARD in os.environ
         if self._beside and not guarded:
             raise ServerError("--play-beside without the guard would lend the second server to anybody.")
-        limits = Limits.loads(os.environ["QVL_GUARD"]) if guarded else Limits()
+        limits = Limits.loads(os.environ[GUARD]) if guarded else Limits()
         self._files = {
             f"/play/{entry.name}": _file(entry.name, entry.read_bytes())
             for entry in resources.files("serve").joinpath("page").iterdir()
@@ -148,7 +118,7 @@ class Beside:
 
     def __init__(self, app: App, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._app = app
-        self._url = PlayOptions.loads(os.environ.get("QVL_PLAY", "{}")).beside
+        self._url = PlayOptions.loads(os.environ.get(PLAY, "{}")).beside
         # identity: a compressed stream would be held back until a block of it is full
         self._client = httpx.AsyncClient(
             headers={"accept-encoding": "identity", "user-agent": "qvl-play"},

@@ -14,17 +14,18 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
-from serve.guard.app import refusals
 from serve.http.errors import error_response
 from serve.http.images import sample_picture
 from serve.http.logs import line, write
+from serve.http.metrics import refusals
+from serve.settings.environment import READY, VLLM_API_KEY
+from serve.settings.ready import ReadySettings
 
-__all__ = ["PATH", "SETTINGS", "Proof", "Ready", "ReadySettings"]
+__all__ = ["PATH", "Proof", "Ready"]
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -34,8 +35,6 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 State = Literal["starting", "ready", "stalled", "failed", "draining"]
 
 PATH = "/ready"
-#: Name of the environment variable that holds the settings as JSON.
-SETTINGS = "QVL_READY"
 #: A successful answer on one of these has come out of the engine: the first bytes are sent with its first token.
 _ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 #: What a draining server still answers.
@@ -54,35 +53,12 @@ _RESTARTS = Gauge("qvl_restarts", "How often the supervisor has restarted the se
 _START_SECONDS = Gauge("qvl_start_seconds", "Seconds from the command to ready.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReadySettings:
-    """The settings of the probe and the drain; times in seconds."""
-
-    #: The name that the model is served under.
-    model: str
-    #: Longest time without proof that the engine answers, after which it is asked.
-    every: float = 15.0
-    #: Within this an image question must be answered.
-    limit: float = 20.0
-    #: The same for the first one, which may compile and warm up.
-    first_limit: float = 600.0
-    #: How long requests under way may take to finish after SIGTERM.
-    drain: float = 30.0
-    #: When the start was asked for, on the machine's monotonic clock.
-    began: float | None = None
-    restarts: int = 0
-
-    def dumps(self) -> str:
-        """Return the settings as JSON, for the environment of the server's process."""
-        return json.dumps(asdict(self))
-
-
 class Ready:
     """ASGI middleware that answers /ready, asks the probe and refuses new requests while the server drains."""
 
     def __init__(self, app: App, settings: ReadySettings | None = None) -> None:
         self.app = app
-        self.settings = settings or ReadySettings(**json.loads(os.environ[SETTINGS]))
+        self.settings = settings or ReadySettings(**json.loads(os.environ[READY]))
         self.state: State = "starting"
         self.reason = "no image question was answered yet"
         #: Probes in a row without an answer in time.
@@ -312,7 +288,7 @@ class Ready:
 
     async def _call(self, body: bytes) -> tuple[int, str]:
         """Send the body to vLLM's application as a request of its own; return status and text of the answer."""
-        key = os.environ.get("VLLM_API_KEY")
+        key = os.environ.get(VLLM_API_KEY)
         headers = [
             (b"host", b"localhost"),
             (b"content-type", b"application/json"),

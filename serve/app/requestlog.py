@@ -15,16 +15,15 @@ from typing import Any
 from prometheus_client import Counter, Gauge
 
 from serve.http.logs import line, write
+from serve.settings.environment import REQUEST_LOG
 
-__all__ = ["ENABLED", "ROUTES", "RequestLog"]
+__all__ = ["ROUTES", "RequestLog"]
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-#: Name of the environment variable that turns the lines on; ids and counts are always there.
-ENABLED = "QVL_REQUEST_LOG"
 #: Routes that are told apart; a stranger's paths must not become labels.
 ROUTES = frozenset(
     {
@@ -58,7 +57,7 @@ class RequestLog:
 
     def __init__(self, app: App) -> None:
         self.app = app
-        self._logs = os.environ.get(ENABLED) == "1"
+        self._logs = os.environ.get(REQUEST_LOG) == "1"
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Pass a request on with its id; write its line when it has ended."""

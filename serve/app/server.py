@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from serve.http.logs import log_uncaught
+from serve.settings.environment import DIE_WITH, LOG_FORMAT
 from toolkit.compat import patch_torchvision
 
-__all__ = ["DIE_WITH", "answer_for_vllm", "main"]
-
-#: Name of an environment variable: the id of the process that this server must not outlive.
-DIE_WITH = "QVL_DIE_WITH"
+__all__ = ["answer_for_vllm", "main"]
 
 
 class _VllmDistribution(importlib.metadata.Distribution):
@@ -131,7 +129,7 @@ if __name__ in ("__main__", "__mp_main__"):
     _without_sklearn()
     answer_for_vllm()
     patch_torchvision()
-    if os.environ.get("QVL_LOG_FORMAT") == "json":
+    if os.environ.get(LOG_FORMAT) == "json":
         sys.excepthook = log_uncaught
 
 if __name__ == "__main__":

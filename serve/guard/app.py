@@ -24,21 +24,18 @@ from serve.guard.keys import Keys
 from serve.guard.rate import Clients
 from serve.guard.retry import Beginning
 from serve.http.errors import Refusal, error_body
-from serve.settings.limits import REASONS, Limits
+from serve.http.metrics import refusals
+from serve.settings.environment import GUARD
+from serve.settings.limits import Limits
 from toolkit.errors import ServerError
 
-__all__ = ["Guard", "refusals"]
+__all__ = ["Guard"]
 
 Message = dict[str, Any]
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-#: Requests refused by the guard, by reason.
-refusals = Counter("qvl_refusals", "Requests refused before the engine saw them.", ["reason"])
-for _reason in REASONS:
-    refusals.labels(_reason)  # a series that exists can be alerted on
 
 #: Requests that vLLM failed before it answered, and that were sent to it a second time.
 retries = Counter("qvl_retries", "Requests given to the engine a second time.")
@@ -71,9 +68,9 @@ class Guard:
 
     def __init__(self, app: App, limits: Limits | None = None, fetcher: Fetcher | None = None) -> None:
         if limits is None:
-            if "QVL_GUARD" not in os.environ:
-                raise ServerError("QVL_GUARD is not set: start the server with `qvl serve`.")
-            limits = Limits.loads(os.environ["QVL_GUARD"])
+            if GUARD not in os.environ:
+                raise ServerError(f"{GUARD} is not set: start the server with `qvl serve`.")
+            limits = Limits.loads(os.environ[GUARD])
         self._app, self._limits = app, limits
         path = None if limits.api_key_file is None else Path(limits.api_key_file)
         self._keys = Keys(path, limits.api_key) if limits.needs_key else None

@@ -8,13 +8,11 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["JsonHandler", "line", "log_uncaught", "write", "write_config"]
+__all__ = ["JsonHandler", "line", "log_uncaught", "write"]
 
 _STDERR = 2
 
@@ -47,32 +45,6 @@ class JsonHandler(logging.Handler):
             write(line(record.levelname, record.name, record.getMessage(), **more))
         except Exception:
             self.handleError(record)
-
-
-#: For logging.config.dictConfig. vLLM hands the same to uvicorn, whose access log RequestLog replaces.
-_CONFIG: Mapping[str, Any] = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "handlers": {"json": {"class": "serve.http.logs.JsonHandler"}},
-    "root": {"handlers": ["json"], "level": "WARNING"},
-    "loggers": {
-        **{name: {"handlers": ["json"], "level": "INFO", "propagate": False} for name in ("vllm", "uvicorn", "qvl")},
-        "uvicorn.error": {"handlers": ["json"], "level": "INFO", "propagate": False},
-        "uvicorn.access": {"handlers": [], "level": "CRITICAL", "propagate": False},
-    },
-}
-
-
-def write_config(path: Path) -> Path:
-    """Write the logging configuration that VLLM_LOGGING_CONFIG_PATH is to name; returns its path."""
-    text = json.dumps(_CONFIG, indent=1)
-    if path.exists() and path.read_text() == text:
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-    return path
 
 
 def log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

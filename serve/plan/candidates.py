@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from serve.process.backend import Backend, gpu_users
+from serve.settings.backend import Backend, gpu_users
 from serve.settings.profiles import Settings
 from toolkit.errors import ServerError
 

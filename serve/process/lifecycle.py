@@ -16,14 +16,13 @@ from typing import Any, Literal, Self
 import httpx
 import psutil
 
-from serve.app.server import DIE_WITH
 from serve.guard.keys import read_keys
-from serve.plan import memory
-from serve.process import state
-from serve.process.backend import require_vllm
+from serve.process import memory, state
 from serve.process.bootlog import Phases, decisive_lines, explain, read_from
 from serve.process.repack import servable
+from serve.settings.backend import require_vllm
 from serve.settings.config import ServeOptions
+from serve.settings.environment import DIE_WITH
 from serve.settings.lora import check_lora
 from toolkit.checkpoint.checkpoint import Checkpoint, resolve
 from toolkit.errors import ResourceError, ServerError

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from serve.http.logs import write_config
-from serve.process.backend import Backend, choose
+from serve.settings.backend import Backend, choose
+from serve.settings.environment import GUARD, LOG_FORMAT, PLAY, READY, REQUEST_LOG, VLLM_API_KEY
 from serve.settings.limits import Limits
+from serve.settings.log_config import write_config
 from serve.settings.lora import Lora, lora_arguments
 from serve.settings.parallel import Parallel
 from serve.settings.profiles import Settings
+from serve.settings.ready import ReadySettings
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ServerError
 from toolkit.paths import cache_dir, source_root
@@ -154,7 +156,7 @@ class ServeOptions:
             _check_flag(argument, guarded=self.guard is not None)
         object.__setattr__(self, "backend", choose(self.backend))
         if self.api_key is None:
-            object.__setattr__(self, "api_key", os.environ.get("VLLM_API_KEY") or None)
+            object.__setattr__(self, "api_key", os.environ.get(VLLM_API_KEY) or None)
         if self.guard is not None and self.api_key is not None:
             object.__setattr__(self, "guard", replace(self.guard, api_key=self.api_key))
         has_key = self.api_key is not None or (self.guard is not None and self.guard.needs_key)
@@ -164,7 +166,7 @@ class ServeOptions:
             "to 127.0.0.1, or say --insecure if something else keeps strangers out.",
         )
         if self.play_beside is not None:
-            from serve.app.play import PlayOptions
+            from serve.settings.play import PlayOptions
 
             PlayOptions(beside=self.play_beside)  # refuses what is no address
             _require(self.play, "--play-beside is a setting of the page: give --play too.")
@@ -281,9 +283,6 @@ class ServeOptions:
             began: when the start was asked for, by time.monotonic().
             restarts: how often the server has been restarted.
         """
-        from serve.app.ready import SETTINGS, ReadySettings
-        from serve.app.requestlog import ENABLED
-
         defaults = {
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",  # the model is a local directory by now
@@ -305,7 +304,7 @@ class ServeOptions:
         environment = self.settings.environment({**self.parallel.environment(defaults), **base})
         # Development endpoints let any client reset caches and put the server to sleep.
         environment.pop("VLLM_SERVER_DEV_MODE", None)
-        environment.pop("VLLM_API_KEY", None)
+        environment.pop(VLLM_API_KEY, None)
         ready = ReadySettings(
             model=name,
             every=self.probe_every,
@@ -315,20 +314,20 @@ class ServeOptions:
             began=began,
             restarts=restarts,
         )
-        environment[SETTINGS] = ready.dumps()
+        environment[READY] = ready.dumps()
         if self.guard is not None:
             for variable in _UNGUARDED_VARIABLES:
                 environment.pop(variable, None)
-            environment["QVL_GUARD"] = self.guard.dumps()
-            environment[ENABLED] = "1"
+            environment[GUARD] = self.guard.dumps()
+            environment[REQUEST_LOG] = "1"
         elif self.api_key is not None:
-            environment["VLLM_API_KEY"] = self.api_key
+            environment[VLLM_API_KEY] = self.api_key
         if self.play:
-            from serve.app.play import PlayOptions
+            from serve.settings.play import PlayOptions
 
-            environment["QVL_PLAY"] = PlayOptions(beside=self.play_beside).dumps()
+            environment[PLAY] = PlayOptions(beside=self.play_beside).dumps()
         if self.log_format == "json":
-            environment["QVL_LOG_FORMAT"] = "json"
+            environment[LOG_FORMAT] = "json"
             environment["VLLM_LOGGING_CONFIG_PATH"] = str(write_config(cache_dir("servers", "logging.json")))
         root = str(source_root())
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, base.get("PYTHONPATH")]))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from serve.process.backend import Backend, find_gpus
+from serve.settings.backend import Backend, find_gpus
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.checkpoint.engines import cpu_obstacle, obstacle, padding, tensor_parallel, vision_is_whole
 from toolkit.errors import ServerError

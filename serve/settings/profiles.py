@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from serve.process.backend import Backend, find_gpus, installed_vllm
+from serve.settings.backend import Backend, find_gpus, installed_vllm
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ServerError
 from toolkit.paths import cache_dir

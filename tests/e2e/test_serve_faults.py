@@ -34,8 +34,7 @@ from bench.chaos.faults import (
     tmpfs,
 )
 from bench.chaos.settable_clock import Clock
-from serve.plan import memory
-from serve.process import state
+from serve.process import memory, state
 from serve.process.supervisor import Policy, Supervised, supervisor
 from serve.settings.config import ServeOptions
 from tests.e2e.conftest import free_port

@@ -14,9 +14,9 @@ import pytest
 
 from bench.studies.capacity_check import compare, read_log
 from serve.plan.capacity import kv_tokens
+from serve.plan.tuned import tuned
 from serve.settings.config import ServeOptions
 from serve.settings.profiles import Profile
-from serve.settings.tuned import tuned
 from tests.e2e.conftest import Served, free_port
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.paths import cache_dir, demo_checkpoint

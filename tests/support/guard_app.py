@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.guard.app import Guard, refusals
+from serve.guard.app import Guard
 from serve.guard.fetch import Fetcher
+from serve.http.metrics import refusals
 from serve.settings.limits import Limits
 
 KEY = "a-key-for-tests-0123456789"

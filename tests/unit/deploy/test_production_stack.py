@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from serve.app.ready import ReadySettings
 from serve.settings.config import ServeOptions
 from serve.settings.limits import Limits
+from serve.settings.ready import ReadySettings
 from tests.unit.deploy.conftest import DEPLOY, load, tool
 
 VALUES: dict[str, Any] = load(DEPLOY / "production-stack" / "values.yaml")

@@ -263,7 +263,7 @@ class TestBusyGpu:
                 raise FileNotFoundError("nvidia-smi")
             return SimpleNamespace(stdout=text)
 
-        monkeypatch.setattr("serve.process.backend.subprocess.run", run)
+        monkeypatch.setattr("serve.settings.backend.subprocess.run", run)
 
     def test_who_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.answer(monkeypatch, "999999999, python train.py, 20480 MiB\n1, [Not Found], [N/A]\n")
@@ -298,9 +298,9 @@ class TestVerb:
         assert "--only ngram: no such candidate" in self.refusal("demo", "--only", "ngram")
 
     def test_a_gpu_that_others_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("serve.process.backend.require_vllm", lambda backend: "0.32.0")
+        monkeypatch.setattr("serve.settings.backend.require_vllm", lambda backend: "0.32.0")
         answer = SimpleNamespace(stdout="999999999, python train.py, 20480 MiB\n")
-        monkeypatch.setattr("serve.process.backend.subprocess.run", lambda *a, **k: answer)
+        monkeypatch.setattr("serve.settings.backend.subprocess.run", lambda *a, **k: answer)
         assert "python train.py" in self.refusal("demo", "--backend", "gpu")
 
     def test_nothing_that_boots(self, monkeypatch: pytest.MonkeyPatch) -> None:

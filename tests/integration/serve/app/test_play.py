@@ -13,9 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.app.play import App, Beside, Play, PlayOptions, Receive, Scope, Send
+from serve.app.play import App, Beside, Play, Receive, Scope, Send
 from serve.guard.app import Guard
 from serve.settings.limits import Limits
+from serve.settings.play import PlayOptions
 from tests.support.play_app import FakeVllm, lifespan, serving
 from toolkit.errors import ServerError
 

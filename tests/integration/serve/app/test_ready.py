@@ -18,7 +18,8 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY, Counter
 
-from serve.app.ready import Proof, Ready, ReadySettings
+from serve.app.ready import Proof, Ready
+from serve.settings.ready import ReadySettings
 
 Behaviour = Callable[[dict[str, Any]], Awaitable[tuple[int, Any]]]
 
@@ -325,7 +326,8 @@ def test_an_engine_that_computes_for_others_is_alive() -> None:
 #: A server whose answers take a second each; like vLLM it ends by itself on SIGINT.
 _SERVER = """
 import asyncio, json, sys, uvicorn
-from serve.app.ready import Proof, Ready, ReadySettings
+from serve.app.ready import Proof, Ready
+from serve.settings.ready import ReadySettings
 from tests.integration.serve.app.test_ready import Engine, good
 
 engine = Engine()

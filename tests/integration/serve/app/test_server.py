@@ -11,8 +11,8 @@ import time
 import psutil
 import pytest
 
-from serve.app.server import DIE_WITH
-from serve.process.backend import installed_vllm
+from serve.settings.backend import installed_vllm
+from serve.settings.environment import DIE_WITH
 
 CPU_BUILD = (installed_vllm() or ("", ""))[0] == "cpu"
 

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from serve.app.play import Beside, Play, PlayOptions
+from serve.app.play import Beside, Play
 from serve.guard.app import Guard
 from serve.settings.limits import Limits
+from serve.settings.play import PlayOptions
 from tests.support.browser import Browser, Tab, chromium
 from tests.support.play_app import FakeVllm, ask, drop, failures, finished, serving, texts
 

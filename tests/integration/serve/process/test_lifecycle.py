@@ -18,7 +18,7 @@ from serve.process import lifecycle, state
 from serve.settings.config import ServeOptions
 from serve.settings.limits import Limits
 from tests.support.serve import Start
-from tests.unit.serve.plan.test_memory import sparse
+from tests.unit.serve.process.test_memory import sparse
 from toolkit.errors import CheckpointError, ResourceError, ServerError
 
 

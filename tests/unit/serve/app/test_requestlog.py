@@ -11,7 +11,8 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 
-from serve.app.requestlog import ENABLED, RequestLog
+from serve.app.requestlog import RequestLog
+from serve.settings.environment import REQUEST_LOG
 
 App = Callable[..., Awaitable[None]]
 
@@ -39,7 +40,7 @@ def ask(app: App, path: str = "/v1/chat/completions", **options: Any) -> httpx.R
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What is logged."""
     written: list[dict[str, Any]] = []
-    monkeypatch.setenv(ENABLED, "1")
+    monkeypatch.setenv(REQUEST_LOG, "1")
     monkeypatch.setattr("serve.app.requestlog.write", lambda text: written.append(json.loads(text)))
     return written
 
@@ -123,6 +124,6 @@ def test_a_client_that_goes_away(lines: list[dict[str, Any]]) -> None:
 
 
 def test_lines_only_where_they_are_asked_for(lines: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ENABLED)
+    monkeypatch.delenv(REQUEST_LOG)
     assert ask(answer).headers["x-request-id"]
     assert lines == []

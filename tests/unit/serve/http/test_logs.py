@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from serve.http.logs import line, write_config
+from serve.http.logs import line
 from serve.process.bootlog import decisive_lines
+from serve.settings.log_config import write_config
 
 
 def logged(code: str, config: Path, stderr: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from serve.plan import memory
 from serve.plan.capacity import shape as sized
-from serve.process.backend import Gpu
+from serve.process import memory
 from serve.settings import parallel
+from serve.settings.backend import Gpu
 from serve.settings.config import ServeOptions
 from serve.settings.parallel import Parallel
 from tests.support import tiny

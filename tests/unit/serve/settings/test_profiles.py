@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.process.backend import Gpu
 from serve.settings import profiles
+from serve.settings.backend import Gpu
 from serve.settings.profiles import KERNELS, Key, Measured, Profile, Settings, choose, key_for, save
 from tests.support import tiny
 from tests.support.paths import ROOT

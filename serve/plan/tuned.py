@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from serve.plan.capacity import Load, batch, capacity
-from serve.process.backend import find_gpus
+from serve.settings.backend import find_gpus
 from serve.settings.config import DEFAULT_GPU_SHARE, ServeOptions
 from serve.settings.profiles import Mode, choose, key_for
 from toolkit.checkpoint.checkpoint import Checkpoint, resolve

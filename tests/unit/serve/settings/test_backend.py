@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.process.backend import Gpu, choose, find_gpus, installed_vllm, require_vllm
+from serve.settings.backend import Gpu, choose, find_gpus, installed_vllm, require_vllm
 from toolkit.errors import ServerError
 
 

@@ -11,6 +11,7 @@ from typing import Literal, cast
 
 import psutil
 
+from serve.settings.environment import BACKEND
 from toolkit.errors import ServerError
 
 __all__ = ["Backend", "Gpu", "choose", "find_gpus", "gpu_users", "installed_vllm", "require_vllm"]
@@ -84,7 +85,7 @@ def choose(asked: str | None = None) -> Backend:
 
     Raises ServerError for a name that is neither "cpu" nor "gpu".
     """
-    for value, source in ((asked, "--backend"), (os.environ.get("QVL_BACKEND"), "QVL_BACKEND")):
+    for value, source in ((asked, "--backend"), (os.environ.get(BACKEND), BACKEND)):
         if not value:
             continue
         if value not in ("cpu", "gpu"):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from serve.plan import tuned
 from serve.plan.capacity import shape
-from serve.process.backend import Gpu
-from serve.settings import tuned
+from serve.settings.backend import Gpu
 from serve.settings.config import ServeOptions
 from serve.settings.parallel import Parallel
 from serve.settings.profiles import Measured, Profile, Settings, key_for, save

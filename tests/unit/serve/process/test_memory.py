@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from serve.plan import memory
+from serve.process import memory
 from serve.settings.config import ServeOptions
 from tests.support import tiny
-from tests.unit.serve.process.test_backend import nvidia_smi
+from tests.unit.serve.settings.test_backend import nvidia_smi
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ResourceError, ResourceInUse
 from toolkit.paths import demo_checkpoint

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from serve.process.backend import find_gpus, gpu_users
+from serve.settings.backend import find_gpus, gpu_users
 from serve.settings.config import DEFAULT_GPU_SHARE, DTYPE_BYTES, ServeOptions
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ResourceError, ResourceInUse

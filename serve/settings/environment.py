@@ -1,0 +1,31 @@
+"""The environment variables of a server, by name: who writes each, and who reads it.
+
+`qvl serve` hands vLLM's process its settings this way: other users of the machine can't read an environment, as they
+can a command line. A deployment without `qvl serve` (deploy/) writes the same variables itself.
+
+| constant      | written by                  | read by                                                        |
+|---------------|-----------------------------|----------------------------------------------------------------|
+| READY         | settings/config             | app/ready: `serve.settings.ready.ReadySettings` as JSON        |
+| GUARD         | settings/config             | guard/app, app/play: `serve.settings.limits.Limits` as JSON    |
+| PLAY          | settings/config             | app/play: `serve.settings.play.PlayOptions` as JSON            |
+| REQUEST_LOG   | settings/config             | app/requestlog: "1" turns the lines on                         |
+| LOG_FORMAT    | settings/config             | app/server: "json", or absent for text                         |
+| DIE_WITH      | process/lifecycle           | app/server: id of the process that the server must not outlive |
+| VLLM_API_KEY  | the user, settings/config   | settings/config, app/ready, vLLM                               |
+| BACKEND       | the user                    | settings/backend: "cpu" or "gpu"                               |
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["BACKEND", "DIE_WITH", "GUARD", "LOG_FORMAT", "PLAY", "READY", "REQUEST_LOG", "VLLM_API_KEY"]
+
+READY: Final = "QVL_READY"
+GUARD: Final = "QVL_GUARD"
+PLAY: Final = "QVL_PLAY"
+REQUEST_LOG: Final = "QVL_REQUEST_LOG"
+LOG_FORMAT: Final = "QVL_LOG_FORMAT"
+DIE_WITH: Final = "QVL_DIE_WITH"
+VLLM_API_KEY: Final = "VLLM_API_KEY"
+BACKEND: Final = "QVL_BACKEND"
