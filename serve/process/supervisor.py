@@ -27,8 +27,9 @@ import psutil
 
 from serve.http.logs import line
 from serve.process.bootlog import cap, decisive_lines, read_from
-from serve.process.lifecycle import Drained, OnPhase, Server, readiness, start
-from serve.settings.config import ServeOptions
+from serve.process.lifecycle import Drained, OnPhase, Server, start
+from serve.process.status import readiness
+from serve.settings.config import ServerConfig
 from toolkit import errors
 from toolkit.errors import QvlError, ResourceInUse, ServerError
 from toolkit.paths import source_root
@@ -217,21 +218,21 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 def supervisor(
-    model: str, options: ServeOptions, policy: Policy, say: Callable[[str], None], on_phase: OnPhase | None
+    model: str, config: ServerConfig, policy: Policy, say: Callable[[str], None], on_phase: OnPhase | None
 ) -> Supervisor:
     """Return the supervisor of a server of vLLM. `on_phase` is told of the first boot only."""
 
     def boot(restarts: int) -> Supervised:
         return start(
             model,
-            options,
+            config,
             on_phase=on_phase if restarts == 0 else None,
             attached=True,
             supervised=True,
             restarts=restarts,
         )
 
-    silence = policy.failed_probes * (options.probe_every + options.probe_timeout)
+    silence = policy.failed_probes * (config.probe_every + config.probe_timeout)
     return Supervisor(boot, policy, silence, say)
 
 
@@ -245,7 +246,7 @@ class Booted:
     boot_seconds: float
 
 
-def detach(model: str, options: ServeOptions, policy: Policy, on_phase: OnPhase | None = None) -> Booted:
+def detach(model: str, config: ServerConfig, policy: Policy, on_phase: OnPhase | None = None) -> Booted:
     """Start a server under a supervisor of its own and return when it is ready; both outlive this process.
 
     Raises what `serve.process.lifecycle.start` raises. No process is left behind then, nor when this one is
@@ -263,7 +264,7 @@ def detach(model: str, options: ServeOptions, policy: Policy, on_phase: OnPhase 
     with process.stdin, process.stdout:
         try:
             # Through the pipe, since it holds API keys, which the command line and the environment would show.
-            process.stdin.write(pickle.dumps((model, options, policy)))
+            process.stdin.write(pickle.dumps((model, config, policy)))
             process.stdin.close()
             for text in process.stdout:
                 said: dict[str, Any] = json.loads(text)
@@ -292,7 +293,7 @@ def _tell(said: dict[str, Any]) -> None:
 
 def main() -> int:
     """Run as a process of its own; returns its exit status."""
-    model, options, policy = pickle.loads(sys.stdin.buffer.read())
+    model, config, policy = pickle.loads(sys.stdin.buffer.read())
     log: Path | None = None
 
     def say(text: str) -> None:
@@ -315,7 +316,7 @@ def main() -> int:
         with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), 1)  # the reader has gone its way
 
-    own = supervisor(model, options, policy, say, lambda phase, s: _tell({"phase": phase, "seconds": s}))
+    own = supervisor(model, config, policy, say, lambda phase, s: _tell({"phase": phase, "seconds": s}))
     own.up = up
     with stopped_by_signals():
         try:

@@ -75,7 +75,7 @@ class Limits(Settings):
     #: Blank lines and lines that start with # are skipped.
     api_key_file: Annotated[str | None, _guard("File of API keys, one a line; read again when it changes.")] = None
     #: One more key. With neither, everyone who reaches the server may use it. The option is the server's.
-    api_key: str | None = Field(None, repr=False)
+    api_key: str | None = Field(default=None, repr=False)
     #: Routes beyond the usual, as "METHOD /path". Of their bodies only size, time and JSON are checked.
     allow_routes: Annotated[
         tuple[str, ...], _guard("One more route, such as 'POST /tokenize'.", name="--allow-route")

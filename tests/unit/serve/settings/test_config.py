@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from serve.settings.config import ServeOptions, kv_bytes_per_token
+from serve.process.launch import server_environment
+from serve.settings.arguments import middleware, vllm_arguments
+from serve.settings.config import ServerConfig, kv_bytes_per_token
 from serve.settings.limits import Limits
 from tests.support import tiny
 from toolkit.checkpoint.checkpoint import Checkpoint
@@ -47,7 +49,7 @@ def flags(arguments: list[str]) -> dict[str, str | None]:
 
 
 def test_cpu_arguments(demo: Checkpoint) -> None:
-    arguments = ServeOptions(backend="cpu", port=8123).arguments(demo, "demo")
+    arguments = vllm_arguments(ServerConfig(backend="cpu", port=8123), demo, "demo")
     assert arguments[:2] == ["serve", str(demo_checkpoint().resolve())]
     found = flags(arguments)
     assert found["--host"] == "127.0.0.1"
@@ -66,7 +68,7 @@ def test_cpu_arguments(demo: Checkpoint) -> None:
 
 
 def test_gpu_arguments(demo: Checkpoint) -> None:
-    found = flags(ServeOptions(backend="gpu").arguments(real_size(demo), "m"))
+    found = flags(vllm_arguments(ServerConfig(backend="gpu"), real_size(demo), "m"))
     assert found["--dtype"] == "bfloat16"
     assert found["--max-model-len"] == "16384"
     assert found["--gpu-memory-utilization"] == "0.9"
@@ -75,24 +77,24 @@ def test_gpu_arguments(demo: Checkpoint) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_small_models_keep_float16_and_real_ones_do_not(demo: Checkpoint, backend: Any) -> None:
-    options = ServeOptions(backend=backend)
+    options = ServerConfig(backend=backend)
     assert options.dtype_for(demo) == "float16"
     assert options.dtype_for(real_size(demo)) == "bfloat16"
-    assert ServeOptions(backend=backend, dtype="float16").dtype_for(demo) == "float16"
+    assert ServerConfig(backend=backend, dtype="float16").dtype_for(demo) == "float16"
 
 
 def test_awq_has_no_float32(demo: Checkpoint, awq: Checkpoint) -> None:
-    options = ServeOptions(backend="cpu", dtype="float32")
+    options = ServerConfig(backend="cpu", dtype="float32")
     assert options.dtype_for(demo) == "float32"
     with pytest.raises(ServerError, match="float16 or bfloat16"):
-        options.arguments(awq, "m")
+        vllm_arguments(options, awq, "m")
 
 
 def test_longest_sequence(demo: Checkpoint) -> None:
-    assert ServeOptions(backend="gpu").max_model_len_for(demo) == 4096  # its positions
-    assert ServeOptions(backend="cpu", max_model_len=512).max_model_len_for(demo) == 512
+    assert ServerConfig(backend="gpu").max_model_len_for(demo) == 4096  # its positions
+    assert ServerConfig(backend="cpu", max_model_len=512).max_model_len_for(demo) == 512
     with pytest.raises(ServerError, match="has 4096 positions"):
-        ServeOptions(backend="cpu", max_model_len=4097).max_model_len_for(demo)
+        ServerConfig(backend="cpu", max_model_len=4097).max_model_len_for(demo)
 
 
 def test_kv_bytes_of_published_shapes(demo: Checkpoint) -> None:
@@ -101,14 +103,14 @@ def test_kv_bytes_of_published_shapes(demo: Checkpoint) -> None:
 
 
 def test_further_flags_come_last(demo: Checkpoint) -> None:
-    arguments = ServeOptions(backend="cpu", extra=("--max-num-seqs", "2")).arguments(demo, "m")
+    arguments = vllm_arguments(ServerConfig(backend="cpu", extra=("--max-num-seqs", "2")), demo, "m")
     assert arguments[-2:] == ["--max-num-seqs", "2"]
 
 
 @pytest.mark.parametrize("flag", ["--port=1", "--port", "--api-key", "--served-model-name", "--host"])
 def test_further_flags_that_are_options_here(flag: str) -> None:
     with pytest.raises(ServerError, match="use qvl's own --"):
-        ServeOptions(extra=(flag, "x"))
+        ServerConfig(extra=(flag, "x"))
 
 
 @pytest.mark.parametrize(
@@ -136,25 +138,27 @@ def test_further_flags_that_are_options_here(flag: str) -> None:
 )
 def test_settings_that_can_not_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ServerError, match=message):
-        ServeOptions(**settings)
+        ServerConfig(**settings)
 
 
 def test_url_for_clients_on_this_machine() -> None:
-    assert ServeOptions(port=1234).url == "http://127.0.0.1:1234"
-    assert ServeOptions(host="0.0.0.0", port=1234, insecure=True).url == "http://127.0.0.1:1234"
-    assert ServeOptions(host="::", port=1234, insecure=True).url == "http://[::1]:1234"
-    assert ServeOptions(host="::1", port=1234).url == "http://[::1]:1234"
+    assert ServerConfig(port=1234).url == "http://127.0.0.1:1234"
+    assert ServerConfig(host="0.0.0.0", port=1234, insecure=True).url == "http://127.0.0.1:1234"
+    assert ServerConfig(host="::", port=1234, insecure=True).url == "http://[::1]:1234"
+    assert ServerConfig(host="::1", port=1234).url == "http://[::1]:1234"
 
 
 def test_names(tmp_path: Path) -> None:
-    assert ServeOptions().name_for(demo_checkpoint()) == "demo"
-    assert ServeOptions().name_for(tmp_path / "my-model") == "my-model"
-    assert ServeOptions(served_model_name="x").name_for(demo_checkpoint()) == "x"
+    assert ServerConfig().name_for(demo_checkpoint()) == "demo"
+    assert ServerConfig().name_for(tmp_path / "my-model") == "my-model"
+    assert ServerConfig(served_model_name="x").name_for(demo_checkpoint()) == "x"
 
 
 def test_environment_hides_the_key_and_respects_what_is_set() -> None:
-    options = ServeOptions(backend="cpu", api_key="secret")
-    environment = options.environment({"HF_HUB_OFFLINE": "0", "PYTHONPATH": "/a", "VLLM_SERVER_DEV_MODE": "1"}, "m")
+    options = ServerConfig(backend="cpu", api_key="secret")
+    environment = server_environment(
+        options, {"HF_HUB_OFFLINE": "0", "PYTHONPATH": "/a", "VLLM_SERVER_DEV_MODE": "1"}, "m"
+    )
     assert environment["VLLM_API_KEY"] == "secret"
     assert "secret" not in repr(options)
     assert environment["HF_HUB_OFFLINE"] == "0"
@@ -165,27 +169,27 @@ def test_environment_hides_the_key_and_respects_what_is_set() -> None:
 
 
 def test_gpu_environment_leaves_compilation_on() -> None:
-    environment = ServeOptions(backend="gpu").environment({}, "m")
+    environment = server_environment(ServerConfig(backend="gpu"), {}, "m")
     assert not {"TORCHDYNAMO_DISABLE", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_API_KEY"} & set(environment)
 
 
 def test_key_from_the_environment_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "outside")
-    assert ServeOptions().api_key == "outside"
+    assert ServerConfig().api_key == "outside"
 
 
 def test_a_key_opens_the_door_to_others(tmp_path: Path) -> None:
     keys = Limits(api_key_file=str(tmp_path / "keys"))
-    assert ServeOptions(host="0.0.0.0", guard=keys).guard == keys
-    assert ServeOptions(host="0.0.0.0", api_key="k").guard is None
+    assert ServerConfig(host="0.0.0.0", guard=keys).guard == keys
+    assert ServerConfig(host="0.0.0.0", api_key="k").guard is None
     for host in ("127.0.0.1", "127.1.2.3", "localhost", "::1", "[::1]"):
-        assert ServeOptions(host=host, guard=Limits()).host == host
+        assert ServerConfig(host=host, guard=Limits()).host == host
 
 
 def test_the_guard_gets_the_keys_and_vllm_does_not() -> None:
-    options = ServeOptions(backend="cpu", guard=Limits(max_images=3), api_key="secret")
+    options = ServerConfig(backend="cpu", guard=Limits(max_images=3), api_key="secret")
     outside = {"VLLM_API_KEY": "old", "VLLM_USE_RUST_FRONTEND": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    environment = options.environment(outside, "m", began=5.0, restarts=2)
+    environment = server_environment(options, outside, "m", began=5.0, restarts=2)
     assert not set(outside) & set(environment)
     assert Limits.loads(environment["QVL_GUARD"]) == Limits(max_images=3, api_key="secret")
     assert environment["QVL_REQUEST_LOG"] == "1"
@@ -195,10 +199,10 @@ def test_the_guard_gets_the_keys_and_vllm_does_not() -> None:
 
 
 def test_middleware_from_the_inside_out(demo: Checkpoint) -> None:
-    bare = ServeOptions(backend="cpu").middleware
+    bare = middleware(ServerConfig(backend="cpu"))
     assert bare == ["serve.app.ready.Proof", "serve.app.ready.Ready", "serve.app.requestlog.RequestLog"]
-    options = ServeOptions(backend="cpu", guard=Limits(max_images=0), play=True, play_beside="http://127.0.0.1:1")
-    assert options.middleware == [
+    options = ServerConfig(backend="cpu", guard=Limits(max_images=0), play=True, play_beside="http://127.0.0.1:1")
+    assert middleware(options) == [
         "serve.app.ready.Proof",
         "serve.app.play.Beside",
         "serve.guard.app.Guard",
@@ -206,9 +210,9 @@ def test_middleware_from_the_inside_out(demo: Checkpoint) -> None:
         "serve.app.ready.Ready",
         "serve.app.requestlog.RequestLog",
     ]
-    arguments = options.arguments(demo, "demo")
+    arguments = vllm_arguments(options, demo, "demo")
     given = [value for flag, value in itertools.pairwise(arguments) if flag == "--middleware"]
-    assert given == options.middleware
+    assert given == middleware(options)
     found = flags(arguments)
     assert {"--disable-fastapi-docs", "--disable-uvicorn-access-log"} <= set(found)
     assert found["--api-server-count"] == "1"
@@ -231,19 +235,19 @@ def test_middleware_from_the_inside_out(demo: Checkpoint) -> None:
 )
 def test_flags_that_would_undo_the_guard(flag: str) -> None:
     with pytest.raises(ServerError, match="would undo the guard: "):
-        ServeOptions(guard=Limits(), extra=(flag, "x"))
-    ServeOptions(extra=(flag, "x"))  # without a guard vLLM is as it comes
+        ServerConfig(guard=Limits(), extra=(flag, "x"))
+    ServerConfig(extra=(flag, "x"))  # without a guard vLLM is as it comes
 
 
 def test_flags_that_are_options_of_qvl() -> None:
     for flag in ("--api-key=x", "--shutdown-timeout", "--lora-modules", "--served_model_name", "--uds"):
         with pytest.raises(ServerError, match="use qvl's own"):
-            ServeOptions(extra=(flag, "x"))
-    ServeOptions(guard=Limits(), extra=("--tensor-parallel-size", "2", "--mm-processor-kwargs", "{}", "-tp", "2"))
+            ServerConfig(extra=(flag, "x"))
+    ServerConfig(guard=Limits(), extra=("--tensor-parallel-size", "2", "--mm-processor-kwargs", "{}", "-tp", "2"))
 
 
 def test_json_logs_have_a_configuration(tmp_path: Path) -> None:
-    environment = ServeOptions(backend="cpu", log_format="json").environment({}, "m")
+    environment = server_environment(ServerConfig(backend="cpu", log_format="json"), {}, "m")
     config = json.loads(Path(environment["VLLM_LOGGING_CONFIG_PATH"]).read_text())
     assert config["handlers"]["json"]["class"] == "serve.http.logs.JsonHandler"
-    assert "VLLM_LOGGING_CONFIG_PATH" not in ServeOptions(backend="cpu").environment({}, "m")
+    assert "VLLM_LOGGING_CONFIG_PATH" not in server_environment(ServerConfig(backend="cpu"), {}, "m")

@@ -12,14 +12,15 @@ import pytest
 
 from serve.settings import profiles
 from serve.settings.backend import Gpu
-from serve.settings.profiles import KERNELS, Key, Measured, Profile, Settings, choose, key_for, save
+from serve.settings.engine import KERNELS, EngineSettings
+from serve.settings.profiles import Key, Measured, Profile, choose, key_for, save
 from tests.support import tiny
 from tests.support.paths import ROOT
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ServerError
 
 KEY = Key("NVIDIA H100 80GB HBM3", "28x3584x18944", "awq-g128", "0.32.0")
-CANDIDATES = {"a": Settings(kernel="marlin"), "b": Settings(max_num_seqs=64), "c": Settings(ngram=3)}
+CANDIDATES = {"a": EngineSettings(kernel="marlin"), "b": EngineSettings(max_num_seqs=64), "c": EngineSettings(ngram=3)}
 LOADS = (
     Measured(1, {"a": 10.0, "b": 8.0, "c": 9.9}, fp16=9.0),
     Measured(32, {"a": 50.0, "b": 60.0, "c": 59.0}, fp16=70.0),
@@ -47,10 +48,10 @@ class TestChoice:
     def test_the_users_own_comes_first(self, tmp_path: Path) -> None:
         own, shipped = tmp_path / "own", tmp_path / "shipped"
         save(PROFILE, shipped)
-        save(replace(PROFILE, candidates={**CANDIDATES, "b": Settings(max_num_seqs=7)}), own)
-        assert choose("auto", KEY, [own, shipped]).settings == Settings(max_num_seqs=7)
-        assert choose("auto", KEY, [shipped]).settings == Settings(max_num_seqs=64)
-        assert choose("off", KEY, [own]) == profiles.Choice(Settings())
+        save(replace(PROFILE, candidates={**CANDIDATES, "b": EngineSettings(max_num_seqs=7)}), own)
+        assert choose("auto", KEY, [own, shipped]).settings == EngineSettings(max_num_seqs=7)
+        assert choose("auto", KEY, [shipped]).settings == EngineSettings(max_num_seqs=64)
+        assert choose("off", KEY, [own]) == profiles.Choice(EngineSettings())
 
     def test_it_says_so(self, tmp_path: Path) -> None:
         save(PROFILE, tmp_path)
@@ -69,12 +70,12 @@ class TestChoice:
     def test_one_for_something_else_is_ignored(self, tmp_path: Path, change: dict[str, str], words: str) -> None:
         save(replace(PROFILE, key=replace(KEY, **change)), tmp_path)
         found = choose("auto", KEY, [tmp_path])
-        assert found.settings == Settings()
+        assert found.settings == EngineSettings()
         assert words in found.notes[0] and "qvl tune" in found.notes[1]
 
     def test_nothing_known(self, tmp_path: Path) -> None:
         save(replace(PROFILE, key=replace(KEY, model="1x2x3")), tmp_path)
-        assert choose("auto", KEY, [tmp_path]) == profiles.Choice(Settings())
+        assert choose("auto", KEY, [tmp_path]) == profiles.Choice(EngineSettings())
         assert "qvl tune" in choose("latency", KEY, [tmp_path]).notes[0]
 
     def test_a_damaged_one_is_named_and_left(self, tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ class TestShipped:
 
 
 class TestArguments:
-    ALL = Settings(
+    ALL = EngineSettings(
         kernel="marlin",
         cudagraph_sizes=(1, 2, 4),
         cudagraph_mode="FULL_AND_PIECEWISE",
@@ -151,7 +152,7 @@ class TestArguments:
     )
 
     def test_nothing_set_is_nothing_said(self) -> None:
-        assert Settings().arguments() == [] and Settings().environment({"A": "1"}) == {"A": "1"}
+        assert EngineSettings().arguments() == [] and EngineSettings().environment({"A": "1"}) == {"A": "1"}
 
     def test_the_users_flags_count(self) -> None:
         given = ["--max-num-batched-tokens", "8", "--no-enable-prefix-caching", "--kv-cache-dtype=auto"]
@@ -163,7 +164,7 @@ class TestArguments:
     def test_the_kernels_passed_over(self) -> None:
         assert self.ALL.environment({})["VLLM_DISABLED_KERNELS"] == "MacheteLinearKernel"
         assert self.ALL.environment({"VLLM_DISABLED_KERNELS": "X"})["VLLM_DISABLED_KERNELS"] == "X"
-        assert Settings(kernel="machete").environment({}) == {}
+        assert EngineSettings(kernel="machete").environment({}) == {}
 
     @pytest.mark.slow
     def test_the_installed_vllm_takes_them(self) -> None:
