@@ -74,8 +74,8 @@ test: setup ## all tests (FAST=1: without slow ones and those that boot vLLM)
 	$(PY) -m pytest -m "not e2e$(if $(FAST), and not slow)" -n auto --dist loadfile -p no:benchmark $(ARGS)
 	$(if $(FAST),,$(PY) -m pytest -m e2e $(ARGS))
 
-lint: setup ## ruff and mypy --strict
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+lint: setup ## ruff, who imports whom, mypy --strict
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/lint-imports && $(VENV)/bin/mypy
 
 format: setup ## ruff's formatting and fixes
 	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .

@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from serve.settings.config import DEFAULT_GPU_SHARE, kv_bytes_per_token
-from toolkit.checkpoint.checkpoint import ARCHITECTURE, LINEARS, Checkpoint, QuantizationInfo
+from toolkit.checkpoint.anatomy import expected_tensors
+from toolkit.checkpoint.checkpoint import Checkpoint, QuantizationInfo
 from toolkit.checkpoint.weights import TensorInfo
 from toolkit.errors import FormatError, ResourceError
-from toolkit.models.anatomy import expected_tensors
+from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.sources.random_model import SHAPES, VISION
 
 __all__ = ["Capacity", "Load", "Need", "batch", "capacity", "kv_tokens", "need", "shape", "weight_bytes"]
@@ -49,8 +50,6 @@ _LOADED_BESIDE = int(0.14 * _GIB)
 #: CUDA's context and library workspaces, and what graphs take: an allowance, to be replaced by measurements.
 _CONTEXT_BYTES = int(0.6 * _GIB)
 _GRAPH_BYTES_A_LAYER = 12 << 20
-#: A side of the square of pixels that is one token.
-_TOKEN_PIXELS = 28 * 28
 
 
 @dataclass(frozen=True)
@@ -138,13 +137,14 @@ def shape(name: str, quantized: bool) -> Checkpoint:
     """
     if name not in SHAPES:
         raise FormatError(f"unknown shape {name!r}: choose {', '.join(SHAPES)}, or give a directory.")
-    text = {**SHAPES[name], "max_position_embeddings": 32768}
+    family = QWEN2_VL
+    text = {**SHAPES[name], "max_position_embeddings": family.max_positions}
     vision = {**VISION, "hidden_size": text["hidden_size"]}
-    config = {"architectures": [ARCHITECTURE], "model_type": "qwen2_vl", **text, "vision_config": vision}
-    bare = Checkpoint(Path(name), config, text, vision, {}, None, "model.layers.")
+    config = {"architectures": [family.architecture], "model_type": family.model_type, **text, "vision_config": vision}
+    bare = Checkpoint(Path(name), family, config, text, vision, {}, None, family.hub.layers)
     tensors: dict[str, TensorInfo] = {}
     for expected in expected_tensors(bare):
-        if quantized and expected.linear and expected.name.removesuffix(".weight").endswith(LINEARS):
+        if quantized and expected.linear and expected.name.removesuffix(".weight").endswith(family.linears):
             outputs, inputs = expected.shape
             module, groups = expected.name.removesuffix(".weight"), inputs // _GROUP_SIZE
             packed = {"qweight": ("I32", (inputs, outputs // 8)), "qzeros": ("I32", (groups, outputs // 8))}
@@ -175,16 +175,14 @@ def weight_bytes(checkpoint: Checkpoint, tp: int = 1) -> int:
 
 def need(checkpoint: Checkpoint, card: int, load: Load) -> Need:
     """Return what a card of ``card`` bytes holds before the KV cache; the terms are in the module's docstring."""
-    text, vision = checkpoint.text_config, checkpoint.vision_config
+    text, vision = checkpoint.text_config, checkpoint.vision
     hidden, inner, vocab = int(text["hidden_size"]), int(text["intermediate_size"]), int(text["vocab_size"])
     tokens, sequences = batch(card, load)
     picture = _image_tokens(checkpoint, load)
     # the encoder runs over as many of the largest pictures as the budget holds, at least one
-    patches = max(picture, tokens // picture * picture) * int(vision.get("spatial_merge_size", 2)) ** 2
-    width = int(vision.get("embed_dim", 1280))
-    mlp = width * int(vision.get("mlp_ratio", 4))
-    pixels = patches * 3 * 2 * int(vision.get("patch_size", 14)) ** 2 * _ELEMENT
-    encoder = pixels + patches * (3 * width + 2 * mlp // load.tp) * _ELEMENT
+    patches = max(picture, tokens // picture * picture) * vision.merge**2
+    pixels = patches * vision.channels * vision.frames * vision.patch**2 * _ELEMENT
+    encoder = pixels + patches * (3 * vision.width + 2 * vision.inner // load.tp) * _ELEMENT
     cached = max(picture, tokens) * hidden * _ELEMENT
     step = tokens * (3 * hidden + 3 * inner // load.tp) * _ELEMENT
     sampler = sequences * vocab * (_ELEMENT + 3 * 4)
@@ -209,11 +207,11 @@ def capacity(checkpoint: Checkpoint, card: int, load: Load, model: str) -> Capac
         load.tp, int(checkpoint.text_config["num_key_value_heads"])
     )
     found = Capacity(model, "awq" if checkpoint.quantization else "fp16", card, before, kv_bytes, per_token, 0, 0, 0)
-    positions = int(checkpoint.text_config.get("max_position_embeddings", 32768))
+    positions = int(checkpoint.text_config.get("max_position_embeddings", checkpoint.family.max_positions))
     context = min(load.context, positions, found.kv_tokens) // _BLOCK * _BLOCK
     if context < _LEAST_CONTEXT:
         return found
-    pixels = min(context, _image_tokens(checkpoint, load)) * _TOKEN_PIXELS
+    pixels = min(context, _image_tokens(checkpoint, load)) * _token_pixels(checkpoint)
     return replace(found, context=context, concurrency=found.kv_tokens // context, image_pixels=pixels)
 
 
@@ -239,7 +237,12 @@ def batch(card: int, load: Load) -> tuple[int, int]:
 def _image_tokens(checkpoint: Checkpoint, load: Load) -> int:
     """Return the tokens of the largest picture that the processor lets through; vLLM profiles with one."""
     bound = _processor_pixels(checkpoint)
-    return max(1, min(bound, load.image_pixels or bound) // _TOKEN_PIXELS)
+    return max(1, min(bound, load.image_pixels or bound) // _token_pixels(checkpoint))
+
+
+def _token_pixels(checkpoint: Checkpoint) -> int:
+    """Return how many pixels of a picture become one token."""
+    return checkpoint.family.token_pixels(checkpoint.vision)
 
 
 def _processor_pixels(checkpoint: Checkpoint) -> int:
@@ -249,4 +252,4 @@ def _processor_pixels(checkpoint: Checkpoint) -> int:
     settings: Mapping[str, Any] = read_json(file) if file.is_file() else {}
     size = settings.get("size")
     found = settings.get("max_pixels") or (size.get("longest_edge") if isinstance(size, dict) else None)
-    return int(found or 12845056)  # what the published checkpoints say
+    return int(found or checkpoint.family.max_pixels)

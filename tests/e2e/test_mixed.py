@@ -10,17 +10,16 @@ import pytest
 from tests.e2e.conftest import Question, Served
 from tests.e2e.test_serve import answers, share_right, top_logprobs
 from tests.support import rounded
-from toolkit.checkpoint.checkpoint import LINEARS
 from toolkit.checkpoint.inspection import inspect_checkpoint
-from toolkit.quantize.search.mixed import FUSED
+from toolkit.models.qwen2_vl import QWEN2_VL
 
 pytestmark = pytest.mark.e2e
 
 #: A whole layer, and each unit of a layer alone; every unit is packed in some other layer.
 LEFT = frozenset(
-    {(1, name) for name in LINEARS}
-    | {(0, name) for name in FUSED["self_attn.qkv_proj"]}
-    | {(2, name) for name in FUSED["mlp.gate_up_proj"]}
+    {(1, name) for name in QWEN2_VL.linears}
+    | {(0, name) for name in QWEN2_VL.fused["self_attn.qkv_proj"]}
+    | {(2, name) for name in QWEN2_VL.fused["mlp.gate_up_proj"]}
     | {(3, "self_attn.o_proj"), (4, "mlp.down_proj")}
 )
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from toolkit.checkpoint.checkpoint import LINEARS, Checkpoint
+from toolkit.checkpoint.checkpoint import Checkpoint
+from toolkit.checkpoint.left_out import Linear, modules_to_not_convert
 from toolkit.formats.packing import pack_gemm, pack_gemv
 from toolkit.paths import demo_checkpoint
 from toolkit.quantize.search.grid import round_to_grid
-from toolkit.quantize.search.mixed import Linear, modules_to_not_convert
 
 
 def write(
@@ -27,7 +27,7 @@ def write(
     pack = pack_gemm if version == "gemm" else pack_gemv
     found = {name: origin.get(name) for name in origin.tensors}
     for index in range(origin.num_layers):
-        for name in LINEARS:
+        for name in origin.family.linears:
             module = origin.layer_prefix(index) + name
             if (index, name) not in left:
                 packed = pack(round_to_grid(found.pop(f"{module}.weight").float(), group_size))
@@ -40,7 +40,7 @@ def write(
     quantization = {
         "bits": 4,
         "group_size": group_size,
-        "modules_to_not_convert": modules_to_not_convert(left, origin.num_layers),
+        "modules_to_not_convert": modules_to_not_convert(left, origin.num_layers, origin.family),
         "quant_method": "awq",
         "version": version,
         "zero_point": True,

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from toolkit.checkpoint.checkpoint import LINEARS
+from toolkit.checkpoint.left_out import Linear, modules_to_not_convert
 from toolkit.formats.packing import PackedLinear, QuantizedLinear, pack_gemm, pack_gemv
-from toolkit.quantize.search.mixed import Linear, modules_to_not_convert
+from toolkit.models.qwen2_vl import QWEN2_VL
 
 HIDDEN, INNER, HEADS, KV_HEADS, LAYERS, VOCAB = 128, 256, 4, 2, 2, 64
 SHAPES = {  # (K, N)
@@ -73,7 +73,7 @@ def tensors(
         layer = f"{language}layers.{i}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             found[f"{layer}{norm}.weight"] = random(HIDDEN)
-        for name in LINEARS:
+        for name in QWEN2_VL.linears:
             inputs, outputs = SHAPES[name]
             if name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
                 found[f"{layer}{name}.bias"] = random(outputs)
@@ -136,7 +136,7 @@ def write(
         settings["quantization_config"] = {
             "bits": 4,
             "group_size": group_size,
-            "modules_to_not_convert": modules_to_not_convert(left, LAYERS) if left else ["visual"],
+            "modules_to_not_convert": modules_to_not_convert(left, LAYERS, QWEN2_VL) if left else ["visual"],
             "quant_method": "awq",
             "version": version,
             "zero_point": True,

@@ -19,33 +19,19 @@ from typing import TYPE_CHECKING, Any
 from toolkit.checkpoint.weights import TensorInfo, read_json, read_weights
 from toolkit.checkpoint.writer import CheckpointWriter
 from toolkit.errors import AlreadyQuantized, CheckpointError
+from toolkit.models.families import FAMILIES, architectures_of, family_of
+from toolkit.models.family import Family, Vision
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "ARCHITECTURE",
-    "LINEARS",
     "Checkpoint",
     "CheckpointWriter",
     "QuantizationInfo",
     "TensorInfo",
     "resolve",
 ]
-
-ARCHITECTURE = "Qwen2VLForConditionalGeneration"
-_MODEL_TYPE = "qwen2_vl"
-
-#: The linear modules of a decoder layer, in the order they run; AWQ quantizes exactly these.
-LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
 
 _LAYER_0 = re.compile(r"^(.*\.)?layers\.0\.(self_attn|mlp)\.")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -99,7 +85,7 @@ class QuantizationInfo:
     zero_point: bool
     #: Layout of the packed words: "gemm" or "gemv".
     version: str
-    #: Modules left in 16 bits, as each engine reads it (`toolkit.quantize.search.mixed`); empty: what is not packed.
+    #: Modules left in 16 bits, as each engine reads it (`toolkit.checkpoint.left_out`); empty: what is not packed.
     modules_to_not_convert: tuple[str, ...] = ()
     #: Whether lm_head is quantized too.
     lm_head: bool = False
@@ -110,6 +96,8 @@ class Checkpoint:
     """One checkpoint directory. Make it with `Checkpoint.open`."""
 
     path: Path
+    #: What is true of every model of its kind.
+    family: Family
     #: config.json, as it is in the file.
     config: dict[str, Any]
     #: The language model's settings, from a flat or nested config; see `_text_config`.
@@ -137,7 +125,7 @@ class Checkpoint:
         if not (path / "config.json").exists():
             raise CheckpointError(_no_config(path))
         config = read_json(path / "config.json")
-        _check_architecture(path, config)
+        family = _family(path, config)
         text_config = _text_config(path, config)
         vision_config = config.get("vision_config")
         if not isinstance(vision_config, dict):
@@ -145,7 +133,7 @@ class Checkpoint:
         quantization = _quantization(path, config)
         tensors = read_weights(path)
         prefix = _layers_prefix(path, tensors)
-        checkpoint = cls(path, config, text_config, vision_config, tensors, quantization, prefix)
+        checkpoint = cls(path, family, config, text_config, vision_config, tensors, quantization, prefix)
         checkpoint._check_quantized_tensors()
         return checkpoint
 
@@ -167,7 +155,8 @@ class Checkpoint:
     @property
     def visual_prefix(self) -> str:
         """What precedes the vision tower's tensors: "visual." or "model.visual."."""
-        return "model.visual." if any(name.startswith("model.visual.") for name in self.tensors) else "visual."
+        nested = self.family.transformers.visual
+        return nested if any(name.startswith(nested) for name in self.tensors) else self.family.hub.visual
 
     @property
     def tied_lm_head(self) -> bool:
@@ -179,29 +168,29 @@ class Checkpoint:
         """Return what precedes ``self_attn...`` in the tensor names of decoder layer ``index``."""
         return f"{self.layers_prefix}{index}."
 
+    @property
+    def vision(self) -> Vision:
+        """Sizes of the vision tower, from the config."""
+        return self.family.vision(self.vision_config, self.text_config)
+
     def linear_names(self, index: int) -> list[str]:
-        """Return the full module names of decoder layer ``index``'s linear modules, in the order of `LINEARS`."""
-        return [self.layer_prefix(index) + name for name in LINEARS]
+        """Return the full module names of decoder layer ``index``'s linear modules, in the order they run."""
+        return [self.layer_prefix(index) + name for name in self.family.linears]
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Return (K inputs, N outputs) of each of `LINEARS`, from the config."""
-        text = self.text_config
-        hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
-        inner, kv_heads = int(text["intermediate_size"]), int(text["num_key_value_heads"])
-        head = hidden // heads
-        shapes = ((hidden, hidden), (hidden, kv_heads * head), (hidden, kv_heads * head), (hidden, hidden))
-        return dict(zip(LINEARS, (*shapes, (hidden, inner), (hidden, inner), (inner, hidden)), strict=True))
+        """Return (K inputs, N outputs) of each of the family's linears, from the config."""
+        return self.family.linear_shapes(self.text_config)
 
     def quantized_modules(self) -> list[str]:
         """Return the names of all modules that hold packed weights, in the order of the files."""
         return [name.removesuffix(".qweight") for name in self.tensors if name.endswith(".qweight")]
 
     def left_linears(self) -> frozenset[tuple[int, str]]:
-        """Return (layer, one of `LINEARS`) for each decoder linear that is in 16 bits; in a 16-bit checkpoint, all."""
+        """Return (layer, linear) for each decoder linear that is in 16 bits; in a 16-bit checkpoint, all."""
         return frozenset(
             (index, name)
             for index in range(self.num_layers)
-            for name, module in zip(LINEARS, self.linear_names(index), strict=True)
+            for name, module in zip(self.family.linears, self.linear_names(index), strict=True)
             if f"{module}.weight" in self.tensors and f"{module}.qweight" not in self.tensors
         )
 
@@ -272,18 +261,16 @@ def _no_config(path: Path) -> str:
     return f"{path} has no config.json, so it is not a model (it holds {', '.join(found[:4])}, ...). {_WHAT_TO_GIVE}"
 
 
-def _check_architecture(path: Path, config: dict[str, Any]) -> None:
-    model_type = config.get("model_type")
-    architectures = config.get("architectures") or []
-    if not isinstance(architectures, list):
-        architectures = [architectures]
-    right_type = model_type == _MODEL_TYPE or (model_type is None and ARCHITECTURE in architectures)
-    if right_type and (not architectures or ARCHITECTURE in architectures):
-        return
-    what = ", ".join(str(a) for a in architectures) or "no architecture"
+def _family(path: Path, config: dict[str, Any]) -> Family:
+    found = family_of(config)
+    if found is not None:
+        return found
+    what = ", ".join(str(a) for a in architectures_of(config)) or "no architecture"
+    titles = " or ".join(family.title for family in FAMILIES)
+    supported = " and ".join(f"{family.architecture} (model_type {family.model_type})" for family in FAMILIES)
     raise CheckpointError(
-        f"{path} is not a Qwen2-VL: its config.json says {what} (model_type {model_type}). "
-        f"Only {ARCHITECTURE} (model_type {_MODEL_TYPE}) is supported."
+        f"{path} is not a {titles}: its config.json says {what} (model_type {config.get('model_type')}). "
+        f"Only {supported} is supported."
     )
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from toolkit.checkpoint.checkpoint import LINEARS, Checkpoint, QuantizationInfo
-from toolkit.quantize.search.mixed import UNITS
+from toolkit.checkpoint.checkpoint import Checkpoint, QuantizationInfo
+from toolkit.models.family import Unit
 
 __all__ = ["Engine", "cpu_obstacle", "engines", "obstacle", "padding", "tensor_parallel", "vision_is_whole"]
 
@@ -76,7 +76,7 @@ def vision_is_whole(checkpoint: Checkpoint, size: int) -> bool:
 
     vLLM does that with ``--mm-encoder-tp-mode data``.
     """
-    return int(checkpoint.vision_config.get("num_heads", 16)) % size != 0
+    return checkpoint.vision.heads % size != 0
 
 
 def obstacle(checkpoint: Checkpoint, size: int) -> str | None:
@@ -90,7 +90,9 @@ def obstacle(checkpoint: Checkpoint, size: int) -> str | None:
     if kv_heads % size and size % kv_heads:
         return f"{kv_heads} key-value heads neither divide by {size} nor divide it"
     shapes, packed = checkpoint.linear_shapes(), _packed(checkpoint)
-    for name in ("self_attn.o_proj", "mlp.down_proj"):
+    by_inputs = [unit.linears[0] for unit in checkpoint.family.units if unit.row_parallel]
+    by_outputs = [unit.linears[0] for unit in checkpoint.family.units if not unit.row_parallel]
+    for name in by_inputs:
         inputs = shapes[name][0]
         group = info.group_size if info and name in packed else 1
         if group == -1:
@@ -98,7 +100,7 @@ def obstacle(checkpoint: Checkpoint, size: int) -> str | None:
         if inputs % (group * size):
             unit = f"{group} x {size}" if group > 1 else f"{size}"
             return f"{name.split('.')[1]}'s {inputs} inputs don't divide by {unit}"
-    for name in ("self_attn.q_proj", "mlp.gate_proj"):
+    for name in by_outputs:
         outputs = shapes[name][1]
         words = 8 if name in packed else 1
         if outputs % (words * size):
@@ -166,7 +168,7 @@ def _autoawq(checkpoint: Checkpoint) -> Engine:
     if not info.zero_point:
         return Engine(name, "no", "its kernels expect zero points, and the config says zero_point: false")
     left = Counter(name for _, name in checkpoint.left_linears())
-    for linear in LINEARS:
+    for linear in checkpoint.family.linears:
         listed = any(pattern in linear for pattern in info.modules_to_not_convert)
         if left[linear] != (checkpoint.num_layers if listed else 0):
             return Engine(name, "no", f"it leaves a linear in 16 bits in all layers or in none, not {linear} in some")
@@ -185,9 +187,8 @@ def _autoawq(checkpoint: Checkpoint) -> Engine:
 
 def cpu_obstacle(checkpoint: Checkpoint, size: int) -> str | None:
     """Return what keeps vLLM's CPU kernel from the packed weights when ``size`` processes split them; None: nothing."""
-    row_parallel = ("self_attn.o_proj", "mlp.down_proj")
     for (inputs, outputs), unit in zip(_fused_shapes(checkpoint), _fused_units(checkpoint), strict=True):
-        k, n = (inputs // size, outputs) if unit[0] in row_parallel else (inputs, outputs // size)
+        k, n = (inputs // size, outputs) if unit.row_parallel else (inputs, outputs // size)
         if k % 32 or n % 32:
             whose = "a layer has" if size == 1 else f"1/{size} of a layer has"
             return f"its kernel takes multiples of 32, and {whose} {k} inputs, {n} outputs"
@@ -197,17 +198,18 @@ def cpu_obstacle(checkpoint: Checkpoint, size: int) -> str | None:
 def _fused_shapes(checkpoint: Checkpoint) -> list[tuple[int, int]]:
     """Return (K, N) of the packed modules of a layer as vLLM runs them: q, k, v in one, gate and up in one."""
     shapes = checkpoint.linear_shapes()
-    return [(shapes[unit[0]][0], sum(shapes[name][1] for name in unit)) for unit in _fused_units(checkpoint)]
+    units = [unit.linears for unit in _fused_units(checkpoint)]
+    return [(shapes[linears[0]][0], sum(shapes[name][1] for name in linears)) for linears in units]
 
 
-def _fused_units(checkpoint: Checkpoint) -> list[tuple[str, ...]]:
+def _fused_units(checkpoint: Checkpoint) -> list[Unit]:
     packed = _packed(checkpoint)
-    return [unit for unit in UNITS if unit[0] in packed]
+    return [unit for unit in checkpoint.family.units if unit.linears[0] in packed]
 
 
 def _packed(checkpoint: Checkpoint) -> list[str]:
-    """Return which of `LINEARS` are packed in any layer."""
+    """Return which of the family's linears are packed in any layer."""
     if checkpoint.quantization is None:
         return []
     left = Counter(name for _, name in checkpoint.left_linears())
-    return [name for name in LINEARS if left[name] < checkpoint.num_layers]
+    return [name for name in checkpoint.family.linears if left[name] < checkpoint.num_layers]

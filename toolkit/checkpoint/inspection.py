@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.checkpoint.checkpoint import ARCHITECTURE, LINEARS, Checkpoint, QuantizationInfo
+from toolkit.checkpoint.anatomy import PARTS, Expected, expected_tensors, part_of
+from toolkit.checkpoint.checkpoint import Checkpoint, QuantizationInfo
 from toolkit.checkpoint.engines import Engine, engines
+from toolkit.checkpoint.left_out import vllm_leaves
 from toolkit.checkpoint.weights import LFS_MAGIC, read_json
 from toolkit.errors import CheckpointError, FormatError
-from toolkit.models.anatomy import PARTS, Expected, expected_tensors, part_of
-from toolkit.quantize.search.mixed import FUSED, vllm_leaves
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,9 +98,9 @@ def inspect_checkpoint(path: Path, deep: bool = False) -> Inspection:
     info = checkpoint.quantization
     return Inspection(
         path=str(path),
-        architecture=str((checkpoint.config.get("architectures") or [ARCHITECTURE])[0]),
+        architecture=str((checkpoint.config.get("architectures") or [checkpoint.family.architecture])[0]),
         format=f"AWQ {info.version.upper()}" if info else _float_format(checkpoint),
-        names="transformers 5" if checkpoint.visual_prefix.startswith("model.") else "hub",
+        names="hub" if checkpoint.visual_prefix == checkpoint.family.hub.visual else "transformers 5",
         model=_model(checkpoint),
         quantization=_quantization(checkpoint, info) if info else None,
         parts=_parts(checkpoint),
@@ -112,12 +112,12 @@ def inspect_checkpoint(path: Path, deep: bool = False) -> Inspection:
 
 
 def _model(checkpoint: Checkpoint) -> dict[str, Any]:
-    text, vision = checkpoint.text_config, checkpoint.vision_config
+    text, vision = checkpoint.text_config, checkpoint.vision
     keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     found = {key: text[key] for key in (*keys, "vocab_size")}
     found["max_position_embeddings"] = text.get("max_position_embeddings")
     found["tied_lm_head"] = checkpoint.tied_lm_head
-    return {**found, "vision_depth": vision.get("depth", 32), "vision_width": vision.get("embed_dim", 1280)}
+    return {**found, "vision_depth": vision.depth, "vision_width": vision.width}
 
 
 def _float_format(checkpoint: Checkpoint) -> str:
@@ -130,7 +130,7 @@ def _float_format(checkpoint: Checkpoint) -> str:
 
 
 def _quantization(checkpoint: Checkpoint, info: QuantizationInfo) -> dict[str, Any]:
-    modules = checkpoint.quantized_modules()
+    modules, linears = checkpoint.quantized_modules(), checkpoint.family.linears
     packed = [checkpoint.tensors.get(f"{module}.{part}") for module in modules for part in _PACKED]
     nbytes = sum(tensor.nbytes for tensor in packed if tensor)
     weights = sum(checkpoint.tensors[f"{module}.qweight"].numel * 8 for module in modules)
@@ -138,12 +138,12 @@ def _quantization(checkpoint: Checkpoint, info: QuantizationInfo) -> dict[str, A
     left = Counter(part_of(checkpoint, n) for n in checkpoint.tensors if n.rpartition(".")[0] not in set(modules))
     if checkpoint.tied_lm_head:
         left["lm_head"] += 1
-    in_16_bits = {name: sorted(i for i, n in checkpoint.left_linears() if n == name) for name in LINEARS}
+    in_16_bits = {name: sorted(i for i, n in checkpoint.left_linears() if n == name) for name in linears}
     return {
         **asdict(info),
         "modules_to_not_convert": list(info.modules_to_not_convert),
         "bits_per_weight": round(8 * nbytes / weights, 3),
-        "quantized": {kind: kinds[kind] for kind in dict.fromkeys((*LINEARS, *sorted(kinds))) if kinds[kind]},
+        "quantized": {kind: kinds[kind] for kind in dict.fromkeys((*linears, *sorted(kinds))) if kinds[kind]},
         "left": [part for part in PARTS if left[part] and part != "layers"],
         "left_linears": {name: layers for name, layers in in_16_bits.items() if layers},
     }
@@ -200,7 +200,7 @@ def _tensor_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     odd = [name for name in checkpoint.tensors if name not in known and not name.endswith(".inv_freq")]
     odd = [name for name in odd if not name.startswith("lm_head.")]
     if odd:
-        yield Problem("warning", f"tensors that no Qwen2-VL of this config has: {_and_more(odd)}")
+        yield Problem("warning", f"tensors that no {checkpoint.family.title} of this config has: {_and_more(odd)}")
 
 
 def _and_more(names: list[str]) -> str:
@@ -260,10 +260,11 @@ def _quantization_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
 def _left_problems(checkpoint: Checkpoint, patterns: tuple[str, ...]) -> Iterator[Problem]:
     """Compare what is in 16 bits with what vLLM takes for it; without a list, it goes by the tensors."""
     left, modules = checkpoint.left_linears(), set(checkpoint.quantized_modules())
+    family, vllm = checkpoint.family, checkpoint.family.vllm
     listed, unlisted = [], []
     for index in range(checkpoint.num_layers):
         prefix = checkpoint.layer_prefix(index)
-        for fused, parts in FUSED.items():
+        for fused, parts in family.fused.items():
             plain = [prefix + part for part in parts if (index, part) in left]
             packed = [prefix + part for part in parts if prefix + part in modules]
             if plain and packed:
@@ -272,13 +273,13 @@ def _left_problems(checkpoint: Checkpoint, patterns: tuple[str, ...]) -> Iterato
                 )
             elif patterns:
                 try:
-                    leaves = vllm_leaves(f"language_model.model.layers.{index}.{fused}", patterns)
+                    leaves = vllm_leaves(f"{vllm.layers}{index}.{fused}", patterns, family)
                 except FormatError as error:
                     yield Problem("error", str(error))
                     continue
                 listed += packed if leaves else []
                 unlisted += [] if leaves else plain
-    if "lm_head" in modules and patterns and vllm_leaves("language_model.lm_head", patterns):
+    if "lm_head" in modules and patterns and vllm_leaves(vllm.head, patterns, family):
         listed.append("lm_head")
     if listed:
         yield Problem("error", f"packed, but listed in modules_to_not_convert: {_and_more(listed)}")
@@ -287,8 +288,8 @@ def _left_problems(checkpoint: Checkpoint, patterns: tuple[str, ...]) -> Iterato
     vision = [
         e.name for e in expected_tensors(checkpoint) if part_of(checkpoint, e.name) == "vision" and len(e.shape) == 2
     ]
-    tower = [f"visual.{name.removeprefix(checkpoint.visual_prefix).removesuffix('.weight')}" for name in vision]
-    if patterns and not all(vllm_leaves(module, patterns) for module in tower):
+    tower = [f"{vllm.visual}{name.removeprefix(checkpoint.visual_prefix).removesuffix('.weight')}" for name in vision]
+    if patterns and not all(vllm_leaves(module, patterns, family) for module in tower):
         yield Problem("error", "the vision tower is in 16 bits, and modules_to_not_convert does not list visual")
 
 

@@ -8,7 +8,8 @@ from rich.text import Text
 
 from toolkit.checkpoint.engines import Engine
 from toolkit.checkpoint.inspection import Inspection, Part, Problem
-from toolkit.quantize.search.mixed import describe
+from toolkit.checkpoint.left_out import describe
+from toolkit.models.families import family_of
 from toolkit.units import human_bytes, human_count
 
 __all__ = ["render"]
@@ -52,14 +53,22 @@ def _facts(inspection: Inspection) -> Table:
         rows["format"] += f", {quantization['bits']} bits, {groups}, {zeros} ({per_weight})"
         layers = int(model["num_hidden_layers"])
         rows["quantized"] = _quantized(quantization["quantized"], layers)
-        linears = {(layer, name) for name, where in quantization["left_linears"].items() for layer in where}
-        rows["left"] = "; ".join(filter(None, (", ".join(quantization["left"]), describe(linears, layers))))
+        rows["left"] = "; ".join(filter(None, (", ".join(quantization["left"]), _left(inspection, layers))))
     if inspection.made:
         rows["made"] = _made(inspection.made)
     for key, value in rows.items():
         if value:
             table.add_row(Text(key, style="dim"), Text(value))
     return table
+
+
+def _left(inspection: Inspection, layers: int) -> str:
+    """Say which decoder linears are in 16 bits."""
+    family = family_of({"architectures": [inspection.architecture]})
+    if family is None or inspection.quantization is None:
+        return ""
+    left = inspection.quantization["left_linears"]
+    return describe({(layer, name) for name, where in left.items() for layer in where}, layers, family)
 
 
 def _quantized(kinds: dict[str, int], layers: int) -> str:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.paths import demo_checkpoint
 
 __all__ = ["MAX_BYTES", "config", "export", "write_side_files"]
@@ -31,7 +32,7 @@ def config() -> dict[str, Any]:
 
     shape = Settings()
     return {
-        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "architectures": [QWEN2_VL.architecture],
         "attention_dropout": 0.0,
         "bos_token_id": 1010,
         "eos_token_id": 1012,
@@ -46,7 +47,7 @@ def config() -> dict[str, Any]:
         "intermediate_size": shape.intermediate_size,
         "max_position_embeddings": 4096,
         "max_window_layers": shape.num_hidden_layers,
-        "model_type": "qwen2_vl",
+        "model_type": QWEN2_VL.model_type,
         "num_attention_heads": shape.num_attention_heads,
         "num_hidden_layers": shape.num_hidden_layers,
         "num_key_value_heads": shape.num_key_value_heads,

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from toolkit.calibration.inputs import PreparedSample, prepare, read_manifest
-from toolkit.checkpoint.checkpoint import LINEARS, Checkpoint
+from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.compat import patch_torchvision
 from toolkit.errors import FormatError
 from toolkit.formats.packing import PackedLinear, unpack_gemm, unpack_gemv
+from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.paths import demo_checkpoint
 from toolkit.quantize.search.grid import dequantize, round_to_grid
 from toolkit.tasks.manifests import write_tasks
@@ -42,7 +43,7 @@ def load(path: Path | None, nearest: int | None = None) -> Any:
     layers = model.model.language_model.layers
     if nearest is not None:
         for layer in layers:
-            for name in LINEARS:
+            for name in QWEN2_VL.linears:
                 weight = layer.get_submodule(name).weight
                 weight.data = dequantize(round_to_grid(weight.data, nearest))
     if path is None:

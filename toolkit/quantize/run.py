@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter, resolve
+from toolkit.checkpoint.left_out import Linear, describe, modules_to_not_convert
 from toolkit.console import note, warn
 from toolkit.errors import AlreadyQuantized, CheckpointError, ManifestError, ResourceError
 from toolkit.quantize.journal import Journal, source_identity
@@ -20,7 +21,7 @@ from toolkit.quantize.model_card import model_card, versions
 from toolkit.quantize.plan import Plan, check_settings, divide, make_plan
 from toolkit.quantize.progress import RunProgress
 from toolkit.quantize.recipe import Recipe
-from toolkit.quantize.search.mixed import Linear, choose, describe, modules_to_not_convert, skipped
+from toolkit.quantize.search.mixed import choose, skipped
 from toolkit.quantize.worker import Share, in_process, run
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def quantize(
 
         left |= choose(read_json(from_report), budget, checkpoint, group_size)
     if left:
-        note(f"left in 16 bits: {describe(left, checkpoint.num_layers)}")
+        note(f"left in 16 bits: {describe(left, checkpoint.num_layers, checkpoint.family)}")
     source: dict[str, Any] = {"model": model, "revision": revision, "adapter": str(adapter) if adapter else None}
     task = _Run(checkpoint, recipe, calib, source, _devices(devices), left, layers_report)
     if dry_run:
@@ -219,7 +220,7 @@ class _Run:
             identity = {
                 "source": {**self.source, "files": stamps, "adapter_files": _stamps(adapter)},
                 "recipe": asdict(self.recipe),
-                "left": describe(self.left, self.checkpoint.num_layers) if self.left else "",
+                "left": self._left_in_words() or "",
                 "calibration": calibration["sha256"],
                 "report": self.layers_report is not None,
             }
@@ -440,11 +441,15 @@ class _Run:
         self.source["vision_sensitivity"] = [round(ratio, 6) for ratio in found]
         return tuple(found)
 
+    def _left_in_words(self) -> str | None:
+        checkpoint = self.checkpoint
+        return describe(self.left, checkpoint.num_layers, checkpoint.family) if self.left else None
+
     def _finish(self, journal: Journal, calibration: dict[str, Any], plan: Plan) -> None:
         """Write config, side files, qvl.json, what was measured, the model card and the layers' report."""
         recipe = self.recipe
         layers = journal.records()
-        left = modules_to_not_convert(self.left, self.checkpoint.num_layers)
+        left = modules_to_not_convert(self.left, self.checkpoint.num_layers, self.checkpoint.family)
         config = {
             **self.checkpoint.config,
             "quantization_config": {
@@ -461,7 +466,7 @@ class _Run:
             "manifest_version": MANIFEST_VERSION,
             "source": self.source,
             "recipe": asdict(recipe),
-            "left_in_16_bits": describe(self.left, self.checkpoint.num_layers) if self.left else None,
+            "left_in_16_bits": self._left_in_words(),
             "calibration": calibration,
             "versions": versions(),
             "vision_sensitivity": balance,

@@ -210,10 +210,8 @@ class StreamedLayers:
 
     def load(self, index: int, then: int | None = None) -> nn.Module:
         """Return decoder layer ``index`` in float32 on the device; ``then`` (None: the next) is read ahead."""
-        from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
-
         with torch.device("meta"):
-            layer = Qwen2VLDecoderLayer(self._config, index)
+            layer = self._checkpoint.family.decoder_layer_class()(self._config, index)
         names = list(layer.state_dict())
         coming, self._coming = self._coming, None
         state = coming[1].result() if coming is not None and coming[0] == index else self._read(index, names)

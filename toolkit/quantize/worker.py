@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.checkpoint.checkpoint import LINEARS, Checkpoint
+from toolkit.checkpoint.checkpoint import Checkpoint
+from toolkit.checkpoint.left_out import Linear
 from toolkit.errors import QvlError, ResourceError
 from toolkit.quantize.journal import write_layer
 from toolkit.quantize.progress import MemoryWatch
 from toolkit.quantize.recipe import Recipe
-from toolkit.quantize.search.mixed import Linear
 
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
@@ -169,7 +169,7 @@ def _tensors(checkpoint: Checkpoint, share: Share, result: LayerResult) -> dict[
     pack = pack_gemm if share.recipe.format == "gemm" else pack_gemv
     prefix = checkpoint.layer_prefix(result.index)
     tensors = {}
-    for name in LINEARS:
+    for name in checkpoint.family.linears:
         if name not in result.found.linears:
             tensors[f"{prefix}{name}.weight"] = checkpoint.get(f"{prefix}{name}.weight")
             continue

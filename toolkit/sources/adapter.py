@@ -84,10 +84,8 @@ def merge(checkpoint: Checkpoint, adapter: Path, out: Path, force: bool = False)
 
 def _transformers_name(checkpoint: Checkpoint, name: str) -> str:
     """Return what transformers 5 calls the tensor that the checkpoint calls ``name``."""
-    for prefix, inner in (
-        (checkpoint.visual_prefix, "model.visual."),
-        (checkpoint.language_prefix, "model.language_model."),
-    ):
+    inside = checkpoint.family.transformers
+    for prefix, inner in ((checkpoint.visual_prefix, inside.visual), (checkpoint.language_prefix, inside.language)):
         if name.startswith(prefix):
             return inner + name.removeprefix(prefix)
     return name  # lm_head.weight

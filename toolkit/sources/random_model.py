@@ -15,6 +15,7 @@ from typing import Any
 
 from toolkit.checkpoint.checkpoint import CheckpointWriter
 from toolkit.errors import CheckpointError, FormatError
+from toolkit.models.qwen2_vl import QWEN2_VL
 
 __all__ = ["SHAPES", "write_random_model", "write_tokenizer"]
 
@@ -114,7 +115,7 @@ def write_random_model(
     import torch
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    config = _config(shape, layers)
+    config, inside = _config(shape, layers), QWEN2_VL.transformers
     with torch.device("meta"):
         skeleton = Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_dict(config))
     rng = torch.Generator(device).manual_seed(seed)
@@ -132,7 +133,7 @@ def write_random_model(
         for name, like in skeleton.state_dict().items():
             if name == "lm_head.weight" and config["tie_word_embeddings"]:
                 continue
-            hub = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+            hub = name.replace(inside.visual, QWEN2_VL.hub.visual).replace(inside.language, QWEN2_VL.hub.language)
             if "norm" in name or name.endswith("ln_q.weight"):
                 tensor = torch.ones(like.shape) if name.endswith("weight") else torch.zeros(like.shape)
             else:
@@ -149,8 +150,8 @@ def write_random_model(
 def _config(shape: str, layers: int | None) -> dict[str, Any]:
     """Return the hub's flat config.json of a shape."""
     config = {
-        "architectures": ["Qwen2VLForConditionalGeneration"],
-        "model_type": "qwen2_vl",
+        "architectures": [QWEN2_VL.architecture],
+        "model_type": QWEN2_VL.model_type,
         "attention_dropout": 0.0,
         "bos_token_id": 151643,
         "eos_token_id": 151645,
@@ -161,7 +162,7 @@ def _config(shape: str, layers: int | None) -> dict[str, Any]:
         "video_token_id": 151656,
         "hidden_act": "silu",
         "initializer_range": 0.02,
-        "max_position_embeddings": 32768,
+        "max_position_embeddings": QWEN2_VL.max_positions,
         "rms_norm_eps": 1e-06,
         "rope_theta": 1000000.0,
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from toolkit.checkpoint.checkpoint import LINEARS, Checkpoint
+from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.formats.packing import PackedLinear, dequantize, unpack_gemm, unpack_gemv
+from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.quantize.search.grid import round_to_grid
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def awq_layer(layer: nn.Module, checkpoint: Checkpoint, index: int) -> nn.Module
 def rounded_layer(layer: nn.Module, group_size: int) -> nn.Module:
     """Return a copy of a decoder layer with its linears rounded to nearest: 4 bits, no search."""
     new = copy.deepcopy(layer)
-    for name in LINEARS:
+    for name in QWEN2_VL.linears:
         weight = new.get_submodule(name).weight
         assert isinstance(weight, nn.Parameter)
         weight.data = dequantize(round_to_grid(weight.data, group_size), torch.float32)

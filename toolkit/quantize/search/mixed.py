@@ -1,67 +1,28 @@
-"""AWQ checkpoints that leave some decoder linears in 16 bits: which, by name or by what they cost, and how engines
-are told.
+"""Which decoder linears stay in 16 bits: by name, or by what quantizing them costs for their size.
 
-Engines run q, k and v as one matrix, and gate and up as one, so what is left is always a whole `FUSED` unit. They learn
-of it from ``quantization_config.modules_to_not_convert``, and each reads that list in its own way:
-
-- vLLM 0.25 to 0.32 (``auto_awq.py``, ``quant_utils.is_layer_skipped``): an entry counts where it is a substring of the
-  module's name in vLLM, ``language_model.model.layers.3.mlp.gate_up_proj`` or ``visual.blocks.0.attn.qkv``. Entries
-  that begin like a checkpoint's names (``model.layers.``) are renamed first. A fused module is left when its own name
-  matches or all its parts' names do; when only some do, vLLM does not start.
-- SGLang (``awq.py``): a substring of the fused module's name; the parts' names mean nothing to it.
-- transformers 5 (``should_convert_module``): a regular expression that matches from the name's start, or the name's
-  end, ``model.language_model.layers.3.mlp.up_proj``. So ``layers.3.`` says nothing, and ``visual`` alone leaves
-  no module of the vision tower.
-- AutoAWQ 0.2.9 (``exclude_layers_to_not_quantize``): a substring of the name inside the layer, ``mlp.down_proj``: it
-  can leave a linear in all layers or in none.
+How engines are told, and why it is whole units: `toolkit.checkpoint.left_out`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from toolkit.checkpoint.checkpoint import LINEARS
+from toolkit.checkpoint.left_out import Linear, describe
 from toolkit.console import note
 from toolkit.errors import FormatError
+from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.units import human_bytes
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.checkpoint import Checkpoint
 
-__all__ = [
-    "FUSED",
-    "UNITS",
-    "Linear",
-    "choose",
-    "describe",
-    "modules_to_not_convert",
-    "skipped",
-    "vllm_leaves",
-]
+__all__ = ["FUSED", "choose", "skipped"]
 
-#: A decoder linear: the layer's index and one of `LINEARS`.
-Linear = tuple[int, str]
-
-#: The modules of a decoder layer as engines run them, and the linears that each consists of.
-FUSED = {
-    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.o_proj": ("self_attn.o_proj",),
-    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down_proj": ("mlp.down_proj",),
-}
+LINEARS, FUSED = QWEN2_VL.linears, QWEN2_VL.fused
 #: What is quantized or left together.
 UNITS = tuple(FUSED.values())
-
-#: How vLLM's Qwen2-VL renames entries that begin like the names in a checkpoint; the first that fits.
-_RENAMES = {
-    "model.language_model.": "language_model.model.",
-    "model.visual.": "visual.",
-    "lm_head.": "language_model.lm_head.",
-    "model.": "language_model.model.",
-}
 
 
 def skipped(regex: str | None, checkpoint: Checkpoint) -> frozenset[Linear]:
@@ -89,61 +50,9 @@ def skipped(regex: str | None, checkpoint: Checkpoint) -> frozenset[Linear]:
     if len(found) == len(LINEARS) * checkpoint.num_layers:
         raise FormatError(f"--skip {regex!r} would leave every linear in 16 bits: nothing would be quantized.")
     if added := found - matched:
-        note(
-            f"--skip {regex!r} leaves {describe(added, checkpoint.num_layers)} in 16 bits too: engines run q, k and v "
-            "as one matrix, and gate and up"
-        )
+        said = describe(added, checkpoint.num_layers, checkpoint.family)
+        note(f"--skip {regex!r} leaves {said} in 16 bits too: engines run q, k and v as one matrix, and gate and up")
     return found
-
-
-def modules_to_not_convert(left: frozenset[Linear], layers: int) -> list[str]:
-    """Return the list for ``quantization_config`` that makes engines leave ``left`` and the vision tower in 16 bits.
-
-    Exact for vLLM, SGLang and transformers; for AutoAWQ where every unit is left in all layers or in none. Layers
-    are never abbreviated, see the module's docstring.
-
-    Args:
-        left: whole units, as `skipped` and `choose` return them.
-        layers: number of decoder layers.
-    """
-    entries = ["visual", "model.visual"]
-    for fused, parts in FUSED.items():
-        where = sorted({layer for layer, name in left if name in parts})
-        prefixes = [""] if len(where) == layers else [f"layers.{layer}." for layer in where]
-        entries += [prefix + name for prefix in prefixes for name in dict.fromkeys((*parts, fused))]
-    return entries
-
-
-def vllm_leaves(module: str, patterns: Sequence[str]) -> bool:
-    """Whether vLLM leaves ``module`` in 16 bits: the rule of its ``is_layer_skipped``, on renamed entries.
-
-    Args:
-        module: the name inside vLLM: "language_model.model.layers.3.self_attn.qkv_proj", "visual.merger.mlp.0", ...
-        patterns: ``modules_to_not_convert`` as it is in config.json.
-
-    Raises FormatError when the list has some parts of a fused module and not the others.
-    """
-    renamed = [_in_vllm(pattern) for pattern in patterns]
-
-    def listed(name: str) -> bool:
-        return any(pattern in name for pattern in renamed)
-
-    parts = next((parts for fused, parts in FUSED.items() if len(parts) > 1 and module.endswith(f".{fused}")), None)
-    if parts is None or listed(module):
-        return listed(module)
-    stem = ".".join(module.split(".")[:-2])
-    verdicts = {part: listed(f"{stem}.{part}") for part in parts}
-    if len(set(verdicts.values())) > 1:
-        raise FormatError(
-            f"modules_to_not_convert has {', '.join(p for p in parts if verdicts[p])} of {stem} and not "
-            f"{', '.join(p for p in parts if not verdicts[p])}: vLLM runs them as one matrix and does not start"
-        )
-    return all(verdicts.values())
-
-
-def _in_vllm(pattern: str) -> str:
-    old = next((old for old in _RENAMES if pattern.startswith(old)), "")
-    return _RENAMES.get(old, "") + pattern.removeprefix(old)
 
 
 def choose(
@@ -233,29 +142,3 @@ def _unit_errors(
                 )
             found[layer, fused] = float(value)
     return found
-
-
-def describe(linears: Iterable[Linear], layers: int) -> str:
-    """Say which linears these are: "layers 0, 3-5; mlp.down_proj of layer 7; self_attn.o_proj of every layer"."""
-    linears = set(linears)
-    whole = [layer for layer in range(layers) if all((layer, name) in linears for name in LINEARS)]
-    places: dict[tuple[int, ...], list[str]] = {}
-    for name in LINEARS:
-        where = tuple(layer for layer in range(layers) if (layer, name) in linears and layer not in whole)
-        if where:
-            places.setdefault(where, []).append(name)
-    said = [_ranges(whole, layers)] if whole else []
-    return "; ".join([*said, *(f"{', '.join(names)} of {_ranges(where, layers)}" for where, names in places.items())])
-
-
-def _ranges(where: Sequence[int], layers: int) -> str:
-    if len(where) == layers:
-        return "every layer"
-    runs: list[list[int]] = []
-    for layer in where:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    shown = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"layer{'s' * (len(where) > 1)} {shown}"

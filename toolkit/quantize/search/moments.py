@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from toolkit.formats.packing import QuantizedLinear
+from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.quantize.plan import CHUNK_TOKENS, screen_rows
 from toolkit.quantize.search.compensate import Factor, compensate, factor
 from toolkit.quantize.search.grid import (
@@ -40,12 +41,7 @@ __all__ = ["Held", "LayerSearch", "Searched", "linear"]
 Result = TypeVar("Result")
 
 #: What divides a unit's input by its scales: a norm, or the rows of the linear before it.
-_BEFORE = {
-    "self_attn.qkv_proj": "input_layernorm",
-    "self_attn.o_proj": "self_attn.v_proj",
-    "mlp.gate_up_proj": "post_attention_layernorm",
-    "mlp.down_proj": "mlp.up_proj",
-}
+_BEFORE = QWEN2_VL.before
 #: Steps of the scales' exponent, from the first look to the last, which is half of AutoAWQ's.
 _STEPS = (1 / 10, 1 / 20, 1 / 40)
 #: Candidates that screening lets through.

@@ -19,9 +19,10 @@ from bench.studies.quantizer.settings import Settings
 from tests.support.short import short_demo
 from toolkit import cli
 from toolkit.calibration.inputs import PreparedSample
-from toolkit.checkpoint.checkpoint import LINEARS, Checkpoint, CheckpointWriter
+from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
 from toolkit.errors import BenchError
 from toolkit.formats.packing import dequantize, pack_gemm
+from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.quantize.search.grid import round_to_grid
 
 ABOUT = {"date": "2026-01-02", "device": "a GPU", "versions": {"torch": "2.0"}, "tiny": False, "stock": True}
@@ -177,7 +178,7 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(size, bias=False)
         for group in ("self_attn", "mlp"):
             setattr(self, group, nn.Module())
-        for name in LINEARS:
+        for name in QWEN2_VL.linears:
             owner, _, leaf = name.partition(".")
             self.get_submodule(owner).add_module(leaf, nn.Linear(size, size))
 
@@ -186,7 +187,7 @@ def test_an_awq_layer_has_the_files_weights_norms_and_biases(tmp_path: Path) -> 
     torch.manual_seed(0)
     size, group = 64, 32
     truth = Block(size)
-    quantized = {name: round_to_grid(torch.randn(size, size), group) for name in LINEARS}
+    quantized = {name: round_to_grid(torch.randn(size, size), group) for name in QWEN2_VL.linears}
     config = {
         **json.loads((short_demo(tmp_path / "short") / "config.json").read_text()),
         "quantization_config": {"bits": 4, "group_size": group, "quant_method": "awq", "version": "gemm"},

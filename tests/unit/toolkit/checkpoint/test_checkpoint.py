@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.support import tiny
-from toolkit.checkpoint.checkpoint import LINEARS, Checkpoint, resolve
+from toolkit.checkpoint.checkpoint import Checkpoint, resolve
 from toolkit.errors import AlreadyQuantized, CheckpointError, HubError
+from toolkit.models.qwen2_vl import QWEN2_VL
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -39,7 +40,7 @@ def test_text_config_is_the_same_from_both(tmp_path: Path, nested: bool) -> None
     assert {**tiny.TEXT, "rope_theta": 1e6, "tie_word_embeddings": True}.items() <= checkpoint.text_config.items()
     assert checkpoint.config == tiny.config(nested)
     assert checkpoint.linear_shapes() == tiny.SHAPES
-    assert tuple(checkpoint.linear_shapes()) == LINEARS
+    assert tuple(checkpoint.linear_shapes()) == QWEN2_VL.linears
     assert checkpoint.num_layers == 2
 
 
@@ -56,10 +57,10 @@ def test_quantization_is_read(tmp_path: Path, version: str) -> None:
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("version", ["gemm", "gemv"])
 def test_some_linears_may_be_in_16_bits(tmp_path: Path, nested: bool, version: str) -> None:
-    left = frozenset({(0, name) for name in LINEARS} | {(1, "mlp.down_proj")})
+    left = frozenset({(0, name) for name in QWEN2_VL.linears} | {(1, "mlp.down_proj")})
     checkpoint = Checkpoint.open(tiny.write(tmp_path / "m", nested=nested, version=version, left=left))
     assert checkpoint.left_linears() == left
-    packed = {checkpoint.layer_prefix(1) + name for name in LINEARS if name != "mlp.down_proj"}
+    packed = {checkpoint.layer_prefix(1) + name for name in QWEN2_VL.linears if name != "mlp.down_proj"}
     assert set(checkpoint.quantized_modules()) == packed
     whole = Checkpoint.open(tiny.write(tmp_path / "n", nested=nested, version=version))
     assert whole.left_linears() == frozenset()

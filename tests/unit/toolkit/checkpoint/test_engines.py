@@ -8,7 +8,8 @@ import pytest
 
 from toolkit.checkpoint.checkpoint import Checkpoint, QuantizationInfo, TensorInfo
 from toolkit.checkpoint.engines import Engine, engines, tensor_parallel, vision_is_whole
-from toolkit.quantize.search.mixed import modules_to_not_convert
+from toolkit.checkpoint.left_out import modules_to_not_convert
+from toolkit.models.qwen2_vl import QWEN2_VL
 
 # (hidden, intermediate, heads, key-value heads) of Qwen2-VL's config.json files.
 SIZES = {
@@ -23,7 +24,7 @@ def checkpoint(size: str, quantization: QuantizationInfo | None = None, vision_h
     hidden, inner, heads, kv_heads = SIZES[size]
     text = {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads}
     text |= {"num_key_value_heads": kv_heads, "num_hidden_layers": 1}
-    return Checkpoint(Path(), {}, text, {"num_heads": vision_heads}, {}, quantization, "model.layers.")
+    return Checkpoint(Path(), QWEN2_VL, {}, text, {"num_heads": vision_heads}, {}, quantization, "model.layers.")
 
 
 def awq(version: str = "gemm", group_size: int = 128, zero_point: bool = True) -> QuantizationInfo:
@@ -109,7 +110,7 @@ def test_no_kernel_runs_awq_without_zero_points() -> None:
 
 def test_what_is_left_in_16_bits_has_no_groups() -> None:
     left = frozenset({(0, "mlp.down_proj")})
-    odd = checkpoint("72B", QuantizationInfo(4, 128, True, "gemm", tuple(modules_to_not_convert(left, 1))))
+    odd = checkpoint("72B", QuantizationInfo(4, 128, True, "gemm", tuple(modules_to_not_convert(left, 1, QWEN2_VL))))
     name = "model.layers.0.mlp.down_proj.weight"
     odd.tensors[name] = TensorInfo(name, "F16", (8192, 29568), 2 * 8192 * 29568, Path(), 0)
     assert find("vLLM on GPUs", odd).tensor_parallel == [1, 2, 4, 8]  # with down_proj packed: 1

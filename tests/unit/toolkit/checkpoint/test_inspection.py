@@ -15,9 +15,9 @@ from tests.support import tiny
 from toolkit.checkpoint.checkpoint import resolve
 from toolkit.checkpoint.inspection import Inspection, inspect_checkpoint
 from toolkit.checkpoint.inspection_view import render
+from toolkit.checkpoint.left_out import Linear
 from toolkit.cli import app
 from toolkit.errors import CheckpointError
-from toolkit.quantize.search.mixed import Linear
 
 Tensors = dict[str, torch.Tensor]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.support import rounded
-from toolkit.checkpoint.checkpoint import LINEARS
 from toolkit.demo import fidelity
 from toolkit.errors import CheckpointError
+from toolkit.models.qwen2_vl import QWEN2_VL
 
 
 def test_divergence_is_kl_per_token() -> None:
@@ -39,7 +39,7 @@ def test_rounding_costs_little_and_coarse_rounding_more() -> None:
 
 @pytest.mark.parametrize("version", ["gemm", "gemv"])
 def test_linears_in_16_bits_are_read_as_they_are(tmp_path: Path, version: str) -> None:
-    left = frozenset({(1, name) for name in LINEARS} | {(0, "mlp.down_proj")})
+    left = frozenset({(1, name) for name in QWEN2_VL.linears} | {(0, "mlp.down_proj")})
     mixed = fidelity.load(rounded.write(tmp_path / "m", left, version)).state_dict()
     source, nearest = fidelity.load(None).state_dict(), fidelity.load(None, 128).state_dict()
     kept = {f"model.language_model.layers.{index}.{name}.weight" for index, name in left}

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from tests.support import tiny
-from toolkit.checkpoint.checkpoint import LINEARS, Checkpoint
+from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import CheckpointError, FormatError, ResourceError
 from toolkit.formats.convert import convert
 from toolkit.formats.packing import PackedLinear, dequantize, unpack_gemm, unpack_gemv
+from toolkit.models.qwen2_vl import QWEN2_VL
 
 
 def all_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -62,7 +63,7 @@ def test_round_trip(tmp_path: Path, version: str, other: str, group_size: int, n
 
 @pytest.mark.parametrize(("version", "other"), [("gemm", "gemv"), ("gemv", "gemm")])
 def test_linears_in_16_bits_stay(tmp_path: Path, version: str, other: str) -> None:
-    left = frozenset({(0, name) for name in LINEARS} | {(1, "self_attn.o_proj")})
+    left = frozenset({(0, name) for name in QWEN2_VL.linears} | {(1, "self_attn.o_proj")})
     source = tiny.write(tmp_path / "src", version=version, left=left, shards=2)
     there = convert(source, tmp_path / "there", other)
     before, after = Checkpoint.open(source), Checkpoint.open(there)

@@ -13,12 +13,13 @@ from tests.support import rounded, tiny
 from tests.unit.toolkit.checkpoint.test_engines import awq, find
 from tests.unit.toolkit.checkpoint.test_engines import checkpoint as shape
 from tests.unit.toolkit.formats.test_convert import all_tensors, weights
-from toolkit.checkpoint.checkpoint import LINEARS, Checkpoint
+from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.checkpoint.engines import obstacle, padding
 from toolkit.checkpoint.inspection import inspect_checkpoint
 from toolkit.cli import app
 from toolkit.errors import CheckpointError, FormatError
 from toolkit.formats.convert import convert
+from toolkit.models.qwen2_vl import QWEN2_VL
 
 #: All heads of this model divide by 4; its MLP is three groups of 64 wide.
 WIDTH = 192
@@ -96,7 +97,7 @@ def test_16_bits_are_padded_for_the_groups_to_come(tmp_path: Path, nested: bool)
 
 @pytest.mark.parametrize("version", ["gemm", "gemv"])
 def test_layers_in_16_bits_and_biases(tmp_path: Path, version: str) -> None:
-    left = frozenset({(0, name) for name in LINEARS[4:]} | {(1, "self_attn.o_proj")})
+    left = frozenset({(0, name) for name in QWEN2_VL.linears[4:]} | {(1, "self_attn.o_proj")})
     source = tiny.write(tmp_path / "src", version=version, left=left)
     found = tiny.tensors(version=version, left=left)
     for layer in range(tiny.LAYERS):

@@ -14,9 +14,10 @@ import torch
 
 from tests.support.short import calibration, short_demo
 from tests.support.tiny import files
-from toolkit.checkpoint.checkpoint import LINEARS, Checkpoint, CheckpointWriter
+from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
 from toolkit.errors import AlreadyQuantized, CheckpointError, FormatError, ManifestError, ResourceError
 from toolkit.formats.packing import PackedLinear, unpack_gemm, unpack_gemv
+from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.quantize import quantize
 from toolkit.quantize import run as pipeline
 from toolkit.quantize.search.grid import dequantize
@@ -85,7 +86,7 @@ def test_norm_times_weight_is_what_it_was(source: Path, gemm: Path) -> None:
     """
     before, after = Checkpoint.open(source), Checkpoint.open(gemm)
     prefix = before.layer_prefix(0)
-    for norm, names in (("input_layernorm", LINEARS[:3]), ("post_attention_layernorm", LINEARS[4:5])):
+    for norm, names in (("input_layernorm", QWEN2_VL.linears[:3]), ("post_attention_layernorm", QWEN2_VL.linears[4:5])):
         for name in names:
             true = before.get(f"{prefix}{name}.weight").float() * before.get(f"{prefix}{norm}.weight").float()
             got = dequantize(unpack_gemm(packed(after, prefix + name))) * after.get(f"{prefix}{norm}.weight").float()

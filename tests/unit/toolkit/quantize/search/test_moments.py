@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.quantize.search.grid import Moments, dequantize, round_to_grid
-from toolkit.quantize.search.mixed import FUSED
 from toolkit.quantize.search.moments import Held, LayerSearch, Searched, linear
 from toolkit.quantize.stream import States, _register_attention
 
@@ -53,7 +53,7 @@ def run(layer: Any, states: States) -> tuple[torch.Tensor, dict[str, torch.Tenso
     seen: dict[str, torch.Tensor] = {}
     handles = [
         layer.get_submodule(names[0]).register_forward_pre_hook(lambda _, a, u=unit: seen.__setitem__(u, a[0][0]))
-        for unit, names in FUSED.items()
+        for unit, names in QWEN2_VL.fused.items()
     ]
     output = layer(**states.inputs(states.batch(0, 10**6), torch.device("cpu")))
     for handle in handles:
@@ -87,7 +87,7 @@ def test_no_linear_errs_more_than_by_rounding_to_nearest(rounding: str, kv_heads
         before = {name: value.clone() for name, value in layer.state_dict().items()}
         found, held = search(layer, rounding=rounding, group_size=group_size)
         assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
-        for unit, names in FUSED.items():
+        for unit, names in QWEN2_VL.fused.items():
             for name in names:
                 weight, x = linear(layer, name).weight, held.inputs[unit]
                 nearest = dequantize(round_to_grid(weight, group_size))
@@ -106,7 +106,7 @@ def test_the_file_computes_what_the_search_measured(kv_heads: int) -> None:
     found, held = search(layer)
     assert any(choice.startswith("scaled") for choice in found.choices.values())
     as_measured, as_written = copy.deepcopy(layer), copy.deepcopy(layer)
-    for unit, names in FUSED.items():
+    for unit, names in QWEN2_VL.fused.items():
         for name in names:
             linear(as_measured, name).weight.data = found.effective(unit, name)
     state = {f"{name}.weight": dequantize(rounded) for name, rounded in found.linears.items()}
@@ -117,7 +117,7 @@ def test_the_file_computes_what_the_search_measured(kv_heads: int) -> None:
 
 def test_units_that_are_skipped_are_not_touched() -> None:
     layer = layer_of(2, 4, 1.5)
-    found, _ = search(layer, skip=(*FUSED["self_attn.qkv_proj"], "mlp.down_proj"))
+    found, _ = search(layer, skip=(*QWEN2_VL.fused["self_attn.qkv_proj"], "mlp.down_proj"))
     assert set(found.linears) == {"self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj"}
     assert torch.equal(found.others["input_layernorm.weight"], layer.input_layernorm.weight)
     assert bool((found.scales["self_attn.o_proj"] == 1).all()), "v would have to be divided"
