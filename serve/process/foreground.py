@@ -10,8 +10,9 @@ from pathlib import Path
 
 from serve.http.logs import line, write
 from serve.process.bootlog import follow
+from serve.process.detached import Booted, detach
 from serve.process.lifecycle import Drained, OnPhase, Server
-from serve.process.supervisor import Booted, Policy, Supervised, Supervisor, detach, stopped_by_signals, supervisor
+from serve.process.supervisor import Policy, Supervised, Supervisor, stopped_by_signals, supervisor
 from serve.settings.config import ServerConfig
 from toolkit.console import err, note, out
 
