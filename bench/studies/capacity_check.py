@@ -46,7 +46,8 @@ def compare(estimated: dict[str, Any], reported: dict[str, int]) -> dict[str, fl
 def check(model: str, card: int | None, context: int) -> dict[str, Any]:
     """Boot ``model`` as on a card of ``card`` bytes (None: this machine's CPU) and compare."""
     from bench.run.boot import free_ports
-    from serve.plan.capacity import Load, batch, capacity, kv_tokens
+    from serve.plan.capacity import batch, capacity, kv_tokens
+    from serve.plan.load import Load
     from serve.process import lifecycle
     from serve.settings.backend import find_gpus
     from serve.settings.config import DEFAULT_GPU_SHARE, ServerConfig

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
-from serve.plan.capacity import Load, batch, capacity
+from serve.plan.capacity import batch, capacity
+from serve.plan.load import Load
 from serve.settings.backend import find_gpus
 from serve.settings.config import DEFAULT_GPU_SHARE, ServerConfig
 from serve.settings.profiles import choose, key_for
@@ -45,12 +45,12 @@ def fit_card(checkpoint: Checkpoint, config: ServerConfig, card: int, note: Call
     if config.max_model_len is not None or settings.max_model_len is not None:
         return config
     load = Load(
-        wanted,
-        settings.max_pixels,
-        config.max_num_seqs or settings.max_num_seqs,
-        settings.max_num_batched_tokens,
-        config.gpu_memory_utilization or DEFAULT_GPU_SHARE,
-        config.parallel.tp * config.parallel.pp,
+        context=wanted,
+        image_pixels=settings.max_pixels,
+        max_num_seqs=config.max_num_seqs or settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        share=config.gpu_memory_utilization or DEFAULT_GPU_SHARE,
+        tp=config.parallel.tp * config.parallel.pp,
     )
     tokens, sequences = batch(card, load)
     found = capacity(checkpoint, card, load, "")
@@ -59,7 +59,7 @@ def fit_card(checkpoint: Checkpoint, config: ServerConfig, card: int, note: Call
         if found.context >= wanted:
             break
         pixels = bound
-        found = capacity(checkpoint, card, replace(load, image_pixels=bound), "")
+        found = capacity(checkpoint, card, load.replaced(image_pixels=bound), "")
     if not found.fits or (found.context >= wanted and pixels is None):
         return config
     said = f"this card has room for a context of {found.context} tokens"
