@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from serve.settings.ask import AskConfig
 from serve.settings.config import DEFAULT_PORT, ServerConfig
 from toolkit.options import settings_as_options
 
@@ -103,21 +104,10 @@ def stop(
         out.print(f"{what} {before.model_name} on port {each}", highlight=False)
 
 
+@settings_as_options
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    image: Annotated[
-        list[str] | None, typer.Option(help="Picture to ask about, a file or URL; repeat for several.")
-    ] = None,
-    url: Annotated[
-        str | None,
-        typer.Option(help="The server (the one that `qvl serve` has started, else http://127.0.0.1:8000)."),
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="QVL_API_KEY", show_envvar=True, help="The server's key, if it wants one.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Model to ask (the first that the server lists).")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
+    config: AskConfig,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the answer, token counts and times as JSON, at the end.")
     ] = False,
@@ -129,15 +119,14 @@ def ask(
     from serve.http.images import image_url
     from toolkit.console import warn
 
-    images = [image_url(source) for source in image or []]
     answer = ask_server(
-        url or _only_server(),
+        config.url or _only_server(),
         question,
-        images,
-        model=model,
-        api_key=api_key,
-        max_tokens=max_tokens,
-        temperature=temperature,
+        [image_url(source) for source in config.images],
+        model=config.model,
+        api_key=config.api_key,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
     )
     try:
         for piece in answer:
@@ -149,7 +138,7 @@ def ask(
     if as_json:
         typer.echo(json.dumps(answer.as_dict(), ensure_ascii=False, indent=1))
     elif answer.finish_reason == "length":
-        warn(f"the answer was cut at {max_tokens} tokens: give a larger --max-tokens for all of it")
+        warn(f"the answer was cut at {config.max_tokens} tokens: give a larger --max-tokens for all of it")
 
 
 def _only_server() -> str:
