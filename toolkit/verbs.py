@@ -131,9 +131,10 @@ def merge(
     force: ForceOption = False,
 ) -> None:
     """Merge a LoRA adapter into its base model: the fp16 baseline of a fine-tuned model's benchmark."""
-    from toolkit.checkpoint.checkpoint import Checkpoint, resolve
+    from toolkit.checkpoint.checkpoint import Checkpoint
     from toolkit.console import out as stdout
     from toolkit.sources.adapter import merge as run
+    from toolkit.sources.directory import resolve
 
     stdout.print(str(run(Checkpoint.open(resolve(model, revision)), adapter, out, force)), highlight=False)
 
@@ -150,9 +151,9 @@ def convert(
     force: ForceOption = False,
 ) -> None:
     """Repack an AWQ checkpoint in the other layout, GEMM or GEMV, bit for bit; or pad a checkpoint for more GPUs."""
-    from toolkit.checkpoint.checkpoint import resolve
     from toolkit.console import out as stdout
     from toolkit.formats.convert import convert as run
+    from toolkit.sources.directory import resolve
 
     written = run(resolve(model, revision), out, to, force, pad_tp=pad_tp)
     stdout.print(str(written), highlight=False, markup=False)
@@ -165,9 +166,9 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print JSON (sizes in bytes).")] = False,
 ) -> None:
     """Show what a checkpoint is, what it weighs, where it runs and what is wrong with it (then exit code 1)."""
-    from toolkit.checkpoint.checkpoint import resolve
     from toolkit.checkpoint.inspection import inspect_checkpoint
     from toolkit.console import out as stdout
+    from toolkit.sources.directory import resolve
 
     found = inspect_checkpoint(resolve(model, revision), deep)
     if json:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench.report.schema import Report
 from toolkit.errors import BenchError
+from toolkit.files import put_in_place
 
 __all__ = ["check_target", "clear", "kept", "write"]
 
@@ -64,11 +65,7 @@ def write(report: Report, out: Path, *, force: bool = False) -> None:
             (draft / f"report.{name}").write_text(render(report), encoding="utf-8")
         if report.status != "ok" and kept(out):
             shutil.copyfile(out / JOURNAL, draft / JOURNAL)
-        replaced = draft.with_name(f"{draft.name}.old")
-        if out.exists():
-            out.rename(replaced)
-        draft.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
+        put_in_place(draft, out, draft.with_name(f"{draft.name}.old"))
     except OSError as error:
         raise BenchError(f"the report can't be written to {out}: {error.strerror or error}") from error
     finally:

@@ -51,7 +51,8 @@ def check(model: str, card: int | None, context: int) -> dict[str, Any]:
     from serve.process import lifecycle
     from serve.settings.backend import find_gpus
     from serve.settings.config import DEFAULT_GPU_SHARE, ServerConfig
-    from toolkit.checkpoint.checkpoint import Checkpoint, resolve
+    from toolkit.checkpoint.checkpoint import Checkpoint
+    from toolkit.sources.directory import resolve
 
     checkpoint = Checkpoint.open(resolve(model))
     row: dict[str, Any] = {"model": Path(model).name, "card_bytes": card}

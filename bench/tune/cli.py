@@ -66,10 +66,11 @@ def tune(
     from serve.settings.backend import choose, require_vllm
     from serve.settings.parallel import Parallel
     from serve.settings.profiles import key_for, save
-    from toolkit.checkpoint.checkpoint import Checkpoint, resolve
+    from toolkit.checkpoint.checkpoint import Checkpoint
     from toolkit.console import note
     from toolkit.errors import BenchError
     from toolkit.paths import cache_dir
+    from toolkit.sources.directory import resolve
 
     where = choose(backend)
     require_vllm(where)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from bench.load.metrics import summarise
 from bench.questions.tasks import load_questions
 from bench.run.boot import Abort, Start, booted
 from toolkit.errors import BenchError, QvlError
+from toolkit.files import write_whole
 
 __all__ = ["FP16", "Journal", "Measure", "Trial", "TunePlan", "table_rows", "tune"]
 
@@ -129,9 +129,7 @@ class Journal:
         """Write the file, whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         found = {"schema": _SCHEMA, "about": self.about, "trials": [asdict(t) for t in self.trials.values()]}
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+        write_whole(self.path, json.dumps(found, indent=1) + "\n")
 
 
 #: (endpoint, plan, requests in flight) -> the figures of that load.

@@ -76,8 +76,9 @@ def _cards(text: str) -> list[int]:
 def _rows(model: str, card: int, load: Load) -> list[tuple[Capacity, dict[str, Any] | None]]:
     """Return the formats of a model on a card, each with what making it takes; None where it is made already."""
     from serve.plan.capacity import capacity, shape
-    from toolkit.checkpoint.checkpoint import Checkpoint, resolve
+    from toolkit.checkpoint.checkpoint import Checkpoint
     from toolkit.errors import CheckpointError, FormatError
+    from toolkit.sources.directory import resolve
     from toolkit.sources.random_model import SHAPES
 
     if model in SHAPES and not Path(model).exists():

@@ -9,7 +9,8 @@ from serve.plan.load import Load
 from serve.settings.backend import find_gpus
 from serve.settings.config import DEFAULT_GPU_SHARE, ServerConfig
 from serve.settings.profiles import choose, key_for
-from toolkit.checkpoint.checkpoint import Checkpoint, resolve
+from toolkit.checkpoint.checkpoint import Checkpoint
+from toolkit.sources.directory import resolve
 
 __all__ = ["fit_card", "tuned"]
 

@@ -24,9 +24,10 @@ from serve.settings.arguments import vllm_arguments
 from serve.settings.backend import require_vllm
 from serve.settings.config import ServerConfig
 from serve.settings.lora import check_lora
-from toolkit.checkpoint.checkpoint import Checkpoint, resolve
+from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ResourceError, ServerError
 from toolkit.paths import cache_dir
+from toolkit.sources.directory import resolve
 
 __all__ = ["Drained", "OnPhase", "Server", "start", "stop"]
 

@@ -11,6 +11,7 @@ from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.checkpoint.writer import side_files
 from toolkit.console import note
 from toolkit.errors import QvlError, ResourceError
+from toolkit.files import DIGEST_BYTES, file_digest
 from toolkit.formats.convert import convert
 from toolkit.paths import cache_dir
 
@@ -45,10 +46,9 @@ def servable(checkpoint: Checkpoint) -> Checkpoint:
 
 def _key(checkpoint: Checkpoint) -> str:
     """Return 40 hex digits that change with the checkpoint's config, weights or side files."""
-    total = hashlib.blake2b(checkpoint.content_hash().encode(), digest_size=20)
+    total = hashlib.blake2b(checkpoint.content_hash().encode(), digest_size=DIGEST_BYTES)
     for file in side_files(checkpoint.path):
-        content = hashlib.blake2b(file.read_bytes(), digest_size=20).digest()
-        total.update(f"\0{file.relative_to(checkpoint.path)}\0".encode() + content)
+        total.update(f"\0{file.relative_to(checkpoint.path)}\0".encode() + file_digest(file))
     return total.hexdigest()
 
 

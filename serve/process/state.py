@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from toolkit import files
 from toolkit.errors import ServerError
 from toolkit.paths import cache_dir
 
@@ -107,9 +107,7 @@ def save(state: ServerState) -> None:
     """Write the state of a server, whole or not at all."""
     path = _path(state.port)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(asdict(state), indent=1) + "\n")
-    temporary.replace(path)
+    files.write_whole(path, json.dumps(asdict(state), indent=1) + "\n")
 
 
 def load(port: int) -> ServerState | None:
@@ -150,8 +148,7 @@ def locked(name: str, *parts: str) -> Iterator[None]:
     """Hold the lock `name` under the cache directory `parts`; waits while another process holds it."""
     directory = cache_dir(*parts)
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / f".{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes
+    with files.locked(directory / f".{name}.lock"):
         yield
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from serve.settings.backend import Backend, find_gpus, installed_vllm
 from serve.settings.engine import EngineSettings
 from toolkit.errors import ServerError
+from toolkit.files import write_whole
 from toolkit.paths import cache_dir
 
 if TYPE_CHECKING:
@@ -206,9 +207,7 @@ def save(profile: Profile, directory: Path | None = None) -> Path:
     words = (key.card, key.model, key.format, f"tp{key.tp}", f"vllm-{key.vllm}")
     name = "_".join("".join(c if c.isalnum() or c in ".-+" else "-" for c in word) for word in words)
     path = directory / f"{name}.json"
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(profile.dumps(), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, profile.dumps())
     return path
 
 

@@ -16,79 +16,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.checkpoint.config import QuantizationInfo, read_family, read_quantization, read_text_config
 from toolkit.checkpoint.weights import TensorInfo, read_json, read_weights
 from toolkit.checkpoint.writer import CheckpointWriter
-from toolkit.errors import AlreadyQuantized, CheckpointError
-from toolkit.models.families import FAMILIES, architectures_of, family_of
+from toolkit.errors import CheckpointError
+from toolkit.files import DIGEST_BYTES
 from toolkit.models.family import Family, Vision
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "WHAT_TO_GIVE",
     "Checkpoint",
     "CheckpointWriter",
     "QuantizationInfo",
     "TensorInfo",
-    "resolve",
 ]
 
 _LAYER_0 = re.compile(r"^(.*\.)?layers\.0\.(self_attn|mlp)\.")
-_HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")
 
-
-def resolve(model: str, revision: str | None = None) -> Path:
-    """Turn ``DIR``, ``HUB_ID`` or ``demo`` into a local directory; a hub model is fetched if it is not here yet.
-
-    ``demo`` is the embedded model (a directory of that name is ``./demo``). What exists on disk is a directory, and
-    so is what begins with ``/``, ``./``, ``../`` or ``~``; any other ``org/name`` is looked up on the hub.
-
-    Args:
-        model: what the user wrote.
-        revision: branch, tag or commit of a hub model.
-
-    Raises CheckpointError for a missing directory, HubError for a model that can't be fetched.
-    """
-    if model == "demo":
-        _refuse_revision(model, revision)
-        from toolkit.paths import demo_checkpoint
-
-        return demo_checkpoint()
-    if not model.strip():
-        raise CheckpointError(f"no model was given. {_WHAT_TO_GIVE}")
-    path = Path(model).expanduser()
-    if path.exists():
-        _refuse_revision(model, revision)
-        return path
-    if _HUB_ID.match(model) and not model.startswith(("./", "../", "/", "~")):
-        from toolkit.sources.hub import fetch
-
-        return fetch(model, revision)
-    raise CheckpointError(f"no such directory: {model}. {_WHAT_TO_GIVE}")
-
-
-_WHAT_TO_GIVE = "Give a directory that holds a Qwen2-VL model, a hub name such as Qwen/Qwen2-VL-2B-Instruct, or demo."
-
-
-def _refuse_revision(model: str, revision: str | None) -> None:
-    if revision is not None:
-        raise CheckpointError(f"--revision {revision} only applies to a model from the hub, and {model} is local.")
-
-
-@dataclass(frozen=True)
-class QuantizationInfo:
-    """How a checkpoint's linear layers are quantized, as its ``quantization_config`` says."""
-
-    bits: int
-    #: Inputs that share a scale; -1 is the whole row.
-    group_size: int
-    zero_point: bool
-    #: Layout of the packed words: "gemm" or "gemv".
-    version: str
-    #: Modules left in 16 bits, as each engine reads it (`toolkit.checkpoint.left_out`); empty: what is not packed.
-    modules_to_not_convert: tuple[str, ...] = ()
-    #: Whether lm_head is quantized too.
-    lm_head: bool = False
+#: Ends a refusal of what is no model.
+WHAT_TO_GIVE = "Give a directory that holds a Qwen2-VL model, a hub name such as Qwen/Qwen2-VL-2B-Instruct, or demo."
 
 
 @dataclass
@@ -100,7 +49,7 @@ class Checkpoint:
     family: Family
     #: config.json, as it is in the file.
     config: dict[str, Any]
-    #: The language model's settings, from a flat or nested config; see `_text_config`.
+    #: The language model's settings, from a flat or nested config; see `toolkit.checkpoint.config`.
     text_config: dict[str, Any]
     vision_config: dict[str, Any]
     tensors: dict[str, TensorInfo]
@@ -119,18 +68,18 @@ class Checkpoint:
         """
         path = Path(path).expanduser()
         if not path.exists():
-            raise CheckpointError(f"no such directory: {path}. {_WHAT_TO_GIVE}")
+            raise CheckpointError(f"no such directory: {path}. {WHAT_TO_GIVE}")
         if not path.is_dir():
-            raise CheckpointError(f"{path} is a file, not a directory. {_WHAT_TO_GIVE}")
+            raise CheckpointError(f"{path} is a file, not a directory. {WHAT_TO_GIVE}")
         if not (path / "config.json").exists():
             raise CheckpointError(_no_config(path))
         config = read_json(path / "config.json")
-        family = _family(path, config)
-        text_config = _text_config(path, config)
+        family = read_family(path, config)
+        text_config = read_text_config(path, config)
         vision_config = config.get("vision_config")
         if not isinstance(vision_config, dict):
             raise CheckpointError(f"{path / 'config.json'} has no vision_config: download it again.")
-        quantization = _quantization(path, config)
+        quantization = read_quantization(path, config)
         tensors = read_weights(path)
         prefix = _layers_prefix(path, tensors)
         checkpoint = cls(path, family, config, text_config, vision_config, tensors, quantization, prefix)
@@ -229,7 +178,7 @@ class Checkpoint:
             tensors = sorted(self.tensors.values(), key=lambda t: t.name)
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 digests = list(pool.map(_tensor_digest, tensors))
-            total = hashlib.blake2b(json.dumps(self.config, sort_keys=True).encode(), digest_size=20)
+            total = hashlib.blake2b(json.dumps(self.config, sort_keys=True).encode(), digest_size=DIGEST_BYTES)
             for t, digest in zip(tensors, digests, strict=True):
                 total.update(f"\0{t.name}\0{t.dtype}\0{t.shape}\0".encode() + digest)
             self._hash = total.hexdigest()
@@ -257,81 +206,8 @@ def _no_config(path: Path) -> str:
         )
     found = sorted(p.name for p in path.iterdir())
     if not found:
-        return f"{path} is empty. {_WHAT_TO_GIVE}"
-    return f"{path} has no config.json, so it is not a model (it holds {', '.join(found[:4])}, ...). {_WHAT_TO_GIVE}"
-
-
-def _family(path: Path, config: dict[str, Any]) -> Family:
-    found = family_of(config)
-    if found is not None:
-        return found
-    what = ", ".join(str(a) for a in architectures_of(config)) or "no architecture"
-    titles = " or ".join(family.title for family in FAMILIES)
-    supported = " and ".join(f"{family.architecture} (model_type {family.model_type})" for family in FAMILIES)
-    raise CheckpointError(
-        f"{path} is not a {titles}: its config.json says {what} (model_type {config.get('model_type')}). "
-        f"Only {supported} is supported."
-    )
-
-
-def _text_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Bring the language model's settings into one dict, whatever the config's shape.
-
-    Keys as in the hub's flat config; ``num_key_value_heads``, ``rope_theta`` and ``tie_word_embeddings`` are filled in
-    from where transformers 5 keeps them. Raises CheckpointError for missing sizes.
-    """
-    nested = config.get("text_config")
-    flat = {k: v for k, v in config.items() if k not in ("text_config", "vision_config", "quantization_config")}
-    text = {**flat, **nested} if isinstance(nested, dict) else flat
-    if "tie_word_embeddings" in config:
-        text["tie_word_embeddings"] = config["tie_word_embeddings"]
-    rope = text.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        text.setdefault("rope_theta", rope["rope_theta"])
-    if text.get("num_key_value_heads") is None:
-        text["num_key_value_heads"] = text.get("num_attention_heads")
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    for key in (*sizes, "num_key_value_heads"):
-        value = text.get(key)
-        if not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{path / 'config.json'}: {key} is {value!r}, not a positive number. {_AGAIN}")
-    return text
-
-
-_AGAIN = "The file is damaged or incomplete: copy or download it again."
-
-
-def _quantization(path: Path, config: dict[str, Any]) -> QuantizationInfo | None:
-    raw = config.get("quantization_config")
-    if raw is None and isinstance(config.get("text_config"), dict):
-        raw = config["text_config"].get("quantization_config")
-    if raw is None:
-        return None
-    where = f"{path / 'config.json'}: quantization_config"
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{where} is not an object. {_AGAIN}")
-    method = str(raw.get("quant_method", "awq")).lower()
-    if method != "awq":
-        raise AlreadyQuantized(f"{path} holds {method} weights. Only 16-bit and AWQ checkpoints are supported.")
-    version = str(raw.get("version", "gemm")).lower()
-    if version not in ("gemm", "gemv"):
-        raise CheckpointError(f"{where} has the layout {version!r}. Only 'gemm' and 'gemv' are supported.")
-    bits, group_size = raw.get("bits", raw.get("w_bit")), raw.get("group_size", raw.get("q_group_size"))
-    if bits != 4:
-        raise CheckpointError(f"{where} says {bits} bits. AWQ's layouts hold 4.")
-    if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
-        raise CheckpointError(f"{where} has the group size {group_size!r}, not a positive number or -1.")
-    left = raw.get("modules_to_not_convert") or []
-    if not isinstance(left, list):
-        raise CheckpointError(f"{where}.modules_to_not_convert is not a list. {_AGAIN}")
-    return QuantizationInfo(
-        bits=bits,
-        group_size=group_size,
-        zero_point=bool(raw.get("zero_point", True)),
-        version=version,
-        modules_to_not_convert=tuple(str(m) for m in left),
-        lm_head=bool(raw.get("lm_head", False)),
-    )
+        return f"{path} is empty. {WHAT_TO_GIVE}"
+    return f"{path} has no config.json, so it is not a model (it holds {', '.join(found[:4])}, ...). {WHAT_TO_GIVE}"
 
 
 def _layers_prefix(path: Path, tensors: dict[str, TensorInfo]) -> str:
@@ -365,7 +241,7 @@ def _fill(buffer: memoryview, info: TensorInfo, start: int) -> int:
 
 
 def _tensor_digest(info: TensorInfo) -> bytes:
-    digest = hashlib.blake2b(digest_size=20)
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     buffer = memoryview(bytearray(min(info.nbytes, 8 * 2**20)))
     start = 0
     while start < info.nbytes:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.checkpoint.anatomy import PARTS, Expected, expected_tensors, part_of
 from toolkit.checkpoint.checkpoint import Checkpoint, QuantizationInfo
 from toolkit.checkpoint.engines import Engine, engines
+from toolkit.checkpoint.layouts import layer_shape
 from toolkit.checkpoint.left_out import vllm_leaves
 from toolkit.checkpoint.weights import LFS_MAGIC, read_json
 from toolkit.errors import CheckpointError, FormatError
@@ -224,8 +225,6 @@ def _shape_problems(checkpoint: Checkpoint, expected: Expected) -> Iterator[Prob
     module = expected.name.removesuffix(".weight")
     if not expected.linear or any(f"{module}.{part}" not in checkpoint.tensors for part in _PACKED):
         return
-    from toolkit.formats.packing import layer_shape
-
     info = checkpoint.quantization
     assert info is not None  # Checkpoint.open has refused packed weights without a config
     try:

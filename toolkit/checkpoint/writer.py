@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.checkpoint.weights import INDEX_NAME, SINGLE_NAME, read_weights
 from toolkit.errors import CheckpointError, ResourceError
+from toolkit.files import free_bytes, fsync, lock, put_in_place, write_synced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,11 +29,8 @@ __all__ = [
     "CheckpointWriter",
     "Shard",
     "disk_space",
-    "free_bytes",
-    "fsync",
     "side_files",
     "weight_file_names",
-    "write_synced",
 ]
 
 DEFAULT_SHARD_BYTES = 4 * 2**30
@@ -178,25 +175,12 @@ class AtomicDirectory(ABC):
         self.check_out()  # it may have appeared meanwhile
         try:
             fsync(self.tmp)
-            self._rename()
+            put_in_place(self.tmp, self.out, self._old)
             fsync(self.out.parent)
         except OSError as error:
             raise CheckpointError(
                 f"{self.out} can't be put in place: {error.strerror or error}. Is it a mount point, or in use?"
             ) from error
-
-    def _rename(self) -> None:
-        if not (self.out.exists() and any(self.out.iterdir())):
-            self.tmp.rename(self.out)  # also takes the place of an empty directory
-            return
-        shutil.rmtree(self._old, ignore_errors=True)
-        self.out.rename(self._old)
-        try:
-            self.tmp.rename(self.out)
-        except BaseException:
-            self._old.rename(self.out)
-            raise
-        shutil.rmtree(self._old, ignore_errors=True)
 
     def check_out(self) -> None:
         """Raise CheckpointError when ``out`` can't be taken."""
@@ -360,40 +344,17 @@ def disk_space(needed: int, what: str, place: Path, aftermath: str) -> Iterator[
         raise CheckpointError(f"{what} can't be written: {error.strerror or error}.") from error
 
 
-def free_bytes(place: Path) -> int:
-    """Return what this user may still write on the file system of directory ``place``."""
-    return shutil.disk_usage(place).free
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file, to be on the disk on return."""
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file's content, or a directory's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _lock_directory(path: Path) -> int | None:
     """Lock a directory for the life of this process; None where another holds it or the file system can't lock."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    with contextlib.suppress(OSError):
+        if lock(descriptor, wait=False):
+            return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _glob_escape(name: str) -> str:

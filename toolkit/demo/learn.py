@@ -30,6 +30,7 @@ from toolkit.demo.optim import Muon, split_parameters
 from toolkit.demo.prompt import prefix
 from toolkit.demo.quiz import Quiz, score
 from toolkit.errors import QvlError
+from toolkit.files import replacing
 
 __all__ = ["Learner", "Rates", "TrainingFailed"]
 
@@ -398,8 +399,7 @@ class Learner:
 
     def save(self) -> None:
         """Write the weights so far (fp16, hub names) and the curve into ``out``."""
-        partial = self.out / "model.safetensors.part"
-        save_file(self.model.half_state(), partial, metadata={"format": "pt"})
-        partial.chmod(0o644)
-        partial.rename(self.out / "model.safetensors")
+        with replacing(self.out / "model.safetensors") as partial:
+            save_file(self.model.half_state(), partial, metadata={"format": "pt"})
+            partial.chmod(0o644)
         (self.out / "curve.json").write_text(json.dumps({"curve": self.curve, "tests": self.tests}), encoding="utf-8")

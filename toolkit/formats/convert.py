@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit import __version__
 from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter, QuantizationInfo
+from toolkit.checkpoint.layouts import PACK, layer_shape, zeros_width
 from toolkit.checkpoint.weights import DTYPE_BYTES, read_json
 from toolkit.errors import FormatError
 from toolkit.formats.pad import WIDENED, check_padding, pad_quantized, pad_tensor, padded_shape, set_intermediate_size
@@ -86,8 +87,6 @@ class _Work:
 
     def _plan(self, info: QuantizationInfo, to: str) -> dict[str, int]:
         """Return the bytes each packed module will take, having checked that all can be converted."""
-        from toolkit.formats.packing import PACK, layer_shape, zeros_width
-
         source, sizes = self.source, {}
         for module in source.quantized_modules():
             missing = [part for part in _PARTS if f"{module}.{part}" not in source.tensors]

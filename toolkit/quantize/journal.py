@@ -17,7 +17,6 @@ several processes, are those of an undisturbed run. All is kept in a hidden sibl
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -34,11 +33,10 @@ from toolkit.checkpoint.writer import (
     AtomicDirectory,
     Shard,
     disk_space,
-    fsync,
     weight_file_names,
-    write_synced,
 )
 from toolkit.errors import CheckpointError
+from toolkit.files import fsync, lock, replacing, unlock, write_synced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,9 +73,9 @@ def write_layer(directory: Path, index: int, tensors: Mapping[str, Tensor], reco
         shard.add(name, tensor)
     with disk_space(shard.nbytes, f"layer {index}", directory, _kept(len(_layer_files(directory)))):
         # The record first: a layer counts when its weight file is there.
-        with _replacing(directory / f"layer-{index:05d}.json") as path:
+        with replacing(directory / f"layer-{index:05d}.json", durable=True) as path:
             write_synced(path, json.dumps(record).encode())
-        with _replacing(directory / f"layer-{index:05d}.safetensors") as path:
+        with replacing(directory / f"layer-{index:05d}.safetensors", durable=True) as path:
             shard.save(path)
 
 
@@ -174,7 +172,7 @@ class Journal(AtomicDirectory):
         for name, tensor in tensors:
             self._add(name, tensor)
         self._flush()
-        with self._space(0, "rest.json"), _replacing(self.directory / "rest.json") as path:
+        with self._space(0, "rest.json"), replacing(self.directory / "rest.json", durable=True) as path:
             write_synced(path, json.dumps({"files": self._shards}).encode())
 
     def records(self) -> list[dict[str, Any]]:
@@ -210,24 +208,24 @@ class Journal(AtomicDirectory):
         while True:
             self.work.mkdir(exist_ok=True)
             try:
-                lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except FileNotFoundError:
                 continue  # the run that held it removed the directory in this moment
             try:
                 # A file, because network file systems lock no directory.
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(lock)
-                raise CheckpointError(
-                    f"another run is writing {self.out}: wait until it ends, or choose another output directory."
-                ) from None
+                mine = lock(descriptor, wait=False)
             except OSError:
                 self.notes.append(f"the file system of {self.out} has no locks: start no second run on it meanwhile")
-                return lock
+                return descriptor
+            if not mine:
+                os.close(descriptor)
+                raise CheckpointError(
+                    f"another run is writing {self.out}: wait until it ends, or choose another output directory."
+                )
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock), path.stat()):
-                    return lock
-            os.close(lock)  # removed between opening and locking
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+            os.close(descriptor)  # removed between opening and locking
 
     def _begin(self) -> None:
         try:
@@ -273,7 +271,7 @@ class Journal(AtomicDirectory):
             if self.environment not in environments:
                 environments = [*environments, self.environment]
             identity = {"identity": self._identity, "environments": environments}
-            with _replacing(self.work / "identity.json") as path:
+            with replacing(self.work / "identity.json", durable=True) as path:
                 write_synced(path, json.dumps(identity, indent=2).encode())
             self.directory.mkdir(exist_ok=True)
             self.tmp.mkdir()
@@ -339,9 +337,7 @@ class Journal(AtomicDirectory):
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._lock, fcntl.LOCK_UN)  # for forked children too, which closing leaves locked
-            os.close(self._lock)
+            unlock(self._lock)
             self._lock = None
 
     def _wipe(self) -> None:
@@ -354,19 +350,6 @@ class Journal(AtomicDirectory):
 
     def _aftermath(self) -> str:
         return _kept(len(_layer_files(self.directory)))
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name; what is written there has ``path`` for its name afterwards, durably."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        yield temporary
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync(path.parent)
 
 
 def _layer_files(directory: Path) -> dict[int, Path]:

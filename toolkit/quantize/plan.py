@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit.errors import FormatError, ResourceError
+from toolkit.files import free_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +96,7 @@ class Plan:
 
         parent = next(p for p in out.absolute().parents if p.exists())
         rows = [
-            ("disk", self.disk, shutil.disk_usage(parent).free, f"free space at {parent} or choose another --out"),
+            ("disk", self.disk, free_bytes(parent), f"free space at {parent} or choose another --out"),
             ("host memory", self.host, _available_host(psutil.virtual_memory().available), "use fewer --samples"),
         ]
         if device.type == "cuda":

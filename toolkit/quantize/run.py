@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter, resolve
+from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
 from toolkit.checkpoint.left_out import Linear, describe, modules_to_not_convert
 from toolkit.console import note, warn
 from toolkit.errors import AlreadyQuantized, CheckpointError, ManifestError, ResourceError
@@ -23,6 +23,7 @@ from toolkit.quantize.progress import RunProgress
 from toolkit.quantize.recipe import Recipe
 from toolkit.quantize.search.mixed import choose, skipped
 from toolkit.quantize.worker import Share, in_process, run
+from toolkit.sources.directory import resolve
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from toolkit.console import note
 from toolkit.errors import HubError, ResourceError
+from toolkit.files import free_bytes
 from toolkit.units import human_bytes
 
 __all__ = ["fetch"]
@@ -70,7 +70,7 @@ def _announce(hub_id: str, revision: str | None, endpoint: str, cache: Path) -> 
     ]
     if not missing:
         return
-    needed, free = sum(missing), _free_bytes(cache)
+    needed, free = sum(missing), free_bytes(cache)
     if needed > free:
         raise ResourceError(
             f"{hub_id} needs {human_bytes(needed)} more in {cache}, which has {human_bytes(free)} free. "
@@ -81,12 +81,6 @@ def _announce(hub_id: str, revision: str | None, endpoint: str, cache: Path) -> 
 
 def _wanted(name: str) -> bool:
     return any(fnmatch(name, p) for p in _WANTED) and not any(fnmatch(name, p) for p in _UNWANTED)
-
-
-def _free_bytes(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.studies.quantizer.settings import Settings
+from toolkit.files import write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -182,6 +183,4 @@ def _processor(model: Path) -> Any:
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    part.rename(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import BenchError
+from toolkit.files import write_whole
 
 __all__ = ["later_layers", "line", "merge", "read"]
 
@@ -38,9 +39,7 @@ def read(out: Path) -> dict[str, Any]:
 def merge(out: Path, part: str, found: dict[str, Any]) -> dict[str, Any]:
     """Put one part's results in the place of its older ones, leave the others, and return them all."""
     parts = {**read(out), part: found}
-    temporary = out / f".{_NAME}"
-    temporary.write_text(json.dumps({"schema": SCHEMA, "parts": parts}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(out / _NAME)
+    write_whole(out / _NAME, json.dumps({"schema": SCHEMA, "parts": parts}, indent=1) + "\n")
     return parts
 
 

@@ -15,8 +15,9 @@ import torch
 from tests.support import tiny
 from tests.support.paths import ROOT
 from tests.support.small_hub import COMMIT, SmallHub, model_files, serve
-from toolkit.checkpoint.checkpoint import Checkpoint, resolve
+from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import HubError, ResourceError
+from toolkit.sources.directory import resolve
 from toolkit.sources.hub import fetch
 from toolkit.units import human_bytes
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tests.support import tiny
-from toolkit.checkpoint.checkpoint import Checkpoint, resolve
-from toolkit.errors import AlreadyQuantized, CheckpointError, HubError
+from toolkit.checkpoint.checkpoint import Checkpoint
+from toolkit.errors import AlreadyQuantized, CheckpointError
 from toolkit.models.qwen2_vl import QWEN2_VL
+from toolkit.paths import demo_checkpoint
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -77,7 +78,7 @@ def test_autoawqs_own_key_names_are_read(tmp_path: Path) -> None:
 
 
 def test_the_embedded_model_opens() -> None:
-    checkpoint = Checkpoint.open(resolve("demo"))
+    checkpoint = Checkpoint.open(demo_checkpoint())
     assert checkpoint.num_layers == checkpoint.text_config["num_hidden_layers"]
     assert set(checkpoint.linear_names(0)) <= {name.removesuffix(".weight") for name in checkpoint.tensors}
 
@@ -297,41 +298,3 @@ class TestBroken:
     def test_asking_for_a_tensor_that_is_not_there(self, path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"has no tensor lm_head\.weight"):
             Checkpoint.open(path).get("lm_head.weight")
-
-
-class TestResolve:
-    def test_demo_is_the_embedded_model(self) -> None:
-        assert (resolve("demo") / "config.json").exists()
-
-    def test_what_exists_is_a_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        tiny.write(tmp_path / "org" / "name")
-        monkeypatch.chdir(tmp_path)
-        assert resolve("org/name") == Path("org/name")
-        assert resolve(str(tmp_path / "org")) == tmp_path / "org"
-
-    def test_home_is_expanded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("HOME", str(tmp_path))
-        (tmp_path / "m").mkdir()
-        assert resolve("~/m") == tmp_path / "m"
-
-    @pytest.mark.parametrize("model", ["./x", "../x", "/nowhere/x", "~/nowhere-at-all", "x", "a/b/c", "a b/c"])
-    def test_what_is_no_hub_name_must_exist(self, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(CheckpointError, match="no such directory"):
-            resolve(model)
-
-    @pytest.mark.parametrize("model", ["", " "])
-    def test_nothing(self, model: str) -> None:
-        with pytest.raises(CheckpointError, match="no model was given"):
-            resolve(model)
-
-    def test_org_and_name_is_looked_up(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")  # nothing listens there
-        with pytest.raises(HubError, match=r"org/name is no directory here.*127\.0\.0\.1:1 can't be reached"):
-            resolve("org/name")
-
-    @pytest.mark.parametrize("model", ["demo", "."])
-    def test_a_revision_needs_a_hub(self, model: str) -> None:
-        with pytest.raises(CheckpointError, match="--revision main only applies"):
-            resolve(model, "main")

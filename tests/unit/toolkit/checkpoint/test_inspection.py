@@ -12,12 +12,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.support import tiny
-from toolkit.checkpoint.checkpoint import resolve
 from toolkit.checkpoint.inspection import Inspection, inspect_checkpoint
 from toolkit.checkpoint.inspection_view import render
 from toolkit.checkpoint.left_out import Linear
 from toolkit.cli import app
 from toolkit.errors import CheckpointError
+from toolkit.sources.directory import resolve
 
 Tensors = dict[str, torch.Tensor]
 

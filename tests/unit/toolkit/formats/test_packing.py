@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from toolkit.checkpoint.layouts import layer_shape, zeros_width
 from toolkit.errors import FormatError
 from toolkit.formats.packing import (
     GEMM_ORDER,
@@ -19,14 +20,12 @@ from toolkit.formats.packing import (
     dequantize,
     gemm_to_gemv,
     gemv_to_gemm,
-    layer_shape,
     pack,
     pack_gemm,
     pack_gemv,
     unpack,
     unpack_gemm,
     unpack_gemv,
-    zeros_width,
 )
 
 SHAPES = [(256, 256), (512, 128), (128, 512), (1152, 96), (2048, 64), (64 * 17, 40), (1920, 32), (128, 8)]

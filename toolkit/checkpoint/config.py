@@ -1,0 +1,106 @@
+"""What config.json says, flat as on the hub or nested as transformers 5 saves it: family, sizes, quantization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import AlreadyQuantized, CheckpointError
+from toolkit.models.families import FAMILIES, architectures_of, family_of
+from toolkit.models.family import Family
+
+__all__ = ["QuantizationInfo", "read_family", "read_quantization", "read_text_config"]
+
+_AGAIN = "The file is damaged or incomplete: copy or download it again."
+
+
+@dataclass(frozen=True)
+class QuantizationInfo:
+    """How a checkpoint's linear layers are quantized, as its ``quantization_config`` says."""
+
+    bits: int
+    #: Inputs that share a scale; -1 is the whole row.
+    group_size: int
+    zero_point: bool
+    #: Layout of the packed words: "gemm" or "gemv".
+    version: str
+    #: Modules left in 16 bits, as each engine reads it (`toolkit.checkpoint.left_out`); empty: what is not packed.
+    modules_to_not_convert: tuple[str, ...] = ()
+    #: Whether lm_head is quantized too.
+    lm_head: bool = False
+
+
+def read_family(path: Path, config: dict[str, Any]) -> Family:
+    """Return the family a config.json is of. Raises CheckpointError for none that is supported."""
+    found = family_of(config)
+    if found is not None:
+        return found
+    what = ", ".join(str(a) for a in architectures_of(config)) or "no architecture"
+    titles = " or ".join(family.title for family in FAMILIES)
+    supported = " or ".join(f"{family.architecture} (model_type {family.model_type})" for family in FAMILIES)
+    raise CheckpointError(
+        f"{path} is not a {titles}: its config.json says {what} (model_type {config.get('model_type')}). "
+        f"Only {supported} is supported."
+    )
+
+
+def read_text_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Bring the language model's settings into one dict, whatever the config's shape.
+
+    Keys as in the hub's flat config; ``num_key_value_heads``, ``rope_theta`` and ``tie_word_embeddings`` are filled in
+    from where transformers 5 keeps them. Raises CheckpointError for missing sizes.
+    """
+    nested = config.get("text_config")
+    flat = {k: v for k, v in config.items() if k not in ("text_config", "vision_config", "quantization_config")}
+    text = {**flat, **nested} if isinstance(nested, dict) else flat
+    if "tie_word_embeddings" in config:
+        text["tie_word_embeddings"] = config["tie_word_embeddings"]
+    rope = text.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        text.setdefault("rope_theta", rope["rope_theta"])
+    if text.get("num_key_value_heads") is None:
+        text["num_key_value_heads"] = text.get("num_attention_heads")
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    for key in (*sizes, "num_key_value_heads"):
+        value = text.get(key)
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{path / 'config.json'}: {key} is {value!r}, not a positive number. {_AGAIN}")
+    return text
+
+
+def read_quantization(path: Path, config: dict[str, Any]) -> QuantizationInfo | None:
+    """Read ``quantization_config``, None where there is none.
+
+    Raises AlreadyQuantized for a method other than AWQ, CheckpointError for settings that no AWQ layout has.
+    """
+    raw = config.get("quantization_config")
+    if raw is None and isinstance(config.get("text_config"), dict):
+        raw = config["text_config"].get("quantization_config")
+    if raw is None:
+        return None
+    where = f"{path / 'config.json'}: quantization_config"
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{where} is not an object. {_AGAIN}")
+    method = str(raw.get("quant_method", "awq")).lower()
+    if method != "awq":
+        raise AlreadyQuantized(f"{path} holds {method} weights. Only 16-bit and AWQ checkpoints are supported.")
+    version = str(raw.get("version", "gemm")).lower()
+    if version not in ("gemm", "gemv"):
+        raise CheckpointError(f"{where} has the layout {version!r}. Only 'gemm' and 'gemv' are supported.")
+    bits, group_size = raw.get("bits", raw.get("w_bit")), raw.get("group_size", raw.get("q_group_size"))
+    if bits != 4:
+        raise CheckpointError(f"{where} says {bits} bits. AWQ's layouts hold 4.")
+    if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
+        raise CheckpointError(f"{where} has the group size {group_size!r}, not a positive number or -1.")
+    left = raw.get("modules_to_not_convert") or []
+    if not isinstance(left, list):
+        raise CheckpointError(f"{where}.modules_to_not_convert is not a list. {_AGAIN}")
+    return QuantizationInfo(
+        bits=bits,
+        group_size=group_size,
+        zero_point=bool(raw.get("zero_point", True)),
+        version=version,
+        modules_to_not_convert=tuple(str(m) for m in left),
+        lm_head=bool(raw.get("lm_head", False)),
+    )
