@@ -6,10 +6,14 @@
 # - torchvision likewise; where neither has a CPU build, PyPI's CUDA build is taken, which toolkit/compat.py mends.
 # - everything else is installed without following dependencies, since some packages ask for triton, torchaudio or
 #   torchcodec, which a CPU does not need and which break it. The list was resolved with them: see cpu-overrides.txt.
+#
+# uv does the work where it can be had from the configured index and takes pip's settings (uv_settings.py); else pip.
+# Neither compiles to bytecode: of 28,000 files Python compiles those that are imported, when they are. Who installs as
+# one user and runs as another does it once: python -m compileall -q -j 0 VENV/lib
 set -eu
 venv=${1:?usage: install.sh VENV cpu|gpu} backend=${2:?usage: install.sh VENV cpu|gpu}
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
-torch=2.13.0 torchvision=0.28.0 index=https://download.pytorch.org/whl/cpu
+torch=2.13.0 torchvision=0.28.0 uv=0.13.9 index=https://download.pytorch.org/whl/cpu
 python=${PYTHON:-python3}
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -21,26 +25,35 @@ done
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || {
     echo "error: no virtual environment could be made: install your system's python3-venv package" >&2; exit 2; }
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-quietly() { pip install -q --no-deps "$@" >/dev/null 2>&1; }
+with_pip() { pip install -q --no-compile "$@"; }
+with_uv() { "$venv/bin/uv" pip install -q --python "$venv/bin/python" "$@"; }
+install() { { [ -n "$uv" ] && with_uv "$@"; } || with_pip "$@"; }
+quietly() { install --no-deps "$@" >/dev/null 2>&1; }
+
+if with_pip "uv==$uv" >/dev/null 2>&1 && settings=$("$venv/bin/python" "$here/uv_settings.py"); then
+    eval "$settings"
+else
+    uv=
+fi
 
 echo "installing into $venv for the $backend: a few minutes"
 case $backend in
 cpu)
     echo "[1/3] torch $torch, CPU build"
-    quietly "torch==$torch+cpu" || pip install -q --no-deps "torch==$torch+cpu" --index-url "$index"
+    quietly "torch==$torch+cpu" || install --no-deps "torch==$torch+cpu" --index-url "$index"
     quietly "torchvision==$torchvision+cpu" || quietly "torchvision==$torchvision+cpu" --index-url "$index" ||
-        pip install -q --no-deps "torchvision==$torchvision"
+        install --no-deps "torchvision==$torchvision"
     echo "[2/3] vLLM, transformers, AutoAWQ and the rest"
-    pip install -q --no-deps setuptools==78.1.1 wheel
-    pip install -q --no-deps --no-build-isolation -r "$here/cpu.txt"
+    install --no-deps setuptools==78.1.1 wheel
+    install --no-deps --no-build-isolation -r "$here/cpu.txt"
     ;;
 gpu)
     echo "[1/3] torch $torch, CUDA build"
-    pip install -q "torch==$torch" setuptools wheel
+    install "torch==$torch" setuptools wheel
     echo "[2/3] vLLM, transformers, AutoAWQ and the rest"
-    pip install -q --no-build-isolation -r "$here/gpu.txt"
+    install --no-build-isolation -r "$here/gpu.txt"
     ;;
 *) echo "error: unknown backend '$backend': use cpu or gpu" >&2; exit 2 ;;
 esac
 echo "[3/3] qvl"
-pip install -q --no-deps --no-build-isolation -e "$here/.."
+install --no-deps --no-build-isolation -e "$here/.."

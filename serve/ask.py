@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from serve.http.sse import EventDecoder
 from toolkit.errors import ServerError
 
 __all__ = ["Answer", "ask"]
@@ -151,11 +152,10 @@ def _stream(client: httpx.Client, body: dict[str, Any], answer: Answer) -> Itera
 
 
 def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
-    """Decode server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html), one JSON each."""
-    for line in response.iter_lines():
-        if not line.startswith("data:"):
-            continue
-        data = line.removeprefix("data:").strip()
+    """Return the chunks of an answer: server-sent events, one JSON each."""
+    decoder = EventDecoder()
+    for event in (event for received in response.iter_bytes() for event in decoder.feed(received)):
+        data = event.decode(errors="replace").strip()
         if data == "[DONE]":
             return
         try:

@@ -3,6 +3,7 @@
 PyPI's torchvision wheels are CUDA builds. Beside a CPU torch their compiled half cannot be loaded, and even
 `import torchvision` fails ("operator torchvision::nms does not exist"), which takes transformers' Qwen2-VL video
 processor and qwen-vl-utils with it. PyTorch's own index has CPU builds, which need none of this.
+Upstream, closed: https://github.com/pytorch/vision/issues/9085
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ from typing import Any, TypeVar
 
 import httpx
 
-__all__ = ["STALL_S", "ChatRequest", "EventDecoder", "Failure", "Trace", "ask", "is_whole"]
+from serve.http.sse import EventDecoder
+
+__all__ = ["STALL_S", "ChatRequest", "Failure", "Trace", "ask", "is_whole"]
 
 #: Seconds on a clock that only goes forward; the zero is arbitrary.
 Clock = Callable[[], float]
@@ -115,37 +117,6 @@ class Trace:
     held_s: float = 0.0
     cached_tokens: int | None = None
     queue_s: float | None = None
-
-
-class EventDecoder:
-    """Splits the bytes of a ``text/event-stream`` into the data of its events.
-
-    Works on bytes and splits at line feeds alone: answers may hold characters such as U+2028 or U+0085 that string
-    functions (and httpx's ``aiter_lines``) take for line ends, which would cut an event's JSON in two.
-    """
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._data: list[bytes] = []
-
-    def feed(self, received: bytes) -> list[bytes]:
-        """Take bytes as they arrive; return the data of each event completed by them."""
-        if not self._rest and not self._data and received.startswith(b"data: "):
-            # One whole event in one read: what nearly every read of a paced stream is.
-            end = received.find(b"\n")
-            if end == len(received) - 2 and received.endswith(b"\n\n"):
-                return [received[6:end]]
-        lines = (self._rest + received).split(b"\n")
-        self._rest = lines.pop()
-        events = []
-        for line in lines:
-            line = line.rstrip(b"\r")
-            if line.startswith(b"data:"):
-                self._data.append(line[5:].removeprefix(b" "))
-            elif not line and self._data:
-                events.append(b"\n".join(self._data))
-                self._data = []
-        return events
 
 
 def is_whole(received: bytes, stream: bool) -> bool:

@@ -18,11 +18,12 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.load import metrics
-from bench.load.client import ChatRequest, EventDecoder, Trace, ask
+from bench.load.client import ChatRequest, Trace, ask
 from bench.load.endpoint import http_client
 from bench.load.inputs import PRESETS, SpeedInputs
 from bench.load.loops import Block, open_loop, schedule
 from bench.load.wire import Wire
+from serve.http.sse import EventDecoder
 
 ROOT = Path(__file__).parents[2]
 TOKENS = 256

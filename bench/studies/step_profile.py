@@ -199,6 +199,7 @@ async def _record(url: str, concurrency: int, steps: int, sizes: str) -> None:
     """Keep ``concurrency`` answers under way and have ``steps`` steps profiled once all of them decode."""
     from bench.load.endpoint import discover, http_client
     from bench.load.inputs import SpeedInputs, parse_sizes
+    from serve.http.sse import EventDecoder
 
     end = await discover(url)
     length = 4 * steps + 64
@@ -210,11 +211,12 @@ async def _record(url: str, concurrency: int, steps: int, sizes: str) -> None:
             async with http.stream("POST", "/v1/chat/completions", content=body, headers=_JSON) as response:
                 if response.status_code != 200:
                     raise BenchError(f"the server answers {response.status_code}: {(await response.aread())[:300]!r}")
-                first = True
-                async for line in response.aiter_lines():
-                    if first and '"content":"' in line and '"content":""' not in line:
-                        first = False
-                        begun.release()
+                first, decoder = True, EventDecoder()
+                async for received in response.aiter_bytes():
+                    for event in decoder.feed(received):
+                        if first and b'"content":"' in event and b'"content":""' not in event:
+                            first = False
+                            begun.release()
 
         for body in inputs.bodies("warm-up", concurrency, end.model):
             await answer(body)

@@ -15,13 +15,14 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Iterable
 from importlib import resources
-from typing import Any
 
 import httpx
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.http.errors import error_response
+from serve.http.errors import Headers, error_response
+from serve.http.middleware import Middleware
 from serve.settings.environment import GUARD, PLAY
 from serve.settings.limits import Limits
 from serve.settings.play import PlayOptions
@@ -29,12 +30,6 @@ from toolkit.errors import ServerError
 
 __all__ = ["Beside", "Play"]
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
 
 _TYPES = {
     "html": b"text/html; charset=utf-8",
@@ -67,11 +62,11 @@ _RESPONSE_TYPES = ("application/json", "text/event-stream")
 _CONNECT, _READ = 5.0, 300.0
 
 
-class Play:
+class Play(Middleware):
     """Serves the page and hands everything else inwards. Settings: QVL_PLAY; the limits it tells of: QVL_GUARD."""
 
-    def __init__(self, app: App) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__(app)
         options = PlayOptions.loads(os.environ.get(PLAY, "{}"))
         self._beside = options.beside is not None
         guarded = GUARD in os.environ
@@ -89,7 +84,7 @@ class Play:
         """Answer one request, or pass it on."""
         path = scope["path"] if scope["type"] == "http" else ""
         if path != "/play" and not path.startswith("/play/"):
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
         elif path == "/play/":  # the page's own links are relative to /play
             await _respond(send, 308, [(b"location", b"../play"), (b"content-length", b"0")], b"")
         elif path in self._files:
@@ -98,7 +93,7 @@ class Play:
             inner = path.removeprefix("/play/beside")
             scope = {**scope, "path": inner, "raw_path": inner.encode(), "query_string": b""}
             scope.setdefault("qvl", {})["beside"] = True
-            await self._app(scope, receive, _with_security_headers(send))
+            await self.app(scope, receive, _with_security_headers(send))
         else:
             message = f"There is nothing at {scope['method']} {path}."
             await _send_all(send, error_response(404, message, "invalid_request_error", "route", headers=_SECURITY))
@@ -113,11 +108,11 @@ class Play:
             await _respond(send, 200, [*headers, length], b"" if scope["method"] == "HEAD" else body)
 
 
-class Beside:
+class Beside(Middleware):
     """Sends the requests that Play has marked on to the second server, and its answers back as they come."""
 
-    def __init__(self, app: App, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        super().__init__(app)
         self._url = PlayOptions.loads(os.environ.get(PLAY, "{}")).beside
         # identity: a compressed stream would be held back until a block of it is full
         self._client = httpx.AsyncClient(
@@ -132,10 +127,10 @@ class Beside:
         """Forward one marked request, or pass it on."""
         if scope["type"] == "lifespan":  # lasts as long as the server
             async with self._client:
-                await self._app(scope, receive, send)
+                await self.app(scope, receive, send)
             return
         if scope["type"] != "http" or not scope.get("qvl", {}).get("beside"):
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         body = b""
         more = True

@@ -1,7 +1,7 @@
 """Whether the server really answers, and how it ends: /ready, the probe behind it, and draining on SIGTERM.
 
-The probe is a question about a picture, asked of vLLM's application in this process: past the network, the guard and
-its limits, through everything else. While real answers come out of the engine nothing needs to be asked.
+The probe (`serve.app.probe`) goes past the network, the guard and its limits, through everything else. While real
+answers come out of the engine nothing needs to be asked.
 """
 
 from __future__ import annotations
@@ -13,25 +13,21 @@ import math
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Literal
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.app.probe import Probe, Unfit
 from serve.http.errors import error_response
-from serve.http.images import sample_picture
 from serve.http.logs import line, write
 from serve.http.metrics import refusals
-from serve.settings.environment import READY, VLLM_API_KEY
+from serve.http.middleware import Middleware
+from serve.settings.environment import READY
 from serve.settings.ready import ReadySettings
 
 __all__ = ["PATH", "Proof", "Ready"]
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 State = Literal["starting", "ready", "stalled", "failed", "draining"]
 
 PATH = "/ready"
@@ -39,25 +35,19 @@ PATH = "/ready"
 _ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 #: What a draining server still answers.
 _OPEN_WHILE_DRAINING = frozenset({PATH, "/health", "/metrics"})
-_OVERFLOW = "Its activations overflow float16. Serve it with --dtype bfloat16."
 
 _READY = Gauge("qvl_ready", "1 when an image question was answered in time and the engine answers still.")
 _DRAINING = Gauge("qvl_draining", "1 when no new requests are taken.")
-_PROBE_SECONDS = Histogram(
-    "qvl_probe_seconds",
-    "Seconds that the probe's image question took.",
-    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40),
-)
 _PROBE_FAILURES = Counter("qvl_probe_failures_total", "Probes without an answer in time.")
 _RESTARTS = Gauge("qvl_restarts", "How often the supervisor has restarted the server.")
 _START_SECONDS = Gauge("qvl_start_seconds", "Seconds from the command to ready.")
 
 
-class Ready:
+class Ready(Middleware):
     """ASGI middleware that answers /ready, asks the probe and refuses new requests while the server drains."""
 
-    def __init__(self, app: App, settings: ReadySettings | None = None) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, settings: ReadySettings | None = None) -> None:
+        super().__init__(app)
         self.settings = settings or ReadySettings(**json.loads(os.environ[READY]))
         self.state: State = "starting"
         self.reason = "no image question was answered yet"
@@ -69,7 +59,7 @@ class Ready:
         self._cut = False
         self._watching: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
-        self._host_app: Any = None
+        self._probe = Probe(app, self.settings.model)
         _RESTARTS.set(self.settings.restarts)
         _READY.set(0)
         _DRAINING.set(0)
@@ -143,7 +133,7 @@ class Ready:
     # ---- the life of the process
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._host_app = scope.get("app")
+        self._probe.host_app = scope.get("app")
 
         async def watched(message: Message) -> None:
             await send(message)
@@ -211,7 +201,7 @@ class Ready:
                     continue  # something else may have proved it meanwhile
             self._look_now.clear()
             asked_at, tokens = time.monotonic(), _tokens()
-            problem = await self._ask(settings.limit)
+            problem = await self._probe.ask(settings.limit)
             if problem is None or _tokens() > tokens:  # or it computes for others, whose answers come in one piece
                 self._prove()
             elif self._alive_at <= asked_at:  # nobody else got an answer either
@@ -226,8 +216,8 @@ class Ready:
         while self.state == "starting":
             asked_at = time.monotonic()
             try:
-                problem = await self._ask(limit, tokens=8, logprobs=True)
-            except _Unfit as error:
+                problem = await self._probe.ask(limit, tokens=8, logprobs=True)
+            except Unfit as error:
                 self._move("failed", str(error))
                 return
             seconds = time.monotonic() - asked_at
@@ -246,99 +236,12 @@ class Ready:
             else:
                 self.reason = f"the first image question took {seconds:.0f} s, and {limit:g} are allowed: asking again"
 
-    async def _ask(self, limit: float, *, tokens: int = 1, logprobs: bool = False) -> str | None:
-        """Ask the image question; return what was wrong in words, or None.
 
-        Raises _Unfit when the answer shows that the model can't be served as it is.
-        """
-        content = [
-            {"type": "image_url", "image_url": {"url": sample_picture()}},
-            {"type": "text", "text": "What colour is the circle?"},
-        ]
-        body = {
-            "model": self.settings.model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": tokens,
-            "temperature": 0,
-            **({"logprobs": True, "top_logprobs": 1} if logprobs else {}),
-        }
-        began = time.monotonic()
-        try:
-            status, text = await asyncio.wait_for(self._call(json.dumps(body).encode()), limit)
-        except TimeoutError:
-            return f"the engine has not answered an image question within {limit:g} s"
-        except Exception as error:
-            if "Out of range float" in str(error) or "nan" in str(error).lower():
-                raise _Unfit(f"the model's log-probabilities are not numbers. {_OVERFLOW}") from error
-            return f"an image question failed: {type(error).__name__}"
-        if status != 200:
-            refused = f"an image question was answered with status {status}"
-            if logprobs and "Out of range float" in text:
-                raise _Unfit(f"the model's log-probabilities are not numbers. {_OVERFLOW}")
-            if logprobs and 400 <= status < 500:
-                raise _Unfit(
-                    f"{refused}: {text[:400]} Its tokenizer, processor or chat template may be missing: "
-                    "check the directory with `qvl inspect`."
-                )
-            return refused
-        _PROBE_SECONDS.observe(time.monotonic() - began)
-        if logprobs:
-            _check_answer(json.loads(text))
-        return None
-
-    async def _call(self, body: bytes) -> tuple[int, str]:
-        """Send the body to vLLM's application as a request of its own; return status and text of the answer."""
-        key = os.environ.get(VLLM_API_KEY)
-        headers = [
-            (b"host", b"localhost"),
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", f"probe-{time.monotonic_ns()}".encode()),
-            *([(b"authorization", f"Bearer {key}".encode())] if key else []),
-        ]
-        path = "/v1/chat/completions"
-        scope: Scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": "1.1",
-            "method": "POST",
-            "scheme": "http",
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": b"",
-            "root_path": "",
-            "headers": headers,
-            "client": ("127.0.0.1", 0),
-            "server": ("127.0.0.1", 0),
-            "state": {},
-            **({} if self._host_app is None else {"app": self._host_app}),
-        }
-        status, parts, unsent = 0, [], [body]
-
-        async def receive() -> Message:
-            if unsent:
-                return {"type": "http.request", "body": unsent.pop(), "more_body": False}
-            await asyncio.Event().wait()  # this client does not go away; when it gives up it cancels
-            raise AssertionError
-
-        async def send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            parts.append(message.get("body", b""))
-
-        await _inmost(self.app)(scope, receive, send)
-        return status, b"".join(parts).decode(errors="replace")
-
-
-class Proof:
+class Proof(Middleware):
     """ASGI middleware right before vLLM's application that tells `Ready` of answers that have come out of the engine.
 
     `Ready` itself can't tell: the guard between them answers too, and may put an error at the end of a stream.
     """
-
-    def __init__(self, app: App) -> None:
-        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on; watch the answers of the routes that generate."""
@@ -366,26 +269,3 @@ def _tokens() -> float:
     names = ["vllm:generation_tokens_total", "vllm:prompt_tokens_total"]
     metrics = REGISTRY.restricted_registry(names).collect()
     return sum(sample.value for metric in metrics for sample in metric.samples if sample.name in names)
-
-
-class _Unfit(Exception):
-    """The model answers, and the answer shows that it can't be served as it is."""
-
-
-def _inmost(app: Any) -> App:
-    """Return what lies inside this project's middleware: the guard would want a key, and count the probe."""
-    while type(app).__module__.startswith("serve."):
-        app = getattr(app, "app", None) or app._app
-    inner: App = app
-    return inner
-
-
-def _check_answer(answer: dict[str, Any]) -> None:
-    """Raise _Unfit for an answer as Qwen2-VL gives it when it leaves float16's range."""
-    choice = answer["choices"][0]
-    said = choice["message"]["content"] or ""
-    if len(said) > 3 and not said.strip("!"):
-        raise _Unfit(f"the model answers {said!r}. {_OVERFLOW}")
-    tokens = (choice.get("logprobs") or {}).get("content") or []
-    if any(token["logprob"] is None or not math.isfinite(token["logprob"]) for token in tokens):
-        raise _Unfit(f"the model's log-probabilities are not numbers. {_OVERFLOW}")

@@ -9,20 +9,15 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 
 from prometheus_client import Counter, Gauge
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.http.logs import line, write
+from serve.http.middleware import Middleware
 from serve.settings.environment import REQUEST_LOG
 
 __all__ = ["ROUTES", "RequestLog"]
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 #: Routes that are told apart; a stranger's paths must not become labels.
 ROUTES = frozenset(
@@ -52,14 +47,14 @@ _REQUESTS = Counter("qvl_requests_total", "Requests by route and status.", ["rou
 _IN_FLIGHT = Gauge("qvl_in_flight", "Requests under way.")
 
 
-class RequestLog:
+class RequestLog(Middleware):
     """ASGI middleware. Puts `scope["qvl"] = {"id", "key", "refused"}`, which the middleware inside it fills in."""
 
-    def __init__(self, app: App) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__(app)
         self._logs = os.environ.get(REQUEST_LOG) == "1"
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on with its id; write its line when it has ended."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)

@@ -14,10 +14,11 @@ import importlib.metadata
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from serve.compat import inspect_in_process
 from serve.http.logs import log_uncaught
 from serve.settings.environment import DIE_WITH, LOG_FORMAT
 from toolkit.compat import patch_torchvision
@@ -74,20 +75,6 @@ def answer_for_vllm() -> bool:
     return True
 
 
-def _inspect_in_process() -> None:
-    """Let vLLM look at a model's class in this process.
-
-    It does so in a helper process, to keep CUDA uninitialised here. That process is started from a module of vLLM, so
-    nothing of ours would mend it, and a CPU has no CUDA: running the look-up here works and saves its start.
-    """
-    from vllm.model_executor.models import registry
-
-    def run(function: Callable[[], Any]) -> Any:
-        return function()
-
-    registry._run_in_subprocess = run
-
-
 def _without_sklearn() -> None:
     """Let scikit-learn look absent: transformers imports it, with pandas, for a way of decoding that vLLM never uses.
 
@@ -115,7 +102,7 @@ def main() -> None:
     from vllm.entrypoints.cli.main import main as vllm_main
 
     if "cpu" in importlib.metadata.version("vllm"):
-        _inspect_in_process()
+        inspect_in_process()
     sys.argv = ["vllm", *sys.argv[1:]]
     vllm_main()
 

@@ -1,1 +1,6 @@
-"""TODO."""
+"""What strangers may send: the guard before vLLM's application, and what it checks.
+
+app takes a request from its key to the engine; upload reads its body and answer gives what the engine says, twice where
+retry sees that it failed at once. parse reads JSON, schema knows the fields, body checks texts and messages,
+attachments and images what is no text, fetch gets images by URL. keys and rate tell clients apart and slow them down.
+"""

@@ -8,37 +8,28 @@ What passes is cancelled in the engine when its client leaves or its time is up.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import Counter
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.guard.body import Checker, parse
+from serve.compat import limit_headers
+from serve.guard.answer import Answer
+from serve.guard.body import Checker
 from serve.guard.fetch import Fetcher
-from serve.guard.headers import harden
 from serve.guard.keys import Keys
+from serve.guard.parse import parse
 from serve.guard.rate import Clients
-from serve.guard.retry import Beginning
-from serve.http.errors import Refusal, error_body
+from serve.guard.upload import ClientGone, Held, Upload
+from serve.http.errors import Headers, Refusal
 from serve.http.metrics import refusals
+from serve.http.middleware import Middleware
 from serve.settings.environment import GUARD
 from serve.settings.limits import Limits
 from toolkit.errors import ServerError
 
 __all__ = ["Guard"]
-
-Message = dict[str, Any]
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-#: Requests that vLLM failed before it answered, and that were sent to it a second time.
-retries = Counter("qvl_retries", "Requests given to the engine a second time.")
 
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 #: Method of each route that a client with a key may use.
@@ -47,31 +38,21 @@ _ROUTES = {_CHAT: "POST", _COMPLETIONS: "POST", "/v1/models": "GET", "/metrics":
 _OPEN = frozenset({"/health", "/ready"})
 #: Headers that vLLM gets to see. It would let a client choose a data-parallel rank with others.
 _INNER_HEADERS = frozenset({b"host", b"content-type", b"accept", b"user-agent", b"authorization", b"x-request-id"})
-#: Bodies held at one time, as multiples of the largest one allowed.
-_BODIES_HELD = 16
-#: Seconds that the rest of a refused body is read, so that a client still sending it sees the refusal.
-_LINGER = 1.0
-#: Seconds beyond its time after which a request is cancelled by force, if the engine has not let go of it.
-_FORCE = 10.0
-_DISCONNECT = {"type": "http.disconnect"}
 
 
-class _Gone(Exception):
-    """The client left before its request was complete."""
-
-
-class Guard:
+class Guard(Middleware):
     """ASGI middleware; its settings are the environment variable QVL_GUARD, see `serve.settings.limits.Limits`.
 
     Raises ServerError when that is absent or the key file can't be read: no server is better than an open one.
     """
 
-    def __init__(self, app: App, limits: Limits | None = None, fetcher: Fetcher | None = None) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits | None = None, fetcher: Fetcher | None = None) -> None:
         if limits is None:
             if GUARD not in os.environ:
                 raise ServerError(f"{GUARD} is not set: start the server with `qvl serve`.")
             limits = Limits.loads(os.environ[GUARD])
-        self._app, self._limits = app, limits
+        super().__init__(app)
+        self._limits = limits
         path = None if limits.api_key_file is None else Path(limits.api_key_file)
         self._keys = Keys(path, limits.api_key) if limits.needs_key else None
         self._clients = Clients(limits.rate_per_minute, limits.max_concurrency)
@@ -79,8 +60,8 @@ class Guard:
         self._fetcher = fetcher or Fetcher(limits.image_hosts, limits.max_image_bytes, limits.image_fetch_seconds)
         self._routes = _ROUTES | {path: method for method, _, path in (r.partition(" ") for r in limits.allow_routes)}
         self._origins = frozenset(origin.encode() for origin in limits.cors_origins)
-        self._held = 0
-        _harden_uvicorn()
+        self._held = Held(limits)
+        limit_headers(lambda reason: refusals.labels(reason).inc())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection of any kind that ASGI knows."""
@@ -89,7 +70,7 @@ class Guard:
         elif scope["type"] == "websocket":
             await self._refuse_websocket(scope, receive, send)
         else:
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
 
     @staticmethod
     async def _refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
@@ -100,14 +81,6 @@ class Guard:
             return
         for message in Refusal(403, "route", "There are no websockets here.").sends():
             await send(message | {"type": f"websocket.{message['type']}"})
-
-
-def _harden_uvicorn() -> None:
-    try:
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-    except ImportError:  # then it uses h11
-        return
-    harden(HttpToolsProtocol, lambda reason: refusals.labels(reason).inc())
 
 
 class _Request:
@@ -125,13 +98,7 @@ class _Request:
                 self.repeated.add(name)
             self.headers[name] = value
         self.cors = self._cors()
-        #: Whether a body may still be on its way.
-        self.unread = b"transfer-encoding" in self.headers or self.headers.get(b"content-length", b"0") != b"0"
-        self.held = 0
-        #: What vLLM gets, until it answers.
-        self.body = b""
-        self.started = self.streams = self.finished = self.late = self.gone = False
-        self.deadline = 0.0
+        self.upload = Upload(self.headers, receive, self.limits, guard._held)
 
     async def serve(self) -> None:
         """Refuse the request or hand it on."""
@@ -139,15 +106,15 @@ class _Request:
             await self._serve()
         except Refusal as refusal:
             await self._refuse(refusal)
-        except _Gone:
+        except ClientGone:
             pass
         finally:
-            self._let_go()
+            self.upload.let_go()
 
     async def _serve(self) -> None:
         method: str = self.scope["method"]
         if self.path in _OPEN and method in ("GET", "HEAD"):
-            await self.guard._app(self.scope | {"method": "GET"}, self.receive, self.send)
+            await self.guard.app({**self.scope, "method": "GET"}, self.receive, self.send)
             return
         if method == "OPTIONS" and self.cors and b"access-control-request-method" in self.headers:
             await self._preflight()
@@ -163,7 +130,7 @@ class _Request:
             )  # fmt: skip
         if expected == "GET":
             # Answered by vLLM in no time, without its engine. uvicorn leaves out the body where HEAD was asked.
-            await self.guard._app(self._inner_scope("GET"), self.receive, self._out)
+            await self.guard.app(self._inner_scope("GET"), self.receive, self._answer().send)
             return
         self.guard._clients.enter(name)
         try:
@@ -190,9 +157,8 @@ class _Request:
         return name
 
     async def _post(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.deadline = loop.time() + self.limits.request_seconds
-        body = await self._read()
+        answer = self._answer()
+        body = await self.upload.read()
         request = parse(body, self.limits)
         checker = self.guard._checker
         if self.path == _CHAT:
@@ -202,130 +168,24 @@ class _Request:
         else:
             checker.other(request)
         del request
-        self.body = body
+        answer.body = body
         inner = self._inner_scope("POST", len(body))
-        del body
+        del body  # the answer lets go of it when the engine has read it
         try:
-            async with asyncio.timeout_at(self.deadline + _FORCE):
-                beginning = Beginning(self._out)
-                try:
-                    await self._answer(inner, beginning)
-                except Exception:  # vLLM has sent its error, and raises it too
-                    await beginning.release()
-                    raise
-                if beginning.failed and not (self.late or self.gone):
-                    retries.inc()
-                    await self._answer(inner, self._out)
-                else:
-                    await beginning.release()
-        except TimeoutError:
-            if not self.late:
-                raise
+            await answer.give(self.guard.app, inner)
         finally:
-            if self.late:
-                await self._end_late()
+            if answer.late:
+                self._count("timeout")
+                await answer.end_late()
 
-    async def _answer(self, inner: Scope, send: Send) -> None:
-        """Have vLLM answer."""
-        replayed = False
-
-        async def replay() -> Message:
-            nonlocal replayed
-            if not replayed:
-                replayed = True
-                return {"type": "http.request", "body": self.body, "more_body": False}
-            return await self._leaves()
-
-        # A scope of its own: vLLM's application writes into it.
-        await self.guard._app(dict(inner), replay, send)
+    def _answer(self) -> Answer:
+        return Answer(self.receive, self.send, self.cors, self.limits.request_seconds, self.upload.let_go)
 
     def _inner_scope(self, method: str, length: int | None = None) -> Scope:
         headers = [header for header in self.scope["headers"] if header[0] in _INNER_HEADERS]
         if length is not None:
             headers.append((b"content-length", str(length).encode()))
-        return self.scope | {"method": method, "headers": headers}
-
-    async def _read(self) -> bytes:
-        """Return the whole body."""
-        content_type = self.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if content_type != b"application/json":
-            raise Refusal(415, "body_json", "Send JSON, with the header Content-Type: application/json.")
-        if self.headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            raise Refusal(415, "body_json", "Compressed bodies are not taken. Leave Content-Encoding out.")
-        declared = self.headers.get(b"content-length", b"")
-        if declared.isdigit() and int(declared[:20]) > self.limits.max_body_bytes:
-            raise self._too_large()
-        try:
-            async with asyncio.timeout(self.limits.body_seconds):
-                return await self._pieces()
-        except TimeoutError:
-            seconds = self.limits.body_seconds
-            raise Refusal(408, "body_time", f"The request did not arrive within {seconds:g} s.") from None
-
-    async def _pieces(self) -> bytes:
-        pieces: list[bytes] = []
-        size, more = 0, True
-        while more:
-            message = await self.receive()
-            if message["type"] != "http.request":
-                raise _Gone
-            piece, more = message.get("body", b""), message.get("more_body", False)
-            size += len(piece)
-            if size > self.limits.max_body_bytes:
-                raise self._too_large()
-            self.held += len(piece)
-            self.guard._held += len(piece)
-            if self.guard._held > _BODIES_HELD * self.limits.max_body_bytes:
-                raise Refusal(
-                    429, "concurrency", "Too many large requests are under way.", headers=[(b"retry-after", b"1")]
-                )  # fmt: skip
-            pieces.append(piece)
-        self.unread = False
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _too_large(self) -> Refusal:
-        return Refusal(413, "body_size", f"The request has more than {self.limits.max_body_bytes} bytes.")
-
-    def _let_go(self) -> None:
-        self.guard._held -= self.held
-        self.held = 0
-
-    async def _leaves(self) -> Message:
-        """Return when the client leaves or its time is up: for vLLM both mean to abort."""
-        try:
-            async with asyncio.timeout_at(self.deadline):
-                message = await self.receive()
-                self.gone = message["type"] == "http.disconnect"
-                return message
-        except TimeoutError:
-            self.late = not self.finished
-            return _DISCONNECT
-
-    async def _out(self, message: Message) -> None:
-        if self.late:  # vLLM answers nobody, as it believes
-            return
-        if message["type"] == "http.response.start":
-            self.started = True
-            self.body = b""  # vLLM has read it
-            self._let_go()
-            headers = list(message["headers"])
-            self.streams = any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in headers)
-            message = message | {"headers": headers + self.cors} if self.cors else message
-        elif not message.get("more_body", False):
-            self.finished = True
-        await self.send(message)
-
-    async def _end_late(self) -> None:
-        """Tell the client that its time is up."""
-        self._count("timeout")
-        text = f"The answer was not complete after {self.limits.request_seconds:g} s."
-        if not self.started:
-            for message in Refusal(504, "timeout", text).sends(self.cors):
-                await self.send(message)
-        elif self.streams:
-            event = b"data: " + error_body(text, "timeout_error", "timeout") + b"\n\n"
-            await self.send({"type": "http.response.body", "body": event})
-        # Else the answer was cut in the middle, which uvicorn shows by closing the connection.
+        return {**self.scope, "method": method, "headers": headers}
 
     def _count(self, reason: str) -> None:
         self.state["refused"] = reason
@@ -333,22 +193,23 @@ class _Request:
 
     async def _refuse(self, refusal: Refusal) -> None:
         self._count(refusal.reason)
-        self._let_go()
-        headers = [*self.cors, (b"connection", b"close")] if self.unread else self.cors
-        start, body = refusal.sends(headers)
+        self.upload.let_go()
+        unread = self.upload.unread
+        start, body = refusal.sends([*self.cors, (b"connection", b"close")] if unread else self.cors)
         await self.send(start)
-        if not self.unread or refusal.reason == "body_time":
+        if not unread or refusal.reason == "body_time":
             await self.send(body)
             return
         await self.send(body | {"more_body": True})
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LINGER):
-                while (message := await self.receive())["type"] == "http.request" and message.get("more_body"):
-                    pass
+        await self.upload.skip()
         await self.send({"type": "http.response.body", "body": b""})
 
-    def _cors(self) -> list[tuple[bytes, bytes]]:
-        """Return the headers that let a page of another origin read the answer, if its origin is one that may."""
+    def _cors(self) -> Headers:
+        """Return the headers that let a page of another origin read the answer, if its origin is one that may.
+
+        Not starlette's CORSMiddleware: that answers any origin's preflight itself, before the guard could refuse and
+        count it, with a text as body, and adds headers to the answers of clients that send no origin.
+        """
         origin = self.headers.get(b"origin")
         if origin is None or origin not in self.guard._origins:
             return []

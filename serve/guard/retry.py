@@ -7,12 +7,10 @@ lists and expects the request to be sent again (`MultiModalCacheMissError` in vL
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any
+from starlette.types import Message, Send
 
 __all__ = ["Beginning"]
 
-_Send = Callable[[dict[str, Any]], Awaitable[None]]
 #: The event that a chat's stream begins with, before the engine's first token or error is in it.
 _ROLE_ONLY = b'"delta":{"role":"assistant","content":""'
 _ERROR = b'data: {"error"'
@@ -24,14 +22,14 @@ class Beginning:
     It delays nothing: vLLM sends what comes before the first token together with it.
     """
 
-    def __init__(self, send: _Send) -> None:
+    def __init__(self, send: Send) -> None:
         self._send = send
-        self._held: list[dict[str, Any]] | None = []
+        self._held: list[Message] | None = []
         self._stream = False
         #: Whether it began with an error; all of the answer is held then.
         self.failed = False
 
-    async def __call__(self, message: dict[str, Any]) -> None:
+    async def __call__(self, message: Message) -> None:
         """Take the next ASGI message of the answer."""
         if self._held is None:
             await self._send(message)
@@ -40,7 +38,7 @@ class Beginning:
         if not self.failed and self._decided(message):
             await self.release()
 
-    def _decided(self, message: dict[str, Any]) -> bool:
+    def _decided(self, message: Message) -> bool:
         if message["type"] == "http.response.start":
             self.failed = message["status"] == 500
             self._stream = any(

@@ -6,7 +6,10 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["Refusal", "error_body", "error_response"]
+__all__ = ["Headers", "Refusal", "error_body", "error_response"]
+
+#: Names, in lower case, and values.
+Headers = list[tuple[bytes, bytes]]
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error", 504: "timeout_error"}
 

@@ -13,13 +13,14 @@ can a command line. A deployment without `qvl serve` (deploy/) writes the same v
 | DIE_WITH      | process/lifecycle           | app/server: id of the process that the server must not outlive |
 | VLLM_API_KEY  | the user, settings/config   | settings/config, app/ready, vLLM                               |
 | BACKEND       | the user                    | settings/backend: "cpu" or "gpu"                               |
+| API_KEY       | the user                    | cli: the key of `qvl serve` and `qvl ask`                      |
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["BACKEND", "DIE_WITH", "GUARD", "LOG_FORMAT", "PLAY", "READY", "REQUEST_LOG", "VLLM_API_KEY"]
+__all__ = ["API_KEY", "BACKEND", "DIE_WITH", "GUARD", "LOG_FORMAT", "PLAY", "READY", "REQUEST_LOG", "VLLM_API_KEY"]
 
 READY: Final = "QVL_READY"
 GUARD: Final = "QVL_GUARD"
@@ -29,3 +30,4 @@ LOG_FORMAT: Final = "QVL_LOG_FORMAT"
 DIE_WITH: Final = "QVL_DIE_WITH"
 VLLM_API_KEY: Final = "VLLM_API_KEY"
 BACKEND: Final = "QVL_BACKEND"
+API_KEY: Final = "QVL_API_KEY"

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.app.play import App, Receive, Scope, Send
 from tests.support.browser import Tab
 
 
 @contextlib.contextmanager
-def serving(app: App) -> Iterator[str]:
+def serving(app: ASGIApp) -> Iterator[str]:
     """Serve an app on a free port of 127.0.0.1 from a thread; gives its URL."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="on"))
     thread = threading.Thread(target=server.run, daemon=True)

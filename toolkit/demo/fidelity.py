@@ -45,6 +45,7 @@ def load(path: Path | None, nearest: int | None = None) -> Any:
         for layer in layers:
             for name in QWEN2_VL.linears:
                 weight = layer.get_submodule(name).weight
+                assert isinstance(weight, torch.nn.Parameter)
                 weight.data = dequantize(round_to_grid(weight.data, nearest))
     if path is None:
         return model

@@ -27,7 +27,7 @@ __all__ = ["Batch", "Qwen2VLAWQ", "Staging", "States", "StreamedLayers", "embed"
 _ATTENTION = "qvl_packed"
 
 
-class Qwen2VLAWQ(Qwen2VLAWQForCausalLM):  # type: ignore[misc]
+class Qwen2VLAWQ(Qwen2VLAWQForCausalLM):
     """AutoAWQ's adapter, with the places where transformers 5 keeps the language model."""
 
     @staticmethod

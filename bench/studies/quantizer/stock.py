@@ -61,7 +61,7 @@ def now() -> float:
     return time.perf_counter()
 
 
-class TimedQuantizer(AwqQuantizer):  # type: ignore[misc]
+class TimedQuantizer(AwqQuantizer):
     """AutoAWQ's quantizer with a clock around each of its own steps; what they do is left alone.
 
     A layer ends when its last weight is packed, so what AutoAWQ does between the steps (moving layers, applying

@@ -63,6 +63,20 @@ def test_streams_piece_by_piece() -> None:
     json.dumps(answer.as_dict())
 
 
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_characters_that_only_python_takes_for_line_ends_stay_in_the_answer(size: int) -> None:
+    text = "one\u2028two\x85three\u2029four\x0cfive"
+    said = json.dumps(chunk(text), ensure_ascii=False).encode()
+    body = b"data: " + said + b"\n\n" + events(chunk(finish="stop"), "[DONE]")
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=(body[i : i + size] for i in range(0, len(body), size)))
+
+    answer = ask(URL, "?", [], model="demo", transport=httpx.MockTransport(handle))
+    assert "".join(answer) == answer.text == text
+    assert answer.finish_reason == "stop"
+
+
 def test_what_is_sent() -> None:
     seen: list[httpx.Request] = []
 

@@ -55,7 +55,7 @@ class LayerResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-class Qwen2VLAwqQuantizer(AwqQuantizer):  # type: ignore[misc]
+class Qwen2VLAwqQuantizer(AwqQuantizer):
     """AutoAWQ's quantizer, fed by :mod:`toolkit.calibration.inputs` and one streamed layer at a time.
 
     With ``search="moments"`` a layer is searched by :class:`toolkit.quantize.search.moments.LayerSearch`. With

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.load.client import ChatRequest, EventDecoder, Trace, ask, is_whole
+from bench.load.client import ChatRequest, Trace, ask, is_whole
 from bench.load.endpoint import http_client
 from tests.support.fake_server import Behaviour, serving
 
@@ -149,13 +149,6 @@ def test_a_finish_or_an_error_in_a_chunk_with_text_is_not_missed() -> None:
     failure = mocked([event("a"), event("b"), event("c", error="dead")]).failure
     assert failure is not None
     assert (failure.kind, failure.message) == ("server", "dead")
-
-
-def test_the_decoder_takes_crlf_comments_and_data_in_lines() -> None:
-    decoder = EventDecoder()
-    assert decoder.feed(b": ping\r\n\r\nevent: x\r\ndata: one\r\ndata:two\r\n\r\nda") == [b"one\ntwo"]
-    assert decoder.feed(b"ta: 3\n") == []
-    assert decoder.feed(b"\n") == [b"3"]
 
 
 @pytest.mark.parametrize(

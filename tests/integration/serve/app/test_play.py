@@ -12,9 +12,11 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.app.play import App, Beside, Play, Receive, Scope, Send
+from serve.app.play import Beside, Play
 from serve.guard.app import Guard
+from serve.http.sse import EventDecoder
 from serve.settings.limits import Limits
 from serve.settings.play import PlayOptions
 from tests.support.play_app import FakeVllm, lifespan, serving
@@ -34,7 +36,7 @@ Start = Callable[..., str]
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     with contextlib.ExitStack() as stack:
 
-        def run(inner: App, beside: App | str | None = None, limits: Limits | None = None) -> str:
+        def run(inner: ASGIApp, beside: ASGIApp | str | None = None, limits: Limits | None = None) -> str:
             url = beside if beside is None or isinstance(beside, str) else stack.enter_context(serving(beside))
             monkeypatch.setenv("QVL_PLAY", PlayOptions(beside=url).dumps())
             monkeypatch.setenv("QVL_GUARD", (limits or Limits()).dumps())
@@ -215,8 +217,9 @@ def test_its_words_arrive_one_by_one(start: Start, client: httpx.Client) -> None
     began = time.monotonic()
     arrived = []
     with client.stream("POST", f"{url}/play/beside/v1/chat/completions", json=QUESTION) as answer:
-        for line in answer.iter_lines():
-            if '"content"' in line:
+        decoder = EventDecoder()
+        for event in (event for received in answer.iter_bytes() for event in decoder.feed(received)):
+            if b'"content"' in event:
                 arrived.append(time.monotonic() - began)
     assert len(arrived) == 3 and arrived[2] - arrived[0] > 0.4
 
@@ -226,7 +229,7 @@ def test_it_stops_when_the_client_leaves(start: Start, client: httpx.Client) -> 
     url = start(FakeVllm(), second)
     slow = QUESTION | {"messages": [{"role": "user", "content": "slow"}]}
     with client.stream("POST", f"{url}/play/beside/v1/chat/completions", json=slow) as answer:
-        next(answer.iter_lines())
+        next(answer.iter_bytes())
     deadline = time.monotonic() + 5
     while not second.abandoned:
         assert time.monotonic() < deadline

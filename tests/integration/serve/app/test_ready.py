@@ -17,8 +17,10 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client import REGISTRY, Counter
+from starlette.types import ASGIApp
 
 from serve.app.ready import Proof, Ready
+from serve.http.middleware import Middleware
 from serve.settings.ready import ReadySettings
 
 Behaviour = Callable[[dict[str, Any]], Awaitable[tuple[int, Any]]]
@@ -57,20 +59,19 @@ class Engine:
         await send({"type": "http.response.body", "body": json.dumps(content).encode()})
 
 
-class Guard:
+class Guard(Middleware):
     """Something between that refuses all: the probe must not meet it."""
 
-    __module__ = "serve.guard.app"
-
-    def __init__(self, app: Any, refuses: bool) -> None:
-        self._app, self._refuses = app, refuses
+    def __init__(self, app: ASGIApp, refuses: bool) -> None:
+        super().__init__(app)
+        self._refuses = refuses
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if self._refuses and scope["type"] == "http":
             await send({"type": "http.response.start", "status": 401, "headers": []})
             await send({"type": "http.response.body", "body": b"{}"})
         else:
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
 
 
 @contextlib.asynccontextmanager

@@ -198,7 +198,7 @@ def test_bodies_held_at_one_time_are_bounded() -> None:
 
     answers = asyncio.run(many())
     assert {answer.error["code"] for answer in answers} == {"concurrency", "field"}
-    assert client.guard._held == 0
+    assert client.guard._held.size == 0
     assert run(client, body=chat()).status == 200
 
 
@@ -305,7 +305,7 @@ def test_whoever_leaves_while_sending_leaves_nothing_behind() -> None:
     assert run(client, body=[b"{", b'"model"', 0.01], leaves_after=0).status == 0
     assert not client.app.requests
     assert client.guard._clients.running() == 0
-    assert client.guard._held == 0
+    assert client.guard._held.size == 0
 
 
 @pytest.mark.parametrize("chunks", [(b"{}",), (b"data: 1\n\n",) * 50])
@@ -339,7 +339,7 @@ def test_time_is_up_amid_a_stream() -> None:
 
 
 def test_time_is_up_and_the_engine_does_not_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.guard.app._FORCE", 0.2)
+    monkeypatch.setattr("serve.guard.answer._FORCE", 0.2)
 
     class Deaf(App):
         async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:

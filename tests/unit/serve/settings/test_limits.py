@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from serve.guard.body import CHAT_FIELDS, COMPLETION_FIELDS
+from serve.guard.schema import CHAT_FIELDS, COMPLETION_FIELDS
 from serve.http.errors import error_response
 from serve.settings.limits import REASONS, Limits
 from tests.support.paths import DOCS

@@ -1,4 +1,4 @@
-"""Headers of bounded size and time, on a real socket."""
+"""Headers of bounded size and time, on a real socket: what is changed of uvicorn, at work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from serve.guard.headers import harden
+from serve.compat import bound_headers
 
 refusals: Counter[str] = Counter()
 
@@ -45,7 +45,7 @@ async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    assert harden(Hardened, lambda reason: refusals.update([reason]), max_bytes=2000, seconds=0.4)
+    assert bound_headers(Hardened, lambda reason: refusals.update([reason]), max_bytes=2000, seconds=0.4)
     config = uvicorn.Config(app, port=0, log_level="critical", http=Hardened, lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -160,13 +160,5 @@ def test_what_is_no_http_is_refused_in_openais_shape(port: int, request_: bytes)
 
 def test_hardening_twice_changes_nothing() -> None:
     before = Hardened.data_received
-    assert harden(Hardened, lambda reason: None)
+    assert bound_headers(Hardened, lambda reason: None)
     assert Hardened.data_received is before
-
-
-def test_an_unknown_class_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
-    class Unknown:
-        pass
-
-    assert not harden(Unknown, lambda reason: None)
-    assert "not limited" in caplog.text

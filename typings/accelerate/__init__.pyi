@@ -1,0 +1,3 @@
+from contextlib import AbstractContextManager
+
+def init_empty_weights(include_buffers: bool | None = None) -> AbstractContextManager[None]: ...
