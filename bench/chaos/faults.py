@@ -39,7 +39,7 @@ from bench.run.boot import free_ports
 from serve.http.images import sample_picture
 from serve.process import state
 from serve.process.supervisor import WAITS, stopped_by_signals
-from serve.settings.config import ServeOptions
+from serve.settings.config import ServerConfig
 
 __all__ = ["FAULTS", "Result", "Watched", "detached", "measure", "observe", "table"]
 
@@ -498,7 +498,7 @@ def measure(model: str, wanted: set[str]) -> Iterator[Result]:
             flags = ("--max-model-len", "1024", "--", "--kv-cache-memory-bytes", str((1536 + 128) * 2560))
             with detached(model, cache / "memory", *flags) as server:
                 yield memory_exhausted(server)
-        if want(gpu_memory_exhausted) and ServeOptions().on_gpu:
+        if want(gpu_memory_exhausted) and ServerConfig().on_gpu:
             with detached(model, cache / "gpu", "--restarts", "9") as server:
                 yield gpu_memory_exhausted(server)
         if want(disk_full):
@@ -530,7 +530,7 @@ def main() -> None:
     wanted = set(filter(None, given.only.split(",")))
     if not wanted <= set(names):
         parser.error(f"--only: {', '.join(sorted(wanted - set(names)))} is none of {', '.join(names)}")
-    if gpu_memory_exhausted.__name__ in wanted and not ServeOptions().on_gpu:
+    if gpu_memory_exhausted.__name__ in wanted and not ServerConfig().on_gpu:
         parser.error(f"--only: {gpu_memory_exhausted.__name__} needs a GPU")
     from bench.machine.environment import cpu_name, gpu_names, system_name, versions
 

@@ -396,18 +396,18 @@ class _Booter:
     @property
     def at_once(self) -> bool:
         """Whether servers may boot at the same time: not on a GPU, where each measures how much memory is left."""
-        from serve.settings.config import ServeOptions
+        from serve.settings.config import ServerConfig
 
-        return not ServeOptions().on_gpu
+        return not ServerConfig().on_gpu
 
     def boot(self, source: str) -> tuple[Start, Abort]:
         """Return how to start a server for ``source`` and how to end it while it boots."""
         from serve.process import lifecycle
-        from serve.settings.config import DEFAULT_GPU_SHARE, ServeOptions
+        from serve.settings.config import DEFAULT_GPU_SHARE, ServerConfig
         from toolkit.errors import ServerError
 
         share = DEFAULT_GPU_SHARE / 2 if self._shared and not self.at_once else None
-        options = ServeOptions(port=next(self._ports), gpu_memory_utilization=share, extra=self._arguments)
+        options = ServerConfig(port=next(self._ports), gpu_memory_utilization=share, extra=self._arguments)
 
         def start() -> Server:
             # Attached: the server ends with this process even when that is killed.

@@ -46,17 +46,18 @@ def compare(estimated: dict[str, Any], reported: dict[str, int]) -> dict[str, fl
 def check(model: str, card: int | None, context: int) -> dict[str, Any]:
     """Boot ``model`` as on a card of ``card`` bytes (None: this machine's CPU) and compare."""
     from bench.run.boot import free_ports
-    from serve.plan.capacity import Load, batch, capacity, kv_tokens
+    from serve.plan.capacity import batch, capacity, kv_tokens
+    from serve.plan.load import Load
     from serve.process import lifecycle
     from serve.settings.backend import find_gpus
-    from serve.settings.config import DEFAULT_GPU_SHARE, ServeOptions
+    from serve.settings.config import DEFAULT_GPU_SHARE, ServerConfig
     from toolkit.checkpoint.checkpoint import Checkpoint
     from toolkit.sources.directory import resolve
 
     checkpoint = Checkpoint.open(resolve(model))
     row: dict[str, Any] = {"model": Path(model).name, "card_bytes": card}
     if card is None:
-        options = ServeOptions(port=free_ports(1)[0], max_model_len=context)
+        options = ServerConfig(port=free_ports(1)[0], max_model_len=context)
         given = options.kv_bytes_for(checkpoint)
         estimated = {"kv_tokens": kv_tokens(checkpoint, given, options.dtype_for(checkpoint))}
     else:
@@ -65,7 +66,7 @@ def check(model: str, card: int | None, context: int) -> dict[str, Any]:
         row["estimated_fits"] = estimated["fits"]
         tokens, sequences = batch(card, load)
         total = find_gpus()[0].total
-        options = ServeOptions(
+        options = ServerConfig(
             port=free_ports(1)[0],
             max_model_len=estimated["context"] or context,
             max_num_seqs=sequences,
@@ -84,7 +85,7 @@ def check(model: str, card: int | None, context: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Boot each model on each card and write the comparison."""
     from bench.machine.environment import gpu_names, versions
-    from serve.settings.config import ServeOptions
+    from serve.settings.config import ServerConfig
     from toolkit.console import note
 
     parser = argparse.ArgumentParser(prog="python -m bench.studies.capacity_check", description=__doc__)
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = json.loads(given.out.read_text())["boots"] if given.out.exists() else []
     done = {(row["model"], row["card_bytes"]) for row in rows}
-    cards = [int(float(size) * _GIB) for size in given.cards.split(",")] if ServeOptions().on_gpu else [None]
+    cards = [int(float(size) * _GIB) for size in given.cards.split(",")] if ServerConfig().on_gpu else [None]
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for model in given.models:
         for card in cards:

@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.cli.commands import run
@@ -130,8 +130,8 @@ def up(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
     from serve.process import memory, state
     from serve.process.lifecycle import start
     from serve.settings.backend import find_gpus
-    from serve.settings.config import ServeOptions
-    from serve.settings.profiles import Settings
+    from serve.settings.config import ServerConfig
+    from serve.settings.engine import EngineSettings
     from toolkit.checkpoint.checkpoint import Checkpoint
     from toolkit.console import note
 
@@ -145,7 +145,7 @@ def up(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
         kernel = "marlin" if system == _MARLIN and card else None
         # Each has a KV cache of a given size: none measures what memory is left, which the others are taking.
         cache = ("--kv-cache-memory-bytes", str(int(shape.kv_gib * _GIB)))
-        options = ServeOptions(
+        options = ServerConfig(
             port=port,
             served_model_name=directory.name,  # a link's own name
             max_model_len=4096,
@@ -154,13 +154,13 @@ def up(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
             videos_per_request=0,
             probe_every=3600,  # a probe's question would count among those that are measured
             timeout=900,
-            settings=Settings(kernel=kernel, max_pixels=_MAX_PIXELS),
+            settings=EngineSettings(kernel=kernel, max_pixels=_MAX_PIXELS),
             extra=cache if card else (),
         )
         if card:
             least = memory.need(Checkpoint.open(directory), options).total
             share = min(0.95, round(least / card + 0.01, 3))  # what is checked to be free; not what is taken
-            options = replace(options, gpu_memory_utilization=share)
+            options = options.replaced(gpu_memory_utilization=share)
         server = start(str(directory), options)
         return f"{directory.name}: {server.url} after {server.boot_seconds:.0f} s"
 
@@ -221,7 +221,8 @@ def profile(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
     """Write a profile of each shape's kernels, at each load of its reports."""
     from bench.report.render.json_file import read
     from serve.plan.capacity import shape as published
-    from serve.settings.profiles import Key, Measured, Profile, Settings, format_key, model_key, save
+    from serve.settings.engine import EngineSettings
+    from serve.settings.profiles import Key, Measured, Profile, format_key, model_key, save
     from toolkit.console import note
 
     named = {"awq": "vllm", _MARLIN: "marlin", "bf16": "fp16"}
@@ -244,7 +245,7 @@ def profile(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
         gpu = report.environment.gpus[0].split(",")[0]
         version = report.systems["candidate"].server_version or "unknown"
         key = Key(gpu, model_key(published(shape.base, True).text_config), format_key(128), version)
-        candidates = {"vllm": Settings(), "marlin": Settings(kernel="marlin")}
+        candidates = {"vllm": EngineSettings(), "marlin": EngineSettings(kernel="marlin")}
         present = {name for found in figures.values() for name in found}
         measured = tuple(
             Measured(count, {name: found[name] for name in sorted(found) if name != "fp16"}, found.get("fp16"))

@@ -236,12 +236,12 @@ def _served(engine: str, guarded: bool, port: int) -> Iterator[tuple[str, int]]:
 @contextmanager
 def _vllm(guarded: bool, port: int) -> Iterator[tuple[str, int]]:
     from serve.process.lifecycle import start
-    from serve.settings.config import ServeOptions
+    from serve.settings.config import ServerConfig
     from serve.settings.limits import Limits
 
     limits = Limits(api_key=KEY) if guarded else None
     # The same key on both sides: vLLM's own check is what the guard's takes the place of.
-    with start("demo", ServeOptions(port=port, timeout=300, api_key=KEY, guard=limits, max_num_seqs=32)) as server:
+    with start("demo", ServerConfig(port=port, timeout=300, api_key=KEY, guard=limits, max_num_seqs=32)) as server:
         yield server.url, server.pid
 
 

@@ -261,16 +261,16 @@ def profile(
     """
     from bench.run.boot import free_ports
     from serve.process import lifecycle
-    from serve.settings.config import ServeOptions
+    from serve.settings.config import ServerConfig
 
     traces = (out / "trace").resolve()
     traces.mkdir(parents=True, exist_ok=True)
     settings = {"profiler": "torch", "torch_profiler_dir": str(traces), "torch_profiler_with_stack": False}
     config = json.dumps({**settings, "ignore_frontend": True})
     needed = 4 * steps + 64 + 4096
-    options = ServeOptions(
+    options = ServerConfig(
         port=free_ports(1)[0],
-        max_model_len=min(needed, 4096) if not ServeOptions().on_gpu else needed,
+        max_model_len=min(needed, 4096) if not ServerConfig().on_gpu else needed,
         extra=("--profiler-config", config, *arguments),
     )
     with lifecycle.start(model, options, attached=True) as server:

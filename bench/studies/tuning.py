@@ -80,16 +80,16 @@ def _parallel(model: str, results: Path, plan: TunePlan, minutes: float) -> bool
     from bench.machine.environment import gpu_names, versions
     from bench.run.boot import free_ports
     from bench.tune.cli import boot_with
-    from serve.settings.config import ServeOptions
+    from serve.settings.config import ServerConfig
     from serve.settings.parallel import Parallel, visible_gpus
 
-    on_gpu = ServeOptions().on_gpu
+    on_gpu = ServerConfig().on_gpu
     ways = spreads(visible_gpus(), on_gpu)
     journal = Journal(results / "parallel.json", {"model": model, "gpus": gpu_names(), "versions": versions()})
 
-    def options(name: str) -> ServeOptions:
+    def options(name: str) -> ServerConfig:
         tp, dp = ways[name]
-        return ServeOptions(port=free_ports(1)[0], parallel=Parallel(tp=tp, dp=dp), timeout=900)
+        return ServerConfig(port=free_ports(1)[0], parallel=Parallel(tp=tp, dp=dp), timeout=900)
 
     settings = {name: {"tp": tp, "dp": dp} for name, (tp, dp) in ways.items()}
     return tune(settings, plan, lambda name: boot_with(model, options(name)), journal, seconds=60 * minutes)

@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from bench.run.boot import Abort, Server, Start
     from bench.tune.measure import Journal, TunePlan
-    from serve.settings.config import ServeOptions
+    from serve.settings.config import ServerConfig
     from serve.settings.profiles import Key, Profile
 
 __all__ = ["boot_with", "register"]
@@ -92,17 +92,17 @@ def tune(
     sources = dict.fromkeys(tried, model) | ({FP16: fp16} if fp16 else {})
     settings = {name: each.as_dict() for name, each in tried.items()} | ({FP16: {}} if fp16 else {})
 
-    def options(name: str) -> ServeOptions:
-        from serve.settings.config import ServeOptions
-        from serve.settings.profiles import Settings
+    def options(name: str) -> ServerConfig:
+        from serve.settings.config import ServerConfig
+        from serve.settings.engine import EngineSettings
 
-        return ServeOptions(
+        return ServerConfig(
             port=_free_port(),
             backend=where,
             max_model_len=max_model_len,
             timeout=boot_timeout,
             parallel=parallel,
-            settings=tried.get(name, Settings()),
+            settings=tried.get(name, EngineSettings()),
         )
 
     with _sigterm_like_ctrl_c(), _progress() as (progress, on_phase):
@@ -156,7 +156,7 @@ def _silent(phase: str) -> None:
     pass
 
 
-def boot_with(source: str, options: ServeOptions, on_phase: Callable[[str], None] = _silent) -> tuple[Start, Abort]:
+def boot_with(source: str, options: ServerConfig, on_phase: Callable[[str], None] = _silent) -> tuple[Start, Abort]:
     """Return how to start a server of ``source``, and how to end it while it boots."""
     from serve.process import lifecycle
     from toolkit.errors import ServerError
@@ -175,7 +175,8 @@ def _profile(key: Key, plan: TunePlan, journal: Journal, settings: dict[str, dic
     """Make a profile of what was measured; None when nothing was."""
     from bench.machine.environment import command_line, system_name, versions
     from bench.tune.measure import FP16
-    from serve.settings.profiles import Measured, Profile, Settings
+    from serve.settings.engine import EngineSettings
+    from serve.settings.profiles import Measured, Profile
 
     what = "output_tokens_per_s"
     loads = []
@@ -208,7 +209,7 @@ def _profile(key: Key, plan: TunePlan, journal: Journal, settings: dict[str, dic
         "failed": {name: t.failed for name, t in journal.trials.items() if t.failed},
         "figures": {name: journal.trials[name].figures for name in sorted(measured)},
     }
-    kept = {name: Settings.read(settings[name]) for name in settings if name in measured}
+    kept = {name: EngineSettings.read(settings[name]) for name in settings if name in measured}
     return Profile(key, kept, tuple(loads), what, provenance)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from serve.settings.backend import Backend, gpu_users
-from serve.settings.profiles import Settings
+from serve.settings.engine import EngineSettings
 from toolkit.errors import ServerError
 
 __all__ = ["DEFAULT", "candidates", "refuse_busy_gpu"]
@@ -17,7 +17,7 @@ _HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
 
 def candidates(
     backend: Backend, card: str, quantized: bool, *, text: bool = False, lossy: bool = False
-) -> dict[str, Settings]:
+) -> dict[str, EngineSettings]:
     """Return settings worth trying, by name, vLLM's own first.
 
     On a GPU: the kernels beside vLLM's own choice, graphs and schedules for few or for many requests. On a CPU there is
@@ -31,14 +31,14 @@ def candidates(
             beyond their end, which repeats itself, so any guess comes true.
         lossy: also settings that change answers, such as keys and values in 8 bits.
     """
-    found = {DEFAULT: Settings()}
+    found = {DEFAULT: EngineSettings()}
     if backend == "cpu":
-        found["few-sequences"] = Settings(max_num_seqs=2)
-        found["many-sequences"] = Settings(max_num_seqs=16)
-        found["short-steps"] = Settings(max_num_batched_tokens=512)
-        found["compiled"] = Settings(compile=True)
+        found["few-sequences"] = EngineSettings(max_num_seqs=2)
+        found["many-sequences"] = EngineSettings(max_num_seqs=16)
+        found["short-steps"] = EngineSettings(max_num_batched_tokens=512)
+        found["compiled"] = EngineSettings(compile=True)
         if text:
-            found["ngram"] = Settings(ngram=3)
+            found["ngram"] = EngineSettings(ngram=3)
         return found
     kernels: list[str | None] = [None]
     if quantized:
@@ -46,19 +46,19 @@ def candidates(
     for kernel in kernels:
         prefix = f"{kernel}-" if kernel else ""
         if kernel:
-            found[kernel] = Settings(kernel=kernel)
+            found[kernel] = EngineSettings(kernel=kernel)
         if kernel == "triton":
             continue  # alone first: if it does not win, its schedules will not
-        found[f"{prefix}interactivity"] = Settings(kernel=kernel, performance_mode="interactivity")
-        found[f"{prefix}throughput"] = Settings(kernel=kernel, performance_mode="throughput")
-        found[f"{prefix}long-steps"] = Settings(kernel=kernel, max_num_batched_tokens=16384)
-        found[f"{prefix}full-graphs"] = Settings(kernel=kernel, cudagraph_mode="FULL_DECODE_ONLY")
+        found[f"{prefix}interactivity"] = EngineSettings(kernel=kernel, performance_mode="interactivity")
+        found[f"{prefix}throughput"] = EngineSettings(kernel=kernel, performance_mode="throughput")
+        found[f"{prefix}long-steps"] = EngineSettings(kernel=kernel, max_num_batched_tokens=16384)
+        found[f"{prefix}full-graphs"] = EngineSettings(kernel=kernel, cudagraph_mode="FULL_DECODE_ONLY")
         if text:
-            found[f"{prefix}ngram"] = Settings(kernel=kernel, ngram=3)
-    found["synchronous"] = Settings(async_scheduling=False)
-    found["no-caches"] = Settings(prefix_caching=False, mm_cache_gb=0)
+            found[f"{prefix}ngram"] = EngineSettings(kernel=kernel, ngram=3)
+    found["synchronous"] = EngineSettings(async_scheduling=False)
+    found["no-caches"] = EngineSettings(prefix_caching=False, mm_cache_gb=0)
     if lossy:
-        found["fp8-cache"] = Settings(kv_cache_dtype="fp8")
+        found["fp8-cache"] = EngineSettings(kv_cache_dtype="fp8")
     return found
 
 

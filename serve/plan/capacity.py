@@ -26,7 +26,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from serve.settings.config import DEFAULT_GPU_SHARE, kv_bytes_per_token
+from serve.plan.load import Load
+from serve.settings.config import kv_bytes_per_token
 from toolkit.checkpoint.anatomy import expected_tensors
 from toolkit.checkpoint.checkpoint import Checkpoint, QuantizationInfo
 from toolkit.checkpoint.weights import TensorInfo
@@ -34,7 +35,7 @@ from toolkit.errors import FormatError, ResourceError
 from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.sources.random_model import SHAPES, VISION
 
-__all__ = ["Capacity", "Load", "Need", "batch", "capacity", "kv_tokens", "need", "shape", "weight_bytes"]
+__all__ = ["Capacity", "Need", "batch", "capacity", "kv_tokens", "need", "shape", "weight_bytes"]
 
 _GIB = 1 << 30
 #: Bytes of an element of what vLLM computes in on a GPU.
@@ -50,22 +51,6 @@ _LOADED_BESIDE = int(0.14 * _GIB)
 #: CUDA's context and library workspaces, and what graphs take: an allowance, to be replaced by measurements.
 _CONTEXT_BYTES = int(0.6 * _GIB)
 _GRAPH_BYTES_A_LAYER = 12 << 20
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a server is to take. None: as much as fits, or vLLM's own default."""
-
-    #: Longest sequence in tokens, pictures included.
-    context: int = 16384
-    #: Most pixels of a picture; the processor scales larger ones down. None: the processor's own bound.
-    image_pixels: int | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    #: Share of the card that vLLM may take.
-    share: float = DEFAULT_GPU_SHARE
-    #: GPUs that split the weights.
-    tp: int = 1
 
 
 @dataclass(frozen=True)

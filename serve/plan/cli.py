@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from serve.plan.load import Load
+from toolkit.options import settings_as_options
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -25,6 +28,7 @@ def register(app: typer.Typer) -> None:
     app.command(rich_help_panel="Server")(plan)
 
 
+@settings_as_options
 def plan(
     models: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL]...", help="2b, 7b, 72b or directories (all three sizes).")
@@ -32,13 +36,8 @@ def plan(
     gpu_memory: Annotated[
         str, typer.Option(metavar="GIB", help="Memory of the card in GiB, or several: 16,24.")
     ] = "16,24,48,80",
-    context: Annotated[int, typer.Option(min=1, help="Longest sequence in tokens, pictures included.")] = 16384,
-    image_pixels: Annotated[
-        int | None, typer.Option(min=784, help="Most pixels of a picture (the processor's own bound).")
-    ] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Sequences computed together (vLLM's own).")] = None,
-    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the card that vLLM may take.")] = 0.9,
-    tp: Annotated[int, typer.Option(min=1, help="Cards of that size that split the weights.")] = 1,
+    *,
+    load: Load,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON (sizes in bytes).")] = False,
 ) -> None:
     """Show what fits a card: model, format, context, concurrency, to serve and to quantize.
@@ -47,13 +46,8 @@ def plan(
     """
     import json
 
-    from serve.plan.capacity import Load
     from toolkit.console import out
-    from toolkit.errors import ResourceError
 
-    if not 0 < gpu_memory_utilization <= 1:
-        raise ResourceError(f"--gpu-memory-utilization {gpu_memory_utilization}: give a share above 0, up to 1.")
-    load = Load(context, image_pixels, max_num_seqs, None, gpu_memory_utilization, tp)
     rows = [
         row
         for card in _cards(gpu_memory)
@@ -79,7 +73,7 @@ def _cards(text: str) -> list[int]:
     return [int(size * _GIB) for size in sizes]
 
 
-def _rows(model: str, card: int, load: Any) -> list[tuple[Capacity, dict[str, Any] | None]]:
+def _rows(model: str, card: int, load: Load) -> list[tuple[Capacity, dict[str, Any] | None]]:
     """Return the formats of a model on a card, each with what making it takes; None where it is made already."""
     from serve.plan.capacity import capacity, shape
     from toolkit.checkpoint.checkpoint import Checkpoint

@@ -1,14 +1,14 @@
-"""`qvl serve --profile`: the options of a server with what a profile and the card's memory say filled in."""
+"""`qvl serve --profile`: the settings of a server with what a profile and the card's memory say filled in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
-from serve.plan.capacity import Load, batch, capacity
+from serve.plan.capacity import batch, capacity
+from serve.plan.load import Load
 from serve.settings.backend import find_gpus
-from serve.settings.config import DEFAULT_GPU_SHARE, ServeOptions
-from serve.settings.profiles import Mode, choose, key_for
+from serve.settings.config import DEFAULT_GPU_SHARE, ServerConfig
+from serve.settings.profiles import choose, key_for
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.sources.directory import resolve
 
@@ -18,40 +18,40 @@ __all__ = ["fit_card", "tuned"]
 _PIXELS = (4096 * 784, 1280 * 784)
 
 
-def tuned(model: str, options: ServeOptions, mode: Mode, note: Callable[[str], None]) -> ServeOptions:
-    """Return ``options`` with the profile's settings, and with a context and pictures that the card has room for.
+def tuned(model: str, config: ServerConfig, note: Callable[[str], None]) -> ServerConfig:
+    """Return ``config`` with its profile's settings, and with a context and pictures that the card has room for.
 
     What the user gave stays. ``note`` is told what was chosen and why.
 
-    Raises CheckpointError for a model that can't be used, ServerError for a mode that is none.
+    Raises CheckpointError for a model that can't be used.
     """
     checkpoint = Checkpoint.open(resolve(model))
-    chosen = choose(mode, key_for(checkpoint, "gpu" if options.on_gpu else "cpu", options.parallel.tp))
+    chosen = choose(config.profile, key_for(checkpoint, config.device, config.parallel.tp))
     for said in chosen.notes:
         note(said)
-    options = replace(options, settings=chosen.settings)
-    if not options.on_gpu or mode == "off":
-        return options
+    config = config.replaced(settings=chosen.settings)
+    if not config.on_gpu or config.profile == "off":
+        return config
     gpus = find_gpus()
-    return fit_card(checkpoint, options, min(gpu.total for gpu in gpus), note) if gpus else options
+    return fit_card(checkpoint, config, min(gpu.total for gpu in gpus), note) if gpus else config
 
 
-def fit_card(checkpoint: Checkpoint, options: ServeOptions, card: int, note: Callable[[str], None]) -> ServeOptions:
-    """Return ``options`` with the context, and where that is not enough the pictures, that a card has room for.
+def fit_card(checkpoint: Checkpoint, config: ServerConfig, card: int, note: Callable[[str], None]) -> ServerConfig:
+    """Return ``config`` with the context, and where that is not enough the pictures, that a card has room for.
 
     A model that does not fit at all, and what the user or the profile has set, stay as they are.
     """
-    settings = options.settings
-    wanted = options.max_model_len_for(checkpoint)
-    if options.max_model_len is not None or settings.max_model_len is not None:
-        return options
+    settings = config.settings
+    wanted = config.max_model_len_for(checkpoint)
+    if config.max_model_len is not None or settings.max_model_len is not None:
+        return config
     load = Load(
-        wanted,
-        settings.max_pixels,
-        options.max_num_seqs or settings.max_num_seqs,
-        settings.max_num_batched_tokens,
-        options.gpu_memory_utilization or DEFAULT_GPU_SHARE,
-        options.parallel.tp * options.parallel.pp,
+        context=wanted,
+        image_pixels=settings.max_pixels,
+        max_num_seqs=config.max_num_seqs or settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        share=config.gpu_memory_utilization or DEFAULT_GPU_SHARE,
+        tp=config.parallel.tp * config.parallel.pp,
     )
     tokens, sequences = batch(card, load)
     found = capacity(checkpoint, card, load, "")
@@ -60,12 +60,12 @@ def fit_card(checkpoint: Checkpoint, options: ServeOptions, card: int, note: Cal
         if found.context >= wanted:
             break
         pixels = bound
-        found = capacity(checkpoint, card, replace(load, image_pixels=bound), "")
+        found = capacity(checkpoint, card, load.replaced(image_pixels=bound), "")
     if not found.fits or (found.context >= wanted and pixels is None):
-        return options
+        return config
     said = f"this card has room for a context of {found.context} tokens"
     if pixels is not None:
         said += f" with pictures of up to {pixels:,} pixels (larger ones are scaled down)"
-        settings = replace(settings, max_pixels=pixels)
+        settings = settings.replaced(max_pixels=pixels)
     note(f"{said}, at {tokens} tokens a step and {sequences} sequences; --max-model-len decides otherwise")
-    return replace(options, max_model_len=min(wanted, found.context), settings=settings)
+    return config.replaced(max_model_len=min(wanted, found.context), settings=settings)

@@ -1,35 +1,35 @@
-"""Start vLLM, wait until it really answers, look at it, drain and stop it."""
+"""Start vLLM, wait until it really answers, drain and stop it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import httpx
-import psutil
 
 from serve.guard.keys import read_keys
-from serve.process import memory, state
-from serve.process.bootlog import Phases, decisive_lines, explain, read_from
+from serve.process import launch, memory, state
+from serve.process.bootlog import Phases, explain
+from serve.process.launch import server_environment
 from serve.process.repack import servable
+from serve.process.status import Status, describe, readiness
+from serve.settings.arguments import vllm_arguments
 from serve.settings.backend import require_vllm
-from serve.settings.config import ServeOptions
-from serve.settings.environment import DIE_WITH
+from serve.settings.config import ServerConfig
 from serve.settings.lora import check_lora
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ResourceError, ServerError
 from toolkit.paths import cache_dir
 from toolkit.sources.directory import resolve
 
-__all__ = ["Drained", "OnPhase", "Server", "Status", "readiness", "start", "status", "statuses", "stop"]
+__all__ = ["Drained", "OnPhase", "Server", "start", "stop"]
 
 #: Called while a server boots with the phase it has reached and the seconds since the start.
 OnPhase = Callable[[str, float], None]
@@ -89,33 +89,9 @@ class Server:
         self.stop(drain=kind is None)
 
 
-@dataclass(frozen=True)
-class Status:
-    """What is known about one server."""
-
-    port: int
-    #: "booting": not ready yet; "ready"; "stalled": its engine stopped answering; "draining": it is being stopped;
-    #: "silent": it runs but nothing answers; "restarting": it died and is about to be started again; "dead".
-    state: Literal["booting", "ready", "stalled", "draining", "silent", "restarting", "dead"]
-    url: str
-    model_name: str
-    checkpoint: str
-    backend: str
-    pid: int
-    #: Seconds since its start; None when dead.
-    uptime: float | None
-    #: Bytes of host memory of all its processes, shared pages counted once; None when dead.
-    memory: int | None
-    log: str
-    #: How often its supervisor has started it again.
-    restarts: int = 0
-    #: Why, where it is stalled or dead.
-    reason: str | None = None
-
-
 def start(
     model: str,
-    options: ServeOptions,
+    config: ServerConfig,
     *,
     on_phase: OnPhase | None = None,
     attached: bool = False,
@@ -128,7 +104,7 @@ def start(
 
     Args:
         model: a directory, a hub name or "demo". A GEMV checkpoint is repacked first, see `serve.process.repack`.
-        options: see `ServeOptions`.
+        config: see `ServerConfig`.
         on_phase: called several times a second while booting.
         attached: end the server when this process ends, however it ends.
         supervised: this process will start it again when it dies; see `serve.process.supervisor`.
@@ -139,40 +115,16 @@ def start(
     Drained instead of KeyboardInterrupt when clients could have had requests under way. No process is left behind then.
     """
     began = time.monotonic()
-    require_vllm("gpu" if options.on_gpu else "cpu")
-    _refuse_taken_port(options)
-    directory = resolve(model)
-    checkpoint = Checkpoint.open(directory)
-    name = options.name_for(directory)
-    options.arguments(checkpoint, name)  # a setting that does not suit the model is refused before anything is repacked
-    if options.guard is not None and options.guard.api_key_file is not None:
-        read_keys(Path(options.guard.api_key_file))
-    for lora in options.loras:
-        check_lora(lora, checkpoint)
-    memory.check(checkpoint, options)
-    served = servable(checkpoint)
+    prepared = _prepare(model, config)
     try:
         with state.locked("start", "servers"):
-            _refuse_taken_port(options)
-            log = _new_log(options.port, keep=restarts > 0)
+            _refuse_taken_port(config)
+            log = _new_log(config.port, keep=restarts > 0)
             log_start = log.stat().st_size
-            environment = options.environment(os.environ, name, began=began, restarts=restarts)
-            process = _spawn(options.arguments(served, name), environment, log, attached)
-            running = state.ServerState(
-                port=options.port,
-                pid=process.pid,
-                created=state.process_start(process.pid),
-                url=options.url,
-                model_name=name,
-                checkpoint=str(directory.resolve()),
-                served=str(served.path.resolve()),
-                backend=str(options.backend),
-                log=str(log),
-                drain=options.drain,
-                supervisor=os.getpid() if supervised else None,
-                supervisor_created=state.process_start(os.getpid()) if supervised else 0.0,
-                restarts=restarts,
-            )
+            environment = server_environment(config, os.environ, prepared.name, began=began, restarts=restarts)
+            arguments = vllm_arguments(config, prepared.served, prepared.name)
+            process = launch.spawn(arguments, environment, log, attached)
+            running = _written_down(config, prepared, process.pid, log, supervised, restarts)
             with _ended_on_error(running, process):
                 _save(running)
     except OSError as error:
@@ -180,33 +132,72 @@ def start(
             f"{cache_dir('servers')} can't be written ({error.strerror or error}). Free some space, or set QVL_CACHE."
         ) from error
     with _ended_on_error(running, process):
-        _wait_until_ready(process, running, options, began, on_phase, log_start)
+        _wait_until_ready(process, running, config, began, on_phase, log_start)
         running = replace(running, ready=True)
         with contextlib.suppress(OSError):
             state.save(running)
     return Server(
-        url=options.url,
-        port=options.port,
+        url=config.url,
+        port=config.port,
         pid=process.pid,
         log=log,
-        model_name=name,
-        checkpoint=directory,
+        model_name=prepared.name,
+        checkpoint=prepared.directory,
         boot_seconds=time.monotonic() - began,
-        api_key=options.api_key,
+        api_key=config.api_key,
         log_start=log_start,
         _state=running,
         _process=process,
     )
 
 
-def status(port: int) -> Status:
-    """Return what is known about the server on this port. Raises ServerError when qvl started none there."""
-    return _status(_known(port))
+@dataclass(frozen=True)
+class _Prepared:
+    """A model that can be served."""
+
+    #: The one that was asked for.
+    directory: Path
+    #: Its name on the server.
+    name: str
+    #: What vLLM reads: the same, or its repacked twin.
+    served: Checkpoint
 
 
-def statuses() -> list[Status]:
-    """Return what is known about all servers that were started and not stopped, by port."""
-    return [_status(known) for known in state.load_all()]
+def _prepare(model: str, config: ServerConfig) -> _Prepared:
+    """Refuse what would fail after minutes of booting, as early as possible; raises what `start` does."""
+    require_vllm(config.device)
+    _refuse_taken_port(config)
+    directory = resolve(model)
+    checkpoint = Checkpoint.open(directory)
+    name = config.name_for(directory)
+    vllm_arguments(config, checkpoint, name)  # one that does not suit the model is refused before anything is repacked
+    if config.guard is not None and config.guard.api_key_file is not None:
+        read_keys(Path(config.guard.api_key_file))
+    for lora in config.loras:
+        check_lora(lora, checkpoint)
+    memory.check(checkpoint, config)
+    return _Prepared(directory, name, servable(checkpoint))
+
+
+def _written_down(
+    config: ServerConfig, prepared: _Prepared, pid: int, log: Path, supervised: bool, restarts: int
+) -> state.ServerState:
+    """Return what others are to know of a server that was started."""
+    return state.ServerState(
+        port=config.port,
+        pid=pid,
+        created=state.process_start(pid),
+        url=config.url,
+        model_name=prepared.name,
+        checkpoint=str(prepared.directory.resolve()),
+        served=str(prepared.served.path.resolve()),
+        backend=config.device,
+        log=str(log),
+        drain=config.drain,
+        supervisor=os.getpid() if supervised else None,
+        supervisor_created=state.process_start(os.getpid()) if supervised else 0.0,
+        restarts=restarts,
+    )
 
 
 def stop(port: int, drain: bool = True) -> Status:
@@ -214,37 +205,27 @@ def stop(port: int, drain: bool = True) -> Status:
 
     Returns what was known about it before. Raises ServerError when qvl started none there, or it will not end.
     """
-    known = _known(port)
-    before = _status(known)
+    known = state.require(port)
+    before = describe(known)
     state.end_supervisor(known, _grace(known) if drain else 0)
     _end(state.load(port) or known, drain)  # the supervisor may have started another one meanwhile, or forgotten it
     return before
 
 
-def _known(port: int) -> state.ServerState:
-    known = state.load(port)
-    if known is None:
-        others = ", ".join(str(other.port) for other in state.load_all())
-        raise ServerError(
-            f"qvl has no server on port {port}. " + (f"It has some on: {others}." if others else "It has none at all.")
-        )
-    return known
-
-
-def _refuse_taken_port(options: ServeOptions) -> None:
-    known = state.load(options.port)
+def _refuse_taken_port(config: ServerConfig) -> None:
+    known = state.load(config.port)
     if known is not None and known.supervisor != os.getpid() and (known.alive or known.supervised):
         raise ServerError(
-            f"port {options.port} is taken by qvl's server of {known.model_name} (pid {known.pid}). "
-            f"Stop it with `qvl stop --port {options.port}`, or give another --port."
+            f"port {config.port} is taken by qvl's server of {known.model_name} (pid {known.pid}). "
+            f"Stop it with `qvl stop --port {config.port}`, or give another --port."
         )
     if known is not None:
         state.end_group(known, grace=0)  # what a server that died may have left
         if known.supervisor != os.getpid():
             state.remove(known)
-    holder = state.port_holder(options.host, options.port)
+    holder = state.port_holder(config.host, config.port)
     if holder is not None:
-        raise ServerError(f"port {options.port} is taken by {holder}. Stop that, or give another --port.")
+        raise ServerError(f"port {config.port} is taken by {holder}. Stop that, or give another --port.")
 
 
 def _new_log(port: int, keep: bool = False) -> Path:
@@ -291,20 +272,6 @@ def _ended_on_error(running: state.ServerState, process: subprocess.Popen[bytes]
         raise
 
 
-def _spawn(arguments: list[str], environment: dict[str, str], log: Path, attached: bool) -> subprocess.Popen[bytes]:
-    if attached:
-        environment = {**environment, DIE_WITH: str(os.getpid())}
-    with log.open("ab") as stream:
-        return subprocess.Popen(
-            [sys.executable, "-m", "serve.app.server", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-
-
 def _grace(known: state.ServerState) -> float:
     return known.drain + _STOP_MARGIN
 
@@ -326,7 +293,7 @@ def _end(known: state.ServerState, drain: bool) -> None:
 def _wait_until_ready(
     process: subprocess.Popen[bytes],
     running: state.ServerState,
-    options: ServeOptions,
+    config: ServerConfig,
     began: float,
     on_phase: OnPhase | None,
     log_start: int,
@@ -334,7 +301,7 @@ def _wait_until_ready(
     phases = Phases(Path(running.log), start=log_start)
     said: dict[str, Any] | None = None
     with httpx.Client(base_url=running.url, timeout=10, trust_env=False) as client:
-        for _ in _until(began + options.timeout):
+        for _ in _until(began + config.timeout):
             phase = phases.update()
             if on_phase is not None:
                 on_phase(phase, time.monotonic() - began)
@@ -347,7 +314,7 @@ def _wait_until_ready(
                 raise ServerError(f"{running.checkpoint} can't be served like this: {said['reason']}")
     what = f"{phases.current}: {said['reason']}" if said is not None else phases.current
     raise ServerError(
-        f"vLLM was not ready after {options.timeout:g} s: it was still {what}. "
+        f"vLLM was not ready after {config.timeout:g} s: it was still {what}. "
         f"Give a longer --timeout, or read {running.log}"
     )
 
@@ -356,51 +323,3 @@ def _until(deadline: float) -> Iterator[None]:
     while time.monotonic() < deadline:
         yield
         time.sleep(_POLL)
-
-
-def readiness(client: httpx.Client) -> dict[str, Any] | None:
-    """Return what /ready says, see `serve.app.ready`; None when nothing answers there."""
-    try:
-        said = client.get("/ready").json()
-    except (httpx.HTTPError, ValueError):
-        return None
-    return said if isinstance(said, dict) and {"ready", "state"} <= set(said) else None
-
-
-def _status(known: state.ServerState) -> Status:
-    alive = known.alive
-    kind: Literal["booting", "ready", "stalled", "draining", "silent", "restarting", "dead"]
-    reason = None
-    if not alive:
-        kind = "restarting" if known.supervised else "dead"
-        reason = "; ".join(decisive_lines(read_from(Path(known.log)), limit=2)) or None
-    elif not known.ready:
-        kind = "booting"
-    else:
-        with httpx.Client(base_url=known.url, timeout=5, trust_env=False) as client:
-            said = readiness(client)
-        kind = "silent" if said is None else "stalled" if said["state"] == "failed" else said["state"]
-        reason = None if said is None else said.get("reason")
-    return Status(
-        port=known.port,
-        state=kind,
-        url=known.url,
-        model_name=known.model_name,
-        checkpoint=known.checkpoint,
-        backend=known.backend,
-        pid=known.pid,
-        uptime=known.uptime if alive else None,
-        memory=_memory(known) if alive else None,
-        log=known.log,
-        restarts=known.restarts,
-        reason=reason,
-    )
-
-
-def _memory(known: state.ServerState) -> int:
-    """Return the bytes of all of a server's processes, each shared page split among its users (PSS)."""
-    total = 0
-    for process in state.group_members(known):
-        with contextlib.suppress(psutil.Error):
-            total += process.memory_full_info().pss
-    return total

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from serve.settings.backend import find_gpus, gpu_users
-from serve.settings.config import DEFAULT_GPU_SHARE, DTYPE_BYTES, ServeOptions
+from serve.settings.config import DEFAULT_GPU_SHARE, DTYPE_BYTES, ServerConfig
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ResourceError, ResourceInUse
 
@@ -42,13 +42,13 @@ class MemoryNeed:
         )
 
 
-def need(checkpoint: Checkpoint, options: ServeOptions) -> MemoryNeed:
+def need(checkpoint: Checkpoint, config: ServerConfig) -> MemoryNeed:
     """Estimate the least memory that serving takes. Packed weights keep their size, others take the compute dtype's."""
-    element = DTYPE_BYTES[options.dtype_for(checkpoint)]
+    element = DTYPE_BYTES[config.dtype_for(checkpoint)]
     weights = sum(t.nbytes if t.dtype == "I32" else t.numel * element for t in checkpoint.tensors.values())
-    cache, overhead = options.kv_bytes_for(checkpoint), _OVERHEAD["gpu" if options.on_gpu else "cpu"]
-    spread = options.parallel
-    if options.on_gpu:  # of each
+    cache, overhead = config.kv_bytes_for(checkpoint), _OVERHEAD["gpu" if config.on_gpu else "cpu"]
+    spread = config.parallel
+    if config.on_gpu:  # of each
         return MemoryNeed(weights // (spread.tp * spread.pp), cache // (spread.tp * spread.pp), overhead)
     # each process beyond the first has torch and transformers of its own
     return MemoryNeed(weights * spread.dp, cache * spread.dp, overhead + (spread.gpus - 1) * _PROCESS)
@@ -82,34 +82,34 @@ def available_host_memory() -> int:
     return min(available, max(0, limit - used + inactive))
 
 
-def check(checkpoint: Checkpoint, options: ServeOptions) -> None:
+def check(checkpoint: Checkpoint, config: ServerConfig) -> None:
     """Raise ResourceError, with the figures, when the model can't fit; ResourceInUse when it could, were others gone.
 
     Models spread over several GPUs by one of vLLM's own flags are left for vLLM to judge.
     """
-    least = need(checkpoint, options)
-    if not options.on_gpu:
+    least = need(checkpoint, config)
+    if not config.on_gpu:
         available = available_host_memory()
         if least.total > available:
             others = least.total <= _host_memory()
             kind, stop = (ResourceInUse, "Stop what else takes memory, or: ") if others else (ResourceError, "")
             raise kind(
                 f"{checkpoint.path} needs {least} of memory, and {available / _GIB:.1f} GiB are available. "
-                f"{stop}{_advice(checkpoint, options)}"
+                f"{stop}{_advice(checkpoint, config)}"
             )
         return
-    if options.parallel.ray or any(argument.partition("=")[0] in _PARALLEL for argument in options.extra):
+    if config.parallel.ray or any(argument.partition("=")[0] in _PARALLEL for argument in config.extra):
         return
-    gpus = sorted(find_gpus(), key=lambda g: g.free, reverse=True)[: options.parallel.gpus]
+    gpus = sorted(find_gpus(), key=lambda g: g.free, reverse=True)[: config.parallel.gpus]
     gpu = gpus[-1] if gpus else None
     if gpu is None:
         raise ResourceError("nvidia-smi lists no GPU. Serve with --backend cpu, or check the driver with `nvidia-smi`.")
-    share = options.gpu_memory_utilization or DEFAULT_GPU_SHARE
+    share = config.gpu_memory_utilization or DEFAULT_GPU_SHARE
     figures = f"{gpu.name} has {gpu.free / _GIB:.1f} of {gpu.total / _GIB:.1f} GiB free"
     if least.total > gpu.total * share:
         raise ResourceError(
             f"{checkpoint.path} needs {least} of GPU memory; {figures}, of which vLLM may take a share of {share:g}. "
-            f"{_advice(checkpoint, options)}"
+            f"{_advice(checkpoint, config)}"
         )
     if gpu.total * share > gpu.free:
         smaller = int(100 * gpu.free / gpu.total) / 100
@@ -128,10 +128,10 @@ def _named(users: list[str]) -> str:
 _PARALLEL = {"--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"}
 
 
-def _advice(checkpoint: Checkpoint, options: ServeOptions) -> str:
-    smaller = f"a smaller --max-model-len (now {options.max_model_len_for(checkpoint)})"
-    if not options.on_gpu:
-        smaller += f" or --max-num-seqs (now {options.max_num_seqs_for()})"
+def _advice(checkpoint: Checkpoint, config: ServerConfig) -> str:
+    smaller = f"a smaller --max-model-len (now {config.max_model_len_for(checkpoint)})"
+    if not config.on_gpu:
+        smaller += f" or --max-num-seqs (now {config.max_num_seqs_for()})"
     if checkpoint.quantization is None:
         return f"Quantize it first (`qvl quantize`: weights shrink to about a third), or give {smaller}."
     return f"Give {smaller}, or serve a smaller model."

@@ -30,6 +30,7 @@ __all__ = [
     "port_holder",
     "process_start",
     "remove",
+    "require",
     "save",
 ]
 
@@ -121,6 +122,17 @@ def load_all() -> list[ServerState]:
     """Return all servers written down, by port."""
     ports = sorted(int(path.stem) for path in cache_dir("servers").glob("*.json") if path.stem.isdigit())
     return [state for port in ports if (state := load(port)) is not None]
+
+
+def require(port: int) -> ServerState:
+    """Return what is written down about the server on this port. Raises ServerError when qvl started none there."""
+    known = load(port)
+    if known is None:
+        others = ", ".join(str(other.port) for other in load_all())
+        raise ServerError(
+            f"qvl has no server on port {port}. " + (f"It has some on: {others}." if others else "It has none at all.")
+        )
+    return known
 
 
 def remove(state: ServerState) -> None:

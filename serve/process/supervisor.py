@@ -1,46 +1,35 @@
 """Keeps a server running: starts it again when it dies or stops answering, and gives up when that does not help.
 
 In the foreground it is `qvl serve` itself, so it works as the first process of a container. With --detach it is a
-process of its own: `python -m serve.process.supervisor` reads from its standard input what to start and writes to its
-standard
-output, one JSON object a line, how the first boot goes.
+process of its own, see `serve.process.detached`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import pickle
 import signal
-import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import httpx
 import psutil
 
-from serve.http.logs import line
 from serve.process.bootlog import cap, decisive_lines, read_from
-from serve.process.lifecycle import Drained, OnPhase, Server, readiness, start
-from serve.settings.config import ServeOptions
-from toolkit import errors
+from serve.process.lifecycle import OnPhase, start
+from serve.process.status import readiness
+from serve.settings.config import ServerConfig
 from toolkit.errors import QvlError, ResourceInUse, ServerError
-from toolkit.paths import source_root
 
 __all__ = [
     "WAITS",
-    "Booted",
     "GaveUp",
     "Policy",
     "Supervised",
     "Supervisor",
-    "detach",
     "stopped_by_signals",
     "supervisor",
 ]
@@ -217,132 +206,19 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 def supervisor(
-    model: str, options: ServeOptions, policy: Policy, say: Callable[[str], None], on_phase: OnPhase | None
+    model: str, config: ServerConfig, policy: Policy, say: Callable[[str], None], on_phase: OnPhase | None
 ) -> Supervisor:
     """Return the supervisor of a server of vLLM. `on_phase` is told of the first boot only."""
 
     def boot(restarts: int) -> Supervised:
         return start(
             model,
-            options,
+            config,
             on_phase=on_phase if restarts == 0 else None,
             attached=True,
             supervised=True,
             restarts=restarts,
         )
 
-    silence = policy.failed_probes * (options.probe_every + options.probe_timeout)
+    silence = policy.failed_probes * (config.probe_every + config.probe_timeout)
     return Supervisor(boot, policy, silence, say)
-
-
-@dataclass(frozen=True)
-class Booted:
-    """What is known of a detached server once it is ready."""
-
-    url: str
-    model_name: str
-    log: Path
-    boot_seconds: float
-
-
-def detach(model: str, options: ServeOptions, policy: Policy, on_phase: OnPhase | None = None) -> Booted:
-    """Start a server under a supervisor of its own and return when it is ready; both outlive this process.
-
-    Raises what `serve.process.lifecycle.start` raises. No process is left behind then, nor when this one is
-    interrupted.
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "serve.process.supervisor"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))},
-        start_new_session=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    with process.stdin, process.stdout:
-        try:
-            # Through the pipe, since it holds API keys, which the command line and the environment would show.
-            process.stdin.write(pickle.dumps((model, options, policy)))
-            process.stdin.close()
-            for text in process.stdout:
-                said: dict[str, Any] = json.loads(text)
-                if "phase" in said and on_phase is not None:
-                    on_phase(said["phase"], said["seconds"])
-                elif "error" in said:
-                    raise getattr(errors, said["kind"], ServerError)(said["error"])
-                elif "url" in said:
-                    return Booted(said["url"], said["model_name"], Path(said["log"]), said["boot_seconds"])
-            raise ServerError(f"the supervisor ended before the server was ready (exit status {process.wait()}).")
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            process.wait()
-            raise
-
-
-_ROOT = str(source_root())
-
-
-def _tell(said: dict[str, Any]) -> None:
-    """Write a line to whoever waits for the first boot; nobody may wait any more."""
-    with contextlib.suppress(OSError):
-        os.write(1, f"{json.dumps(said)}\n".encode())
-
-
-def main() -> int:
-    """Run as a process of its own; returns its exit status."""
-    model, options, policy = pickle.loads(sys.stdin.buffer.read())
-    log: Path | None = None
-
-    def say(text: str) -> None:
-        if log is not None:
-            with contextlib.suppress(OSError), log.open("a") as stream:
-                stream.write(line("warning", "qvl.supervisor", text, pid=os.getpid()) + "\n")
-
-    def up(server: Supervised) -> None:
-        nonlocal log
-        assert isinstance(server, Server)
-        log = server.log
-        _tell(
-            {
-                "url": server.url,
-                "model_name": server.model_name,
-                "log": str(server.log),
-                "boot_seconds": server.boot_seconds,
-            }
-        )
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)  # the reader has gone its way
-
-    own = supervisor(model, options, policy, say, lambda phase, s: _tell({"phase": phase, "seconds": s}))
-    own.up = up
-    with stopped_by_signals():
-        try:
-            own.run()
-        except Drained:
-            return 0
-        except KeyboardInterrupt:
-            if own.server is None:
-                return 130
-            with contextlib.suppress(KeyboardInterrupt):
-                own.server.stop()
-                return 0
-            own.server.stop(drain=False)
-            return 0
-        except GaveUp as error:
-            say(str(error))
-            return 1
-        except QvlError as error:
-            _tell({"error": str(error), "kind": type(error).__name__})
-            return 2
-        except Exception:  # nobody reads this process's stderr; its end takes the server with it
-            text = f"the supervisor itself failed:\n{traceback.format_exc()}"
-            say(text)
-            _tell({"error": text, "kind": "ServerError"})
-            return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,30 +1,38 @@
-"""What a server is started with, and what that means in vLLM's arguments and environment."""
+"""What a server is started with: one object, from which `qvl serve`'s command line and everything after it derive.
+
+`serve.settings.arguments` makes vLLM's arguments of it, `serve.process.launch` the environment of vLLM's process.
+"""
 
 from __future__ import annotations
 
+import functools
 import ipaddress
-import json
-import math
 import os
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from serve.settings.backend import Backend, choose
-from serve.settings.environment import GUARD, LOG_FORMAT, PLAY, READY, REQUEST_LOG, VLLM_API_KEY
+from serve.settings.engine import EngineSettings
+from serve.settings.environment import VLLM_API_KEY
+from serve.settings.flags import check_flag
 from serve.settings.limits import Limits
-from serve.settings.log_config import write_config
-from serve.settings.lora import Lora, lora_arguments
+from serve.settings.lora import Lora
 from serve.settings.parallel import Parallel
-from serve.settings.profiles import Settings
-from serve.settings.ready import ReadySettings
-from toolkit.checkpoint.checkpoint import Checkpoint
-from toolkit.errors import ServerError
-from toolkit.paths import cache_dir, source_root
+from serve.settings.profiles import Mode, as_mode
+from toolkit.errors import QvlError, ServerError
+from toolkit.options import Option, Settings
+from toolkit.paths import demo_checkpoint
 
-__all__ = ["DEFAULT_GPU_SHARE", "DTYPE_BYTES", "ServeOptions", "is_loopback", "kv_bytes_per_token"]
+if TYPE_CHECKING:
+    from toolkit.checkpoint.checkpoint import Checkpoint
 
+__all__ = ["DEFAULT_GPU_SHARE", "DEFAULT_PORT", "DTYPE_BYTES", "ServerConfig", "is_loopback", "kv_bytes_per_token"]
+
+DEFAULT_PORT = 8000
 #: The dtypes vLLM computes in, and bytes an element takes.
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 #: Share of GPU memory that vLLM may take unless told otherwise; vLLM's own default differs between releases.
@@ -35,113 +43,160 @@ _MAX_MODEL_LEN: dict[Backend, int] = {"cpu": 4096, "gpu": 16384}
 #: Published Qwen2-VL models (hidden size 1536 and up) leave float16's range in a few activations and then answer
 #: "!!!!". Small models do not, and keep float16's three more bits of precision.
 _BFLOAT16_FROM_HIDDEN_SIZE = 1024
-#: Up to this many cores one process computes and threads are not pinned. Above, vLLM pins threads to the cores of each
-#: memory node, for which it needs a process of its own.
-_FEW_CORES = 8
-#: vLLM flags that say what an option here says already: two answers would be one too many.
-_OWN_FLAGS = {
-    "--api-key": "--api-key",
-    "--host": "--host",
-    "--log-config-file": "--log-format",
-    "--logging-config": "--log-format",
-    "--lora-modules": "--lora",
-    "--model": "MODEL",
-    "--port": "--port",
-    "--served-model-name": "--served-model-name",
-    "--shutdown-timeout": "--drain",
-    "--uds": "--host and --port",
-}
-#: vLLM flags that would undo the guard, and how.
-_UNGUARDED_FLAGS = {
-    "--allowed-local-media-path": "requests could name files of this machine",
-    "--allowed-media-domains": "the guard fetches pictures itself, from the hosts that --image-host names",
-    "--api-server-count": "each process would count rates and requests under way for itself",
-    "--config": "a file could hold any of the flags that are refused here",
-    "--enable-log-outputs": "answers would be in the log",
-    "--enable-log-requests": "prompts would be in the log",
-    "--enable-offline-docs": "its pages are for developers",
-    "--grpc": "no guard stands before it",
-    "--grpc-port": "no guard stands before it",
-    "--headless": "nothing would answer",
-    "--middleware": "it would stand before the guard",
-    "--omni": "it is another server",
-    "--root-path": "the guard tells routes by their path",
-    "--trust-request-chat-template": "requests could bring templates of their own",
-    "--trust-request-mm-kwargs": "requests could override the limits on pictures",
-}
-#: Variables of vLLM's that open what the guard closes.
-_UNGUARDED_VARIABLES = (
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
-    "VLLM_DEBUG_LOG_API_SERVER_RESPONSE",
-    "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH",
-    "VLLM_RUST_FRONTEND_PATH",
-    "VLLM_USE_RUST_FRONTEND",
+
+_guard, _operation, _page, _speed = (
+    functools.partial(Option, panel=panel) for panel in ("Guard", "Operation", "Page", "Speed")
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServeOptions:
+def _seconds(value: Any, info: ValidationInfo) -> Any:
+    """Read a time such as 30s, 2m or 45."""
+    if not isinstance(value, str):
+        return value
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    number, unit = (value[:-1], units[value[-1]]) if value[-1:] in units else (value, 1.0)
+    try:
+        return float(number) * unit
+    except ValueError:
+        option = ServerConfig.option(str(info.field_name))
+        raise ServerError(f"{option} {value}: give a time such as 30s or 2m.") from None
+
+
+def _adapters(value: Any) -> Any:
+    """Read `name=DIR` wherever an adapter is given as text."""
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(Lora.parse(each) if isinstance(each, str) else each for each in value)
+
+
+def _known_format(value: Any) -> Any:
+    _require(value in ("text", "json"), f"--log-format {value}: give text or json.")
+    return value
+
+
+_Seconds = Annotated[float, BeforeValidator(_seconds)]
+
+
+class ServerConfig(Settings):
     """The settings of one server. None means: chosen for the model and the machine.
 
     Raises ServerError for settings that can't be.
     """
 
-    #: Address to listen on. The default is reachable from this machine only.
-    host: str = "127.0.0.1"
-    port: int = 8000
-    #: "cpu" or "gpu"; None: QVL_BACKEND, else what is installed and found.
-    backend: Backend | None = None
-    #: Longest sequence in tokens, pictures included.
-    max_model_len: int | None = None
-    #: Sequences computed together. None: 8 on a CPU, vLLM's choice on a GPU.
-    max_num_seqs: int | None = None
-    #: Share of GPU memory (on the CPU: of host memory) that vLLM may take.
-    gpu_memory_utilization: float | None = None
-    #: Pictures and videos allowed in one request.
-    images_per_request: int = 8
-    videos_per_request: int = 1
-    #: Name under which requests ask for the model. None: the directory's name.
-    served_model_name: str | None = None
-    #: Compute dtype: "float16", "bfloat16" or "float32". None: bfloat16, but float16 for small models.
-    dtype: str | None = None
-    #: Key that requests must bring (without a guard: requests to /v1). None: VLLM_API_KEY from the environment, if any.
-    api_key: str | None = field(default=None, repr=False)
+    error: ClassVar[type[QvlError]] = ServerError
+
+    port: Annotated[int, Option("Port to listen on.")] = DEFAULT_PORT
+    host: Annotated[str, Option("Address to listen on; 0.0.0.0 for all, which takes a key or --insecure.")] = (
+        "127.0.0.1"
+    )
+    #: For the command line: `serve.process.lifecycle.start` returns anyway.
+    detach: Annotated[bool, Option("Return when it is ready, and leave it running.")] = False
+    max_model_len: Annotated[
+        int | None, Option("Longest sequence in tokens, pictures included (4096 on a CPU, 16384 on a GPU).")
+    ] = None
+    max_num_seqs: Annotated[int | None, Option("Sequences computed together (8 on a CPU, vLLM's choice on a GPU).")] = (
+        None
+    )
+    gpu_memory_utilization: Annotated[
+        float | None, Option("Share of GPU memory (on the CPU: of host memory) to take; 0.9 on a GPU.")
+    ] = None
+    served_model_name: Annotated[str | None, Option("Name that requests ask for (the directory's name).")] = None
+    loras: Annotated[
+        tuple[Lora, ...],
+        BeforeValidator(_adapters),
+        Option(
+            "LoRA adapter to serve as a model of that name; repeat for several.",
+            name="--lora",
+            metavar="NAME=DIR",
+            type=list[str],
+        ),
+    ] = ()
+    dtype: Annotated[
+        str | None, Option("float16, bfloat16 or float32 to compute in (bfloat16; float16 for small models).")
+    ] = None
+    backend: Annotated[
+        Backend | None,
+        BeforeValidator(lambda value: value if value is None else choose(value)),
+        Option("cpu or gpu (QVL_BACKEND, else what is installed and found)."),
+    ] = None
+    timeout: Annotated[float, Option("Seconds until it must be ready.")] = 600.0
+    #: Slower to start, faster to answer. None: on a GPU only.
+    compile: Annotated[
+        bool | None,
+        Option(
+            "Compile the model: slower to start, faster to answer (on a GPU only).",
+            name="--compile/--no-compile",
+            show_default=False,
+        ),
+    ] = None
+    #: What `serve.plan.tuned` fills `settings` in from; a start takes them as they are.
+    profile: Annotated[
+        Mode,
+        BeforeValidator(as_mode),
+        _speed("auto, latency or throughput: settings that were measured here; off."),
+    ] = "auto"
+    parallel: Parallel = Parallel()
+    play: Annotated[bool, _page("Serve a page to try it, at /play.")] = False
+    play_beside: Annotated[str | None, _page("Another server, which the page asks side by side.", metavar="URL")] = None
+    drain: Annotated[_Seconds, _operation("How long requests under way may take when it is stopped.", type=str)] = (
+        Field(default="30s", validate_default=True)
+    )
+    restarts: Annotated[int, _operation("Restarts of a dead server within 10 minutes; 0 never does.", least=0)] = 5
+    probe_every: Annotated[
+        _Seconds, _operation("Longest time until it is asked whether it still answers.", type=str)
+    ] = Field(default="15s", validate_default=True)
+    probe_timeout: Annotated[_Seconds, _operation("Within this it must have answered.", type=str)] = Field(
+        default="20s", validate_default=True
+    )
+    log_format: Annotated[
+        Literal["text", "json"],
+        BeforeValidator(_known_format),
+        _operation("text, or json for one object a line (json without a terminal).", default="auto"),
+    ] = "text"
+    insecure: Annotated[bool, _guard("Listen where others reach it, without a key.")] = False
+    #: Without a guard: of requests to /v1. None: VLLM_API_KEY from the environment, if any.
+    api_key: Annotated[str | None, _guard("Key that requests must bring.", envvar="QVL_API_KEY")] = Field(
+        default=None, repr=False
+    )
     #: What is taken from clients. None: no guard, for measurements and tests on this machine.
     guard: Limits | None = None
-    #: Listen on an address that others reach, without a key.
-    insecure: bool = False
-    #: A page at /play to try the server; with another server's address, both side by side.
-    play: bool = False
-    play_beside: str | None = None
-    #: LoRA adapters, each served as a model under its name.
-    loras: tuple[Lora, ...] = ()
-    #: Seconds until the server must be ready.
-    timeout: float = 600.0
-    #: Seconds that requests under way may take to finish when the server is stopped.
-    drain: float = 30.0
-    #: Longest time in seconds without proof that the engine answers; then it is asked a question about a picture.
-    probe_every: float = 15.0
-    #: Seconds within which that must be answered.
-    probe_timeout: float = 20.0
-    #: Log lines as vLLM writes them, or as one JSON object each.
-    log_format: Literal["text", "json"] = "text"
-    #: Compile the model with torch.compile and CUDA graphs: slower to start, faster to answer. None: on a GPU only.
-    compile: bool | None = None
-    #: How the model is spread over GPUs.
-    parallel: Parallel = field(default_factory=Parallel)
+    #: Pictures and videos allowed in one request where there is no guard.
+    images_per_request: int = 8
+    videos_per_request: int = 1
     #: What a profile sets; options that are given win.
-    settings: Settings = field(default_factory=Settings)
+    settings: EngineSettings = EngineSettings()
     #: Further arguments for `vllm serve`, appended last, so that they win.
     extra: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
+    @classmethod
+    def from_options(cls, given: Mapping[str, Any]) -> Self:
+        """Return the settings for a command line: log lines are JSON where no terminal shows them."""
+        asked = given.get("log_format", "auto")
+        if asked == "auto":
+            asked = "text" if sys.stderr.isatty() or given.get("detach", False) else "json"
+        return cls(**{**given, "log_format": asked})
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_numbers()
+        for argument in self.extra:
+            check_flag(argument, guarded=self.guard is not None)
+        object.__setattr__(self, "backend", choose(self.backend))
+        self._check_keys()
+        if self.play_beside is not None:
+            from serve.settings.play import PlayOptions
+
+            PlayOptions(beside=self.play_beside)  # refuses what is no address
+            _require(self.play, "--play-beside is a setting of the page: give --play too.")
+        return self
+
+    def _check_numbers(self) -> None:
         _require(0 < self.port < 65536, f"--port {self.port}: a port is a number from 1 to 65535.")
         _require(bool(self.host), "--host is empty: give an address of this machine, such as 127.0.0.1 or 0.0.0.0.")
         _require(self.timeout > 0, f"--timeout {self.timeout:g}: the server can't be ready in no time.")
         _require(self.drain > 0, f"--drain {self.drain:g}: requests under way would be cut off. Give at least 1.")
         _require(self.probe_every >= 1, f"--probe-every {self.probe_every:g}: give at least a second.")
         _require(self.probe_timeout >= 1, f"--probe-timeout {self.probe_timeout:g}: give at least a second.")
-        _require(self.log_format in ("text", "json"), f"--log-format {self.log_format}: give text or json.")
         names = [lora.name for lora in self.loras]
         _require(len(set(names)) == len(names), "--lora: two adapters have the same name.")
         for flag, number in (("--max-model-len", self.max_model_len), ("--max-num-seqs", self.max_num_seqs)):
@@ -152,29 +207,35 @@ class ServeOptions:
             self.dtype is None or self.dtype in DTYPE_BYTES, f"--dtype {self.dtype}: one of {', '.join(DTYPE_BYTES)}."
         )
         _require(self.images_per_request > 0 and self.videos_per_request >= 0, "a server must take at least one image.")
-        for argument in self.extra:
-            _check_flag(argument, guarded=self.guard is not None)
-        object.__setattr__(self, "backend", choose(self.backend))
+
+    def _check_keys(self) -> None:
+        """Find the key, hand it to the guard, and refuse to listen to others without one."""
         if self.api_key is None:
             object.__setattr__(self, "api_key", os.environ.get(VLLM_API_KEY) or None)
         if self.guard is not None and self.api_key is not None:
-            object.__setattr__(self, "guard", replace(self.guard, api_key=self.api_key))
+            object.__setattr__(self, "guard", self.guard.replaced(api_key=self.api_key))
         has_key = self.api_key is not None or (self.guard is not None and self.guard.needs_key)
         _require(
             has_key or self.insecure or is_loopback(self.host),
             f"--host {self.host}: anyone who reaches it could use the server. Give --api-key-file or --api-key, keep "
             "to 127.0.0.1, or say --insecure if something else keeps strangers out.",
         )
-        if self.play_beside is not None:
-            from serve.settings.play import PlayOptions
-
-            PlayOptions(beside=self.play_beside)  # refuses what is no address
-            _require(self.play, "--play-beside is a setting of the page: give --play too.")
 
     @property
     def on_gpu(self) -> bool:
         """Whether the server computes on a GPU."""
         return self.backend == "gpu"
+
+    @property
+    def device(self) -> Backend:
+        """What the server computes on."""
+        return "gpu" if self.on_gpu else "cpu"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the model is compiled: what was asked, else what the profile says, else on a GPU only."""
+        asked = self.settings.compile if self.compile is None else self.compile
+        return self.on_gpu if asked is None else asked
 
     @property
     def url(self) -> str:
@@ -195,7 +256,7 @@ class ServeOptions:
         """Return the longest sequence in tokens. Raises ServerError for more than the model's positions."""
         positions = int(checkpoint.text_config.get("max_position_embeddings", 32768))
         if self.max_model_len is None:
-            return min(positions, self.settings.max_model_len or _MAX_MODEL_LEN["gpu" if self.on_gpu else "cpu"])
+            return min(positions, self.settings.max_model_len or _MAX_MODEL_LEN[self.device])
         if self.max_model_len > positions:
             raise ServerError(
                 f"--max-model-len {self.max_model_len}: {checkpoint.path} has {positions} positions. Give at most that."
@@ -215,128 +276,8 @@ class ServeOptions:
 
     def name_for(self, model_dir: Path) -> str:
         """Return the name under which requests ask for the model; `toolkit/demo/checkpoint` is called "demo"."""
-        from toolkit.paths import demo_checkpoint
-
         path = model_dir.resolve()
         return self.served_model_name or ("demo" if path == demo_checkpoint().resolve() else path.name)
-
-    def arguments(self, checkpoint: Checkpoint, name: str) -> list[str]:
-        """Return the arguments of the command `vllm` that serve this checkpoint under this name."""
-        arguments = ["serve", str(checkpoint.path.resolve()), "--served-model-name", name]
-        arguments += ["--host", self.host, "--port", str(self.port)]
-        arguments += ["--dtype", self.dtype_for(checkpoint)]
-        arguments += ["--max-model-len", str(self.max_model_len_for(checkpoint))]
-        limits = {"image": self.images_per_request, "video": self.videos_per_request}
-        if self.guard is not None:
-            limits = {"image": self.guard.max_images, "video": int(self.guard.allow_video)}
-            limits["image"] = max(1, limits["image"])  # the probe asks about one
-        arguments += ["--limit-mm-per-prompt", json.dumps(limits)]
-        arguments += ["--shutdown-timeout", str(math.ceil(self.drain))]
-        for middleware in self.middleware:
-            arguments += ["--middleware", middleware]
-        if self.guard is not None:
-            arguments += ["--disable-fastapi-docs", "--disable-uvicorn-access-log", "--api-server-count", "1"]
-        if self.loras:
-            arguments += lora_arguments(self.loras)
-        if (sequences := self.max_num_seqs_for()) is not None:
-            arguments += ["--max-num-seqs", str(sequences)]
-        if self.on_gpu or self.gpu_memory_utilization is not None:
-            arguments += ["--gpu-memory-utilization", str(self.gpu_memory_utilization or DEFAULT_GPU_SHARE)]
-        else:
-            arguments += ["--kv-cache-memory-bytes", str(self.kv_bytes_for(checkpoint))]
-        if not self.on_gpu:
-            # vLLM keeps prepared pictures in host memory, 4 GiB of them by default.
-            arguments += ["--mm-processor-cache-gb", "1"]
-            # A compiling boot encodes the largest picture there may be to see what memory is left: minutes of
-            # attention over 65,536 patches, for a cache whose size is given above.
-            arguments += ["--skip-mm-profiling"]
-        if not self._compiles:
-            arguments += ["--enforce-eager"]
-        if not self.parallel.is_one:
-            self.parallel.check(checkpoint, "gpu" if self.on_gpu else "cpu")
-            arguments += self.parallel.arguments(checkpoint)
-        arguments += self.settings.arguments([*arguments, *self.extra])
-        return [*arguments, *self.extra]
-
-    @property
-    def middleware(self) -> list[str]:
-        """Return the classes before vLLM's application, the innermost first: vLLM puts the last one outermost."""
-        classes = ["serve.app.ready.Proof"]
-        if self.play_beside is not None:
-            classes += ["serve.app.play.Beside"]
-        if self.guard is not None:
-            classes += ["serve.guard.app.Guard"]
-        if self.play:
-            classes += ["serve.app.play.Play"]
-        return [*classes, "serve.app.ready.Ready", "serve.app.requestlog.RequestLog"]
-
-    def environment(
-        self, base: Mapping[str, str], name: str, *, began: float | None = None, restarts: int = 0
-    ) -> dict[str, str]:
-        """Return the environment for vLLM's process: `base`, and what it does not set already.
-
-        API keys travel here, where other users of the machine can't read them.
-
-        Args:
-            base: the environment to start from.
-            name: the model's name on the server.
-            began: when the start was asked for, by time.monotonic().
-            restarts: how often the server has been restarted.
-        """
-        defaults = {
-            "DO_NOT_TRACK": "1",
-            "HF_HUB_OFFLINE": "1",  # the model is a local directory by now
-            "PYTHONUNBUFFERED": "1",
-            "VLLM_LOGGING_COLOR": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-        }
-        if not self.on_gpu:
-            if len(os.sched_getaffinity(0)) <= _FEW_CORES:
-                defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-            if not self._compiles:
-                # vLLM compiles its log-probability ranking even in eager mode, at the first request that asks for
-                # them: 3 to 32 s on two cores.
-                defaults["TORCHDYNAMO_DISABLE"] = "1"
-            else:
-                # On a CPU vLLM keeps compiled functions in a form that it can't load again ("finalize_loading"), tries
-                # to at each start, and compiles anew. Without, it finds what torch itself has kept.
-                defaults["VLLM_USE_AOT_COMPILE"] = "0"
-        environment = self.settings.environment({**self.parallel.environment(defaults), **base})
-        # Development endpoints let any client reset caches and put the server to sleep.
-        environment.pop("VLLM_SERVER_DEV_MODE", None)
-        environment.pop(VLLM_API_KEY, None)
-        ready = ReadySettings(
-            model=name,
-            every=self.probe_every,
-            limit=self.probe_timeout,
-            first_limit=self.timeout,
-            drain=self.drain,
-            began=began,
-            restarts=restarts,
-        )
-        environment[READY] = ready.dumps()
-        if self.guard is not None:
-            for variable in _UNGUARDED_VARIABLES:
-                environment.pop(variable, None)
-            environment[GUARD] = self.guard.dumps()
-            environment[REQUEST_LOG] = "1"
-        elif self.api_key is not None:
-            environment[VLLM_API_KEY] = self.api_key
-        if self.play:
-            from serve.settings.play import PlayOptions
-
-            environment[PLAY] = PlayOptions(beside=self.play_beside).dumps()
-        if self.log_format == "json":
-            environment[LOG_FORMAT] = "json"
-            environment["VLLM_LOGGING_CONFIG_PATH"] = str(write_config(cache_dir("servers", "logging.json")))
-        root = str(source_root())
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, base.get("PYTHONPATH")]))
-        return environment
-
-    @property
-    def _compiles(self) -> bool:
-        asked = self.settings.compile if self.compile is None else self.compile
-        return self.on_gpu if asked is None else asked
 
 
 def kv_bytes_per_token(checkpoint: Checkpoint, dtype: str) -> int:
@@ -357,19 +298,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _check_flag(argument: str, *, guarded: bool) -> None:
-    """Refuse a flag of vLLM's that says what an option here says, or would undo the guard."""
-    if not argument.startswith("--"):
-        return
-    flag = argument.partition("=")[0].replace("_", "-")
-    for own, ours in _OWN_FLAGS.items():
-        _require(not _means(flag, own), f"{flag} after -- : use qvl's own {ours} instead.")
-    for unguarded, why in _UNGUARDED_FLAGS.items() if guarded else ():
-        _require(not _means(flag, unguarded), f"{flag} after -- would undo the guard: {why}.")
-
-
-def _means(given: str, flag: str) -> bool:
-    """Whether vLLM takes what is given for this flag: it completes flags that are cut short."""
-    return given == flag or (len(given) > 4 and flag.startswith(given))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Self
 
-from toolkit.errors import ServerError
+from pydantic import Field, ValidationError, model_validator
+
+from toolkit.errors import QvlError, ServerError
+from toolkit.options import Option, Settings
 
 __all__ = ["REASONS", "SPECIAL_TOKENS", "Limits"]
 
@@ -53,78 +57,79 @@ SPECIAL_TOKENS = (
 )
 
 
-def _number(default: int | float, option: str, help: str, least: float = 1) -> Any:
-    return field(default=default, metadata={"option": option, "help": help, "least": least})
+_guard = functools.partial(Option, panel="Guard")
 
 
-def _setting(default: Any, option: str, help: str, repr: bool = True) -> Any:
-    return field(default=default, repr=repr, metadata={"option": option, "help": help})
+@dataclass(frozen=True)
+class _Least:
+    """The smallest value of a field."""
+
+    value: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """The guard's settings. The metadata of a field holds its command-line `option`, its `help`, its `least` value.
+class Limits(Settings):
+    """The guard's settings. Raises ServerError, naming the option, for a value that can't be."""
 
-    Raises ServerError, naming the option, for a value that can't be.
-    """
+    error: ClassVar[type[QvlError]] = ServerError
 
-    #: File of API keys, one a line; blank lines and lines that start with # are skipped. Read again when it changes.
-    api_key_file: str | None = _setting(
-        None, "--api-key-file", "File of API keys, one a line; read again when it changes."
-    )
-    #: One more key. With neither, everyone who reaches the server may use it.
-    api_key: str | None = _setting(None, "--api-key", "Key that requests must bring.", repr=False)
+    #: Blank lines and lines that start with # are skipped.
+    api_key_file: Annotated[str | None, _guard("File of API keys, one a line; read again when it changes.")] = None
+    #: One more key. With neither, everyone who reaches the server may use it. The option is the server's.
+    api_key: str | None = Field(default=None, repr=False)
     #: Routes beyond the usual, as "METHOD /path". Of their bodies only size, time and JSON are checked.
-    allow_routes: tuple[str, ...] = _setting((), "--allow-route", "One more route, such as 'POST /tokenize'.")
+    allow_routes: Annotated[
+        tuple[str, ...], _guard("One more route, such as 'POST /tokenize'.", name="--allow-route")
+    ] = ()
     #: Request fields beyond the usual.
-    allow_fields: tuple[str, ...] = _setting((), "--allow-field", "One more request field.")
+    allow_fields: Annotated[tuple[str, ...], _guard("One more request field.", name="--allow-field")] = ()
     #: Origins (scheme://host:port) whose pages may call the server from a browser. None: no cross-origin calls.
-    cors_origins: tuple[str, ...] = _setting((), "--cors-origin", "Web origin whose pages may call the server.")
+    cors_origins: Annotated[
+        tuple[str, ...], _guard("Web origin whose pages may call the server.", name="--cors-origin")
+    ] = ()
     #: Hosts that pictures may be fetched from, as "host" (ports 80 and 443) or "host:port". None: data URLs only.
-    image_hosts: tuple[str, ...] = _setting((), "--image-host", "Host that pictures may be fetched from.")
-    #: Seconds that fetching one picture may take, redirects and all.
-    image_fetch_seconds: float = _number(5.0, "--image-fetch-seconds", "Seconds to fetch one picture.", 0.001)
-    #: Bytes of a request's body.
-    max_body_bytes: int = _number(32 << 20, "--max-body-bytes", "Bytes of a request.")
-    #: Seconds until the whole body must have arrived.
-    body_seconds: float = _number(20.0, "--body-seconds", "Seconds until a request must have arrived.", 0.001)
+    image_hosts: Annotated[tuple[str, ...], _guard("Host that pictures may be fetched from.", name="--image-host")] = ()
+    #: Redirects and all.
+    image_fetch_seconds: Annotated[float, _guard("Seconds to fetch one picture."), _Least(0.001)] = 5.0
+    max_body_bytes: Annotated[int, _guard("Bytes of a request."), _Least(1)] = 32 << 20
+    body_seconds: Annotated[float, _guard("Seconds until a request must have arrived."), _Least(0.001)] = 20.0
     #: How deep arrays and objects may nest in a body.
-    max_json_depth: int = _number(48, "--max-json-depth", "Levels of nesting in a request.", 6)
-    #: Pictures in one request.
-    max_images: int = _number(8, "--max-images", "Pictures in one request.", 0)
-    #: Bytes of one picture, as encoded (base64 removed).
-    max_image_bytes: int = _number(10 << 20, "--max-image-bytes", "Bytes of one picture.")
-    #: Pixels of one picture, width x height as its header says.
-    max_image_pixels: int = _number(24_000_000, "--max-image-pixels", "Pixels of one picture.")
-    #: Pixels of all pictures of a request together.
-    max_request_pixels: int = _number(48_000_000, "--max-request-pixels", "Pixels of all pictures of a request.")
-    #: Frames of one picture. Only the first is ever shown to the model.
-    max_image_frames: int = _number(1, "--max-image-frames", "Frames of one picture.")
-    #: Whether videos are taken, as data URLs. Only their bytes can be limited, not what they unpack to.
-    allow_video: bool = _setting(False, "--allow-video", "Take videos (from clients you trust).")
-    #: Largest `max_tokens` (`max_completion_tokens`) that may be asked for.
-    max_tokens: int = _number(4096, "--max-tokens", "Largest max_tokens that may be asked for.")
-    #: Most answers in one request: `n`, for /v1/completions times the prompts.
-    max_n: int = _number(4, "--max-n", "Most answers (n) in one request.")
-    #: Characters of all texts of a request together. Tokens are counted by vLLM, against --max-model-len.
-    max_prompt_chars: int = _number(100_000, "--max-prompt-chars", "Characters of all texts of a request.")
-    #: Requests a minute that one key (without keys: one address) may send; a sixth of them at once. 0: any number.
-    rate_per_minute: float = _number(0.0, "--rate", "Requests a minute for each key; 0 for any number.", 0)
-    #: Requests of one key (without keys: one address) under way together.
-    max_concurrency: int = _number(256, "--max-concurrency", "Requests under way together for each key.")
-    #: Seconds until an answer must be complete.
-    request_seconds: float = _number(300.0, "--request-timeout", "Seconds until an answer must be complete.", 0.001)
+    max_json_depth: Annotated[int, _guard("Levels of nesting in a request."), _Least(6)] = 48
+    max_images: Annotated[int, _guard("Pictures in one request."), _Least(0)] = 8
+    #: As encoded (base64 removed).
+    max_image_bytes: Annotated[int, _guard("Bytes of one picture."), _Least(1)] = 10 << 20
+    #: Width x height as its header says.
+    max_image_pixels: Annotated[int, _guard("Pixels of one picture."), _Least(1)] = 24_000_000
+    max_request_pixels: Annotated[int, _guard("Pixels of all pictures of a request."), _Least(1)] = 48_000_000
+    #: Only the first is ever shown to the model.
+    max_image_frames: Annotated[int, _guard("Frames of one picture."), _Least(1)] = 1
+    #: As data URLs. Only their bytes can be limited, not what they unpack to.
+    allow_video: Annotated[bool, _guard("Take videos (from clients you trust).")] = False
+    #: Of `max_tokens` and `max_completion_tokens`.
+    max_tokens: Annotated[int, _guard("Largest max_tokens that may be asked for."), _Least(1)] = 4096
+    #: For /v1/completions `n` times the prompts.
+    max_n: Annotated[int, _guard("Most answers (n) in one request."), _Least(1)] = 4
+    #: Tokens are counted by vLLM, against --max-model-len.
+    max_prompt_chars: Annotated[int, _guard("Characters of all texts of a request."), _Least(1)] = 100_000
+    #: Without keys: of each address. A sixth of them may come at once.
+    rate_per_minute: Annotated[
+        float, _guard("Requests a minute for each key; 0 for any number.", name="--rate"), _Least(0)
+    ] = 0.0
+    #: Without keys: of each address.
+    max_concurrency: Annotated[int, _guard("Requests under way together for each key."), _Least(1)] = 256
+    request_seconds: Annotated[
+        float, _guard("Seconds until an answer must be complete.", name="--request-timeout"), _Least(0.001)
+    ] = 300.0
     #: Texts that a request may not hold, see `SPECIAL_TOKENS`.
     special_tokens: tuple[str, ...] = SPECIAL_TOKENS
 
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            option = item.metadata.get("option", item.name)
-            if (least := item.metadata.get("least")) is not None and not value >= least:
-                raise ServerError(f"{option} {value:g}: give a number of at least {least:g}.")
-            if isinstance(value, list):  # as JSON has it
-                object.__setattr__(self, item.name, tuple(value))
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            for least in field.metadata:
+                if isinstance(least, _Least) and not value >= least.value:
+                    option = self.option(name)
+                    raise ServerError(f"{option} {value:g}: give a number of at least {least.value:g}.")
         for route in self.allow_routes:
             method, _, path = route.partition(" ")
             if method not in ("GET", "POST") or not path.startswith("/") or " " in path:
@@ -140,6 +145,7 @@ class Limits:
             self.api_key and self.api_key.isascii() and self.api_key.isprintable() and " " not in self.api_key
         ):
             raise ServerError("--api-key: a key is made of printable ASCII characters without spaces.")
+        return self
 
     @property
     def needs_key(self) -> bool:
@@ -148,7 +154,7 @@ class Limits:
 
     def dumps(self) -> str:
         """Return the settings as JSON, for the environment variable QVL_GUARD of the server's process."""
-        return json.dumps(asdict(self))
+        return json.dumps(self.model_dump())
 
     @classmethod
     def loads(cls, text: str) -> Limits:
@@ -156,4 +162,9 @@ class Limits:
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError) as error:
-            raise ServerError(f"QVL_GUARD can't be read ({error}). `qvl serve` sets it itself: unset it.") from None
+            reason: Exception = error
+        except ServerError as error:
+            if not isinstance(error.__context__, ValidationError):
+                raise  # a value that is out of bounds, by the name of its option
+            reason = error
+        raise ServerError(f"QVL_GUARD can't be read ({reason}). `qvl serve` sets it itself: unset it.")

@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from toolkit.checkpoint.checkpoint import Checkpoint
-from toolkit.checkpoint.weights import read_json
 from toolkit.errors import ServerError
+
+if TYPE_CHECKING:
+    from toolkit.checkpoint.checkpoint import Checkpoint
 
 __all__ = ["Lora", "check_lora", "lora_arguments"]
 
@@ -34,6 +35,8 @@ class Lora:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read `name=DIR`. Raises ServerError for anything but a peft LoRA adapter that vLLM can serve."""
+        from toolkit.checkpoint.weights import read_json
+
         name, equals, directory = text.partition("=")
         if not equals or not _NAME.fullmatch(name) or not directory:
             raise ServerError(f"--lora {text}: give a name and a directory, such as --lora charts=out/charts-lora.")

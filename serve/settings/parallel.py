@@ -6,36 +6,44 @@ runs whole copies that share the requests. Over several machines the processes a
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
+
+from pydantic import model_validator
 
 from serve.settings.backend import Backend, find_gpus
-from toolkit.checkpoint.checkpoint import Checkpoint
-from toolkit.checkpoint.engines import cpu_obstacle, obstacle, padding, tensor_parallel, vision_is_whole
-from toolkit.errors import ServerError
+from toolkit.errors import QvlError, ServerError
+from toolkit.options import Option, Settings
+
+if TYPE_CHECKING:
+    from toolkit.checkpoint.checkpoint import Checkpoint
 
 __all__ = ["Parallel", "visible_gpus"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parallel:
+_speed = functools.partial(Option, panel="Speed")
+
+
+class Parallel(Settings):
     """How a model is spread. Raises ServerError for numbers that can't be."""
 
-    #: GPUs that split every layer.
-    tp: int = 1
-    #: Copies of the model, each on GPUs of its own.
-    dp: int = 1
-    #: Stages, each with some of the layers.
-    pp: int = 1
-    #: Let Ray place the processes, over the machines of the cluster that this one belongs to.
-    ray: bool = False
+    error: ClassVar[type[QvlError]] = ServerError
 
-    def __post_init__(self) -> None:
+    tp: Annotated[int, _speed("GPUs that split every layer.")] = 1
+    dp: Annotated[int, _speed("Copies of the model, on GPUs of their own.")] = 1
+    pp: Annotated[int, _speed("Stages, each with some of the layers.")] = 1
+    #: Ray places the processes, over the machines of the cluster that this one belongs to.
+    ray: Annotated[bool, _speed("Spread over the machines of a Ray cluster.")] = False
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> Self:
         for flag, number in (("--tp", self.tp), ("--dp", self.dp), ("--pp", self.pp)):
             if number < 1:
                 raise ServerError(f"{flag} {number}: give a number of at least 1.")
+        return self
 
     @property
     def gpus(self) -> int:
@@ -81,6 +89,8 @@ class Parallel:
             )
 
     def _check_tp(self, checkpoint: Checkpoint, backend: Backend) -> None:
+        from toolkit.checkpoint.engines import cpu_obstacle, obstacle, padding, tensor_parallel
+
         reason = obstacle(checkpoint, self.tp)
         if reason is None and backend == "cpu":
             reason = cpu_obstacle(checkpoint, self.tp)
@@ -96,6 +106,8 @@ class Parallel:
 
     def arguments(self, checkpoint: Checkpoint) -> list[str]:
         """Return vLLM's arguments; none where nothing is spread."""
+        from toolkit.checkpoint.engines import vision_is_whole
+
         arguments: list[str] = []
         for flag, number in (
             ("--tensor-parallel-size", self.tp),
@@ -128,6 +140,8 @@ def visible_gpus() -> int:
 
 
 def _what_fits(checkpoint: Checkpoint, gpus: int) -> str:
+    from toolkit.checkpoint.engines import tensor_parallel
+
     if gpus < 2:
         return "Leave these options out."
     most = max(size for size, why in tensor_parallel(checkpoint).items() if why is None and size <= gpus)

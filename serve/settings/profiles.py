@@ -1,9 +1,8 @@
 """Profiles: settings of vLLM that were measured to be fast, for a card, a model's shape, a format and a vLLM version.
 
-A profile file holds what `qvl tune` measured: candidates, each a set of `Settings`, and their figures at each load.
-Some ship with the project (`serve/settings/profiles/`), a user's own lie in the cache and come first. One for another
-card or
-another vLLM is not used: kernels and their ranking change with both.
+A profile file holds what `qvl tune` measured: candidates, each a set of `EngineSettings`, and their figures at each
+load. Some ship with the project (`serve/settings/profiles/`), a user's own lie in the cache and come first. One for
+another card or another vLLM is not used: kernels and their ranking change with both.
 
 The kernels that vLLM 0.32 has for 4-bit weights with zero points on CUDA, in the order in which it takes the first
 that can (``_POSSIBLE_KERNELS``): Machete (Hopper), Marlin (from Turing on), Conch (its package installed), Triton,
@@ -15,140 +14,37 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from serve.settings.backend import Backend, find_gpus, installed_vllm
-from toolkit.checkpoint.checkpoint import Checkpoint
+from serve.settings.engine import EngineSettings
 from toolkit.errors import ServerError
 from toolkit.files import write_whole
 from toolkit.paths import cache_dir
 
-__all__ = ["KERNELS", "MODES", "Choice", "Key", "Measured", "Mode", "Profile", "Settings", "choose", "key_for", "save"]
+if TYPE_CHECKING:
+    from toolkit.checkpoint.checkpoint import Checkpoint
+
+__all__ = ["MODES", "Choice", "Key", "Measured", "Mode", "Profile", "as_mode", "choose", "key_for", "save"]
 
 Mode = Literal["auto", "latency", "throughput", "off"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
-#: Kernel -> classes that vLLM would take before it.
-KERNELS: dict[str, tuple[str, ...]] = {
-    "machete": (),
-    "marlin": ("MacheteLinearKernel",),
-    "conch": ("MacheteLinearKernel", "MarlinLinearKernel"),
-    "triton": ("MacheteLinearKernel", "MarlinLinearKernel", "ConchLinearKernel"),
-    "humming": ("MacheteLinearKernel", "MarlinLinearKernel", "ConchLinearKernel", "TritonW4A16LinearKernel"),
-}
+
+def as_mode(text: str) -> Mode:
+    """Return what ``--profile`` was given as. Raises ServerError for no mode."""
+    if text not in MODES:
+        raise ServerError(f"--profile {text}: one of {', '.join(MODES)}.")
+    return text
+
+
 _SCHEMA = 1
 #: What is compared, and whether more of it is better.
 _METRICS = {"output_tokens_per_s": True, "tpot_ms": False}
 _SHIPPED = Path(__file__).with_name("profiles")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a profile sets; None leaves it to vLLM and `serve.settings.config`. Raises ServerError for what is no
-    setting."""
-
-    #: One of `KERNELS`.
-    kernel: str | None = None
-    #: Batch sizes that CUDA graphs are captured for.
-    cudagraph_sizes: tuple[int, ...] | None = None
-    #: vLLM's ``cudagraph_mode``: NONE, PIECEWISE, FULL, FULL_DECODE_ONLY, FULL_AND_PIECEWISE.
-    cudagraph_mode: str | None = None
-    #: Passes of its compiler that are switched on, such as ``fuse_norm_quant``.
-    passes: tuple[str, ...] = ()
-    #: vLLM's own ``--performance-mode``: balanced, interactivity, throughput.
-    performance_mode: str | None = None
-    #: Compile and capture at all.
-    compile: bool | None = None
-    max_num_batched_tokens: int | None = None
-    max_num_seqs: int | None = None
-    max_model_len: int | None = None
-    #: Most pixels of a picture; larger ones are scaled down.
-    max_pixels: int | None = None
-    prefix_caching: bool | None = None
-    #: GiB of prepared pictures kept in host memory.
-    mm_cache_gb: float | None = None
-    kv_cache_dtype: str | None = None
-    async_scheduling: bool | None = None
-    #: Tokens guessed at once from the prompt's own n-grams.
-    ngram: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("cudagraph_sizes", "passes"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
-        if self.kernel is not None and self.kernel not in KERNELS:
-            raise ServerError(f"unknown kernel {self.kernel!r}: one of {', '.join(KERNELS)}.")
-
-    @classmethod
-    def read(cls, found: Mapping[str, Any]) -> Settings:
-        """Make settings of JSON. Raises ServerError for names that are none."""
-        unknown = set(found) - {each.name for each in fields(cls)}
-        if unknown:
-            raise ServerError(f"unknown settings in a profile: {', '.join(sorted(unknown))}.")
-        return cls(**found)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what is set."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, ())}
-
-    def __str__(self) -> str:
-        return (
-            ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in self.as_dict().items()) or "none"
-        )
-
-    def arguments(self, given: Iterable[str] = ()) -> list[str]:
-        """Return vLLM's arguments; those whose flags are among ``given`` are left out, for the user's word counts.
-
-        ``compile``, ``max_num_seqs`` and ``max_model_len`` are settings of `serve.settings.config.ServeOptions`.
-        """
-        taken = {argument.partition("=")[0] for argument in given}
-        found: dict[str, str | None] = {}
-        compilation: dict[str, Any] = {}
-        if self.cudagraph_sizes is not None:
-            compilation["cudagraph_capture_sizes"] = list(self.cudagraph_sizes)
-        if self.cudagraph_mode is not None:
-            compilation["cudagraph_mode"] = self.cudagraph_mode
-        if self.passes:
-            compilation["pass_config"] = dict.fromkeys(self.passes, True)
-        if compilation and not taken & {"--compilation-config", "-O", "--enforce-eager"}:
-            found["--compilation-config"] = json.dumps(compilation)
-        if self.performance_mode is not None:
-            found["--performance-mode"] = self.performance_mode
-        if self.max_num_batched_tokens is not None:
-            found["--max-num-batched-tokens"] = str(self.max_num_batched_tokens)
-        if self.max_pixels is not None:
-            found["--mm-processor-kwargs"] = json.dumps({"max_pixels": self.max_pixels})
-        if self.mm_cache_gb is not None:
-            found["--mm-processor-cache-gb"] = f"{self.mm_cache_gb:g}"
-        if self.kv_cache_dtype is not None:
-            found["--kv-cache-dtype"] = self.kv_cache_dtype
-        if self.ngram is not None:
-            speculation = {"method": "ngram", "num_speculative_tokens": self.ngram}
-            found["--speculative-config"] = json.dumps({**speculation, "prompt_lookup_max": 4, "prompt_lookup_min": 2})
-        for name, value in (
-            ("enable-prefix-caching", self.prefix_caching),
-            ("async-scheduling", self.async_scheduling),
-        ):
-            if value is not None and not taken & {f"--{name}", f"--no-{name}"}:
-                found[f"--{name}" if value else f"--no-{name}"] = None
-        return [
-            word for flag, value in found.items() if flag not in taken for word in (flag, value) if word is not None
-        ]
-
-    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
-        """Return ``base`` with the kernels that vLLM is to pass over, unless it names some already."""
-        if not self.kernel or not KERNELS[self.kernel] or "VLLM_DISABLED_KERNELS" in base:
-            return dict(base)
-        return {**base, "VLLM_DISABLED_KERNELS": ",".join(KERNELS[self.kernel])}
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @dataclass(frozen=True)
@@ -211,7 +107,7 @@ class Profile:
     """What was measured for a `Key`."""
 
     key: Key
-    candidates: dict[str, Settings]
+    candidates: dict[str, EngineSettings]
     loads: tuple[Measured, ...]
     #: What the figures are: one of `_METRICS`.
     metric: str = "output_tokens_per_s"
@@ -283,7 +179,7 @@ class Profile:
                 raise ServerError(f"schema {found['schema']} is not {_SCHEMA}.")
             return cls(
                 Key(**found["key"]),
-                {name: Settings.read(value) for name, value in found["candidates"].items()},
+                {name: EngineSettings.read(value) for name, value in found["candidates"].items()},
                 tuple(Measured(**load) for load in found["loads"]),
                 found["metric"],
                 found["provenance"],
@@ -319,7 +215,7 @@ def save(profile: Profile, directory: Path | None = None) -> Path:
 class Choice:
     """The settings to serve with, and what the user is told about them."""
 
-    settings: Settings
+    settings: EngineSettings
     notes: tuple[str, ...] = ()
 
 
@@ -330,10 +226,8 @@ def choose(mode: Mode, key: Key, directories: Sequence[Path] | None = None) -> C
         directories: where profiles lie, the first that has one for the key counts. None: the user's own, then those
             that ship.
     """
-    if mode not in MODES:
-        raise ServerError(f"--profile {mode}: one of {', '.join(MODES)}.")
-    if mode == "off":
-        return Choice(Settings())
+    if as_mode(mode) == "off":
+        return Choice(EngineSettings())
     near: list[Profile] = []
     notes: list[str] = []
     for directory in [own_directory(), _SHIPPED] if directories is None else directories:
@@ -352,7 +246,7 @@ def choose(mode: Mode, key: Key, directories: Sequence[Path] | None = None) -> C
         notes.append(f"a profile of this model is ignored: it was measured on {_differs(profile.key, key)}")
     if near or mode != "auto":
         notes.append("vLLM's own settings are used; `qvl tune` measures what is fastest here")
-    return Choice(Settings(), tuple(notes))
+    return Choice(EngineSettings(), tuple(notes))
 
 
 def _differs(found: Key, key: Key) -> str:

@@ -15,7 +15,7 @@ import pytest
 
 from serve.http.images import image_url
 from serve.process.lifecycle import Server, start
-from serve.settings.config import ServeOptions
+from serve.settings.config import ServerConfig
 from serve.settings.limits import Limits
 from toolkit.formats.convert import convert
 from toolkit.quantize import quantize
@@ -65,7 +65,7 @@ def served() -> Iterator[Served]:
 
     def boot(model: Path | str) -> Server:
         if str(model) not in servers:
-            servers[str(model)] = start(str(model), ServeOptions(port=free_port(), timeout=180))
+            servers[str(model)] = start(str(model), ServerConfig(port=free_port(), timeout=180))
         return servers[str(model)]
 
     yield boot
@@ -88,10 +88,10 @@ class Guarded:
 def guarded(awq_gemm: Path) -> Iterator[Guarded]:
     """The embedded model in AWQ and in fp16, as `qvl serve --play --play-beside` has them."""
     ends = Guarded(*(f"http://127.0.0.1:{free_port()}" for _ in range(2)))
-    beside = ServeOptions(
+    beside = ServerConfig(
         port=int(ends.narrow_url.rpartition(":")[2]), timeout=180, guard=Limits(api_key=ends.key, max_concurrency=2)
     )
-    options = ServeOptions(
+    options = ServerConfig(
         port=int(ends.url.rpartition(":")[2]),
         timeout=180,
         guard=Limits(api_key=ends.key),
@@ -130,7 +130,7 @@ def public(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Public]:
         request_seconds=REQUEST_SECONDS,
         image_hosts=("localhost",),
     )
-    with start("demo", ServeOptions(port=free_port(), timeout=180, guard=limits)) as server:
+    with start("demo", ServerConfig(port=free_port(), timeout=180, guard=limits)) as server:
         yield Public(server.url, server.pid, server.log, key_file, keys)
 
 

@@ -20,8 +20,10 @@ import pytest
 import yaml
 
 from serve.http.images import sample_picture
+from serve.process.launch import server_environment
 from serve.process.lifecycle import Server, start
-from serve.settings.config import ServeOptions
+from serve.settings.arguments import vllm_arguments
+from serve.settings.config import ServerConfig
 from serve.settings.limits import Limits
 from tests.e2e.conftest import free_port
 from tests.unit.deploy.conftest import AT_REST, DEPLOY, UNDER_LOAD, alert_rules, load, panel_queries, scaling_queries
@@ -63,7 +65,7 @@ class Client:
 @pytest.fixture(scope="module")
 def guarded(key_file: Path) -> Iterator[Server]:
     """A server as compose, Kubernetes and systemd run it."""
-    options = ServeOptions(port=free_port(), timeout=180, guard=Limits(api_key_file=str(key_file)))
+    options = ServerConfig(port=free_port(), timeout=180, guard=Limits(api_key_file=str(key_file)))
     with start("demo", options) as server:
         yield server
 
@@ -149,9 +151,9 @@ def stacked(key_file: Path, tmp_path: Path) -> Iterator[tuple[Client, subprocess
     limits = Limits.loads(environment["QVL_GUARD"])
     environment["QVL_GUARD"] = environment["QVL_GUARD"].replace(str(limits.api_key_file), str(key_file))
     port = free_port()
-    plain = ServeOptions(port=port, timeout=180)
-    for_a_cpu = {k: v for k, v in plain.environment(os.environ, "demo").items() if not k.startswith("QVL_")}
-    ours = plain.arguments(Checkpoint.open(demo_checkpoint()), "demo")
+    plain = ServerConfig(port=port, timeout=180)
+    for_a_cpu = {k: v for k, v in server_environment(plain, os.environ, "demo").items() if not k.startswith("QVL_")}
+    ours = vllm_arguments(plain, Checkpoint.open(demo_checkpoint()), "demo")
     model, rest = ours[1], ours[ours.index("--dtype") :]
     for_a_cpu_too = [part for flag in ("--dtype", "--max-num-seqs", "--kv-cache-memory-bytes", "--max-model-len")
                      for part in rest[rest.index(flag) : rest.index(flag) + 2]]  # fmt: skip

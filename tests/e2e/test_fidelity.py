@@ -15,7 +15,7 @@ from bench.judge.fidelity import Drift, Item, Observed, compare, items_from_ques
 from bench.load.endpoint import discover
 from bench.questions.tasks import load_questions
 from serve.process.lifecycle import Server, start
-from serve.settings.config import ServeOptions
+from serve.settings.config import ServerConfig
 from tests.e2e.conftest import Served, free_port
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.tasks.manifests import write_tasks
@@ -84,7 +84,7 @@ def test_drift_ranks_checkpoints_by_their_damage(served: Served, awq_gemm: Path,
     prefix = Checkpoint.open(awq_gemm).layer_prefix
     faulty = []
     for name, change in (("louder", louder(prefix(0))), ("unscaled", unscaled(prefix(1)))):
-        with start(str(damaged(awq_gemm, tmp_path / name, change)), ServeOptions(port=free_port(), timeout=180)) as bad:
+        with start(str(damaged(awq_gemm, tmp_path / name, change)), ServerConfig(port=free_port(), timeout=180)) as bad:
             faulty.append(drift(look(bad, items, baseline)))
 
     means = [each.mean_kl.value for each in (again, awq, *faulty) if each.mean_kl]

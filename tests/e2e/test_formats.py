@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from serve.process.lifecycle import Server, start
-from serve.settings.config import ServeOptions
+from serve.settings.config import ServerConfig
 from serve.settings.lora import Lora
 from tests.e2e.conftest import Question, chat, free_port
 from toolkit.checkpoint.checkpoint import Checkpoint
@@ -48,10 +48,10 @@ def test_an_adapter_answers_as_the_merged_model_does(
 ) -> None:
     sample = questions[::4]
     merged = merge(Checkpoint.open(demo_checkpoint()), adapter, tmp_path / "merged")
-    with start(str(merged), ServeOptions(port=free_port(), timeout=180)) as server:
+    with start(str(merged), ServerConfig(port=free_port(), timeout=180)) as server:
         expected = [first_logprobs(server, question, "merged") for question in sample]
     lora = Lora.parse(f"random={adapter}")
-    with start("demo", ServeOptions(port=free_port(), timeout=180, loras=(lora,))) as server:
+    with start("demo", ServerConfig(port=free_port(), timeout=180, loras=(lora,))) as server:
         listed = httpx.get(f"{server.url}/v1/models", trust_env=False).json()["data"]
         assert [model["id"] for model in listed] == ["demo", "random"]
         changed = 0
@@ -61,6 +61,6 @@ def test_an_adapter_answers_as_the_merged_model_does(
             assert seen[likeliest] == pytest.approx(wanted[likeliest], abs=2e-2), question
             changed += first_logprobs(server, question, "demo") != seen
         assert changed == len(sample)
-    with start(str(awq_gemm), ServeOptions(port=free_port(), timeout=180, loras=(lora,))) as server:
+    with start(str(awq_gemm), ServerConfig(port=free_port(), timeout=180, loras=(lora,))) as server:
         for question in sample:
             assert first_logprobs(server, question, "random") != first_logprobs(server, question, server.model_name)

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from serve.process.lifecycle import start
-from serve.settings.config import ServeOptions
+from serve.settings.config import ServerConfig
 from tests.e2e.conftest import Question, Served, free_port
 from tests.e2e.test_serve import answers, share_right, top_logprobs
 from toolkit.checkpoint.checkpoint import Checkpoint
@@ -86,7 +86,7 @@ def test_the_layouts_of_others_answer_like_ours(
 ) -> None:
     directory = layout(awq_gemm, tmp_path / layout.__name__)
     assert inspect_checkpoint(directory).problems == []
-    with start(str(directory), ServeOptions(port=free_port(), timeout=180)) as server:
+    with start(str(directory), ServerConfig(port=free_port(), timeout=180)) as server:
         ours = served(awq_gemm)
         assert answers(server, questions) == answers(ours, questions)
         for question in questions[::4]:
@@ -96,6 +96,6 @@ def test_the_layouts_of_others_answer_like_ours(
 @pytest.mark.parametrize("model", ["fp16", "awq"])
 def test_bfloat16_answers_as_well(model: str, awq_gemm: Path, questions: list[Question]) -> None:
     directory = "demo" if model == "fp16" else str(awq_gemm)
-    with start(directory, ServeOptions(port=free_port(), timeout=180, dtype="bfloat16")) as server:
+    with start(directory, ServerConfig(port=free_port(), timeout=180, dtype="bfloat16")) as server:
         given = answers(server, questions)
     assert share_right(questions, given) >= 0.75, list(zip([q.answers for q in questions], given, strict=True))

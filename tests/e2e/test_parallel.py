@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from serve.process.lifecycle import Server, start
-from serve.settings.config import ServeOptions
+from serve.settings.config import ServerConfig
 from serve.settings.parallel import Parallel
 from tests.e2e.conftest import Question, Served, chat, free_port
 from tests.e2e.test_serve import top_logprobs
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.e2e
 
 @contextmanager
 def spread(model: Path | str, parallel: Parallel) -> Iterator[Server]:
-    options = ServeOptions(port=free_port(), timeout=300, parallel=parallel, max_model_len=1024, max_num_seqs=4)
+    options = ServerConfig(port=free_port(), timeout=300, parallel=parallel, max_model_len=1024, max_num_seqs=4)
     with start(str(model), options) as server:
         yield server
 
@@ -41,7 +41,7 @@ def test_a_padded_model_split_in_two_answers_like_the_whole(
 ) -> None:
     narrow = rounded.narrowed(tmp_path / "narrow", 384)  # three groups of 128: two GPUs can't share them
     with pytest.raises(ServerError, match=r"384 inputs don't divide by 128 x 2.*--pad-tp 2` makes 2 work"):
-        start(str(narrow), ServeOptions(port=free_port(), parallel=Parallel(tp=2)))
+        start(str(narrow), ServerConfig(port=free_port(), parallel=Parallel(tp=2)))
     padded = convert(narrow, tmp_path / "padded", pad_tp=2)
     assert Checkpoint.open(padded).text_config["intermediate_size"] == 512
     sample = questions[::4]

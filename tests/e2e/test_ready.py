@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from serve.process import lifecycle, state
 from serve.process.lifecycle import start
-from serve.settings.config import ServeOptions
+from serve.settings.config import ServerConfig
 from tests.e2e.conftest import Question, free_port
 from tests.e2e.test_serve import answers, gone, qvl, share_right
 from toolkit.errors import ServerError
@@ -49,9 +49,9 @@ def test_overflow_stops_the_boot_and_names_what_helps(tmp_path: Path, questions:
     model = overflowing(tmp_path / "model")
     port = free_port()
     with pytest.raises(ServerError, match="--dtype bfloat16"):
-        lifecycle.start(str(model), ServeOptions(port=port, timeout=180))
+        lifecycle.start(str(model), ServerConfig(port=port, timeout=180))
     assert state.load(port) is None
-    with start(str(model), ServeOptions(port=port, timeout=180, dtype="bfloat16")) as server:
+    with start(str(model), ServerConfig(port=port, timeout=180, dtype="bfloat16")) as server:
         given = answers(server, questions)
     assert share_right(questions, given) >= 0.75
 

@@ -21,7 +21,8 @@ import psutil
 import pytest
 
 from serve.process import lifecycle, state
-from serve.settings.config import ServeOptions
+from serve.process.status import known_server
+from serve.settings.config import ServerConfig
 from tests.e2e.conftest import Question, Served, chat, free_port
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ServerError
@@ -145,7 +146,7 @@ def test_more_pictures_than_allowed(served: Served, questions: list[Question]) -
 
 def test_status_knows_it_and_its_port_is_refused(served: Served) -> None:
     server = served("demo")
-    known = lifecycle.status(server.port)
+    known = known_server(server.port)
     assert known.state == "ready" and known.pid == server.pid and known.model_name == "demo"
     assert known.memory is not None and 300 << 20 < known.memory < 6 << 30
     listed = json.loads(qvl("status", "--json").stdout)
@@ -167,7 +168,7 @@ def test_vllm_that_dies_while_booting() -> None:
 def test_not_ready_in_time() -> None:
     port = free_port()
     with pytest.raises(ServerError, match=r"not ready after 2 s: it was still importing vLLM"):
-        lifecycle.start("demo", ServeOptions(port=port, timeout=2))
+        lifecycle.start("demo", ServerConfig(port=port, timeout=2))
     assert state.load(port) is None
 
 

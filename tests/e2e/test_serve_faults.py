@@ -36,7 +36,7 @@ from bench.chaos.faults import (
 from bench.chaos.settable_clock import Clock
 from serve.process import memory, state
 from serve.process.supervisor import Policy, Supervised, supervisor
-from serve.settings.config import ServeOptions
+from serve.settings.config import ServerConfig
 from tests.e2e.conftest import free_port
 from toolkit.paths import demo_checkpoint
 
@@ -109,7 +109,7 @@ def test_a_restart_waits_for_memory_that_others_hold(tmp_path: Path, monkeypatch
         os.kill(server.pid, signal.SIGKILL)
 
     policy = Policy(restarts=1, wait=0.1, wait_for_others=0.2, window=90)  # one death is all it may have
-    own = supervisor("demo", ServeOptions(port=free_port()), policy, say, None)
+    own = supervisor("demo", ServerConfig(port=free_port()), policy, say, None)
     own.up = up
     try:
         with pytest.raises(KeyboardInterrupt):

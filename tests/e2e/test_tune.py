@@ -15,7 +15,7 @@ import pytest
 from bench.studies.capacity_check import compare, read_log
 from serve.plan.capacity import kv_tokens
 from serve.plan.tuned import tuned
-from serve.settings.config import ServeOptions
+from serve.settings.config import ServerConfig
 from serve.settings.profiles import Profile
 from tests.e2e.conftest import Served, free_port
 from toolkit.checkpoint.checkpoint import Checkpoint
@@ -57,13 +57,13 @@ def test_killed_resumed_and_served(cache: Path) -> None:
     assert {load.concurrency for load in profile.loads} == {1, 2}
     assert all(figure > 0 for load in profile.loads for figure in load.figures.values())
     notes: list[str] = []
-    options = tuned("demo", ServeOptions(port=free_port()), "latency", notes.append)
+    options = tuned("demo", ServerConfig(port=free_port(), profile="latency"), notes.append)
     assert notes[0].startswith(f"profile latency: {profile.chosen('latency')}")
     assert options.settings == profile.candidates[profile.chosen("latency")]
 
 
 def test_the_plan_counts_the_tokens_that_vllm_reports(served: Served) -> None:
-    checkpoint, options = Checkpoint.open(demo_checkpoint()), ServeOptions(port=free_port())
+    checkpoint, options = Checkpoint.open(demo_checkpoint()), ServerConfig(port=free_port())
     given = options.kv_bytes_for(checkpoint)  # what `serve` tells vLLM to take
     reported = read_log(served("demo").log.read_text(errors="replace"))
     estimated = {"kv_tokens": kv_tokens(checkpoint, given, options.dtype_for(checkpoint))}

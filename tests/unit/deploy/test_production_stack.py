@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from serve.settings.config import ServeOptions
+from serve.settings.arguments import middleware
+from serve.settings.config import ServerConfig
 from serve.settings.limits import Limits
 from serve.settings.ready import ReadySettings
 from tests.unit.deploy.conftest import DEPLOY, load, tool
@@ -35,8 +36,8 @@ def test_they_follow_the_charts_schema() -> None:
 
 
 def test_the_guard_stands_where_qvl_serve_puts_it() -> None:
-    middleware = [part.partition("=")[2] for part in ARGUMENTS if part.startswith("--middleware=")]
-    assert middleware == ServeOptions(guard=Limits()).middleware
+    classes = [part.partition("=")[2] for part in ARGUMENTS if part.startswith("--middleware=")]
+    assert classes == middleware(ServerConfig(guard=Limits()))
 
 
 def test_the_settings_can_be_read() -> None:

@@ -17,7 +17,8 @@ from bench.tune import measure as module
 from bench.tune.cli import _profile, recommendation
 from bench.tune.measure import FP16, Journal, Trial, TunePlan, table_rows, tune
 from serve.plan import candidates as catalogue
-from serve.settings.profiles import Key, Settings
+from serve.settings.engine import EngineSettings
+from serve.settings.profiles import Key
 from tests.support.fake_server import Behaviour, serving
 from toolkit.cli import app
 from toolkit.errors import BenchError, QvlError, ServerError
@@ -236,7 +237,7 @@ def test_a_load_that_fails() -> None:
 class TestCandidates:
     def test_hopper(self) -> None:
         found = catalogue.candidates("gpu", "NVIDIA H100 80GB HBM3", True)
-        assert next(iter(found)) == "vllm" and found["vllm"] == Settings()
+        assert next(iter(found)) == "vllm" and found["vllm"] == EngineSettings()
         assert found["marlin"].kernel == "marlin" and "ngram" not in found
         assert catalogue.candidates("gpu", "NVIDIA H100", True, text=True)["marlin-ngram"].ngram == 3
         assert not [s for s in found.values() if s.kv_cache_dtype]  # changes answers

@@ -14,8 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.process import lifecycle, state
-from serve.settings.config import ServeOptions
+from serve.process import launch, lifecycle, state
+from serve.process.status import known_server, known_servers, readiness
+from serve.settings.config import ServerConfig
 from serve.settings.limits import Limits
 from tests.support.serve import Start
 from tests.unit.serve.process.test_memory import sparse
@@ -39,38 +40,38 @@ def taken() -> Iterator[int]:
 
 def test_port_taken_by_another_program(taken: int) -> None:
     with pytest.raises(ServerError, match=rf"port {taken} is taken by .*another --port"):
-        lifecycle.start("demo", ServeOptions(port=taken))
+        lifecycle.start("demo", ServerConfig(port=taken))
 
 
 def test_port_taken_by_a_server_of_ours(start: Start, free: int) -> None:
     state.save(start(free))
     with pytest.raises(ServerError, match=rf"qvl stop --port {free}"):
-        lifecycle.start("demo", ServeOptions(port=free))
+        lifecycle.start("demo", ServerConfig(port=free))
 
 
 def test_not_a_checkpoint(tmp_path: Path, free: int, cache: Path) -> None:
     (tmp_path / "empty").mkdir()
     for model in ("no/such/directory", str(tmp_path / "empty")):
         with pytest.raises(CheckpointError):
-            lifecycle.start(model, ServeOptions(port=free))
+            lifecycle.start(model, ServerConfig(port=free))
     assert state.load_all() == []
 
 
 def test_not_enough_memory_is_seen_before_anything_starts(tmp_path: Path, free: int, cache: Path) -> None:
     huge = sparse(tmp_path / "huge", 900)
     with pytest.raises(ResourceError, match="GiB are available"):
-        lifecycle.start(str(huge.path), ServeOptions(port=free))
+        lifecycle.start(str(huge.path), ServerConfig(port=free))
     assert not (cache / "servers").exists()
 
 
 def test_setting_that_does_not_suit_the_model(free: int) -> None:
     with pytest.raises(ServerError, match="has 4096 positions"):
-        lifecycle.start("demo", ServeOptions(port=free, max_model_len=100_000))
+        lifecycle.start("demo", ServerConfig(port=free, max_model_len=100_000))
 
 
 def test_a_file_of_keys_is_read_before_the_boot(free: int, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    options = ServeOptions(port=free, guard=Limits(api_key_file=str(keys)))
+    options = ServerConfig(port=free, guard=Limits(api_key_file=str(keys)))
     with pytest.raises(ServerError, match="can't be read"):
         lifecycle.start("demo", options)
     keys.write_text("# none yet\n")
@@ -91,12 +92,12 @@ def test_a_full_disk_ends_a_first_start_and_no_restart(free: int, monkeypatch: p
         return spawned[-1]
 
     monkeypatch.setattr(state, "save", full)
-    monkeypatch.setattr("serve.process.lifecycle.subprocess.Popen", sleeper)
+    monkeypatch.setattr("serve.process.launch.subprocess.Popen", sleeper)
     with pytest.raises(ResourceError, match=r"No space left on device.*QVL_CACHE"):
-        lifecycle.start("demo", ServeOptions(port=free))
+        lifecycle.start("demo", ServerConfig(port=free))
     assert spawned[0].poll() is not None  # nothing is left behind
     with pytest.raises(ServerError, match="not ready after 1 s"):  # it got as far as waiting for the server
-        lifecycle.start("demo", ServeOptions(port=free, timeout=1), supervised=True, restarts=1)
+        lifecycle.start("demo", ServerConfig(port=free, timeout=1), supervised=True, restarts=1)
     assert spawned[1].poll() is not None
 
 
@@ -127,16 +128,16 @@ def test_an_interrupt_before_anybody_heard_that_it_is_ready(
 ) -> None:
     """Clients hear it from the server itself: requests may be under way while whoever started it does not know yet."""
     process = start_saying(free, said, tmp_path / "ended")
-    monkeypatch.setattr(lifecycle, "_spawn", lambda *arguments: process)
+    monkeypatch.setattr(launch, "spawn", lambda *arguments: process)
 
     def interrupt(phase: str, seconds: float) -> None:
         with httpx.Client(base_url=f"http://127.0.0.1:{free}", trust_env=False) as client:
-            while lifecycle.readiness(client) is None:  # not to return: what waits would hear of it before this does
+            while readiness(client) is None:  # not to return: what waits would hear of it before this does
                 assert process.poll() is None
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as raised:
-        lifecycle.start("demo", ServeOptions(port=free, timeout=30), on_phase=interrupt)
+        lifecycle.start("demo", ServerConfig(port=free, timeout=30), on_phase=interrupt)
     assert raised.type is expected
     assert (tmp_path / "ended").exists() == (said == "ready")
     assert state.load_all() == [] and state.port_holder("127.0.0.1", free) is None
@@ -147,40 +148,40 @@ def test_stop_drains_what_only_clients_know_to_be_ready(start: Start, free: int,
     known = replace(start(free), pid=process.pid, created=state.process_start(process.pid))
     state.save(known)
     with httpx.Client(base_url=known.url, trust_env=False) as client:
-        while lifecycle.readiness(client) is None:
+        while readiness(client) is None:
             assert process.poll() is None
     lifecycle.stop(free)
     assert (tmp_path / "ended").exists() and process.wait() == 0
 
 
 def test_stop_and_status_of_what_is_not_there(start: Start) -> None:
-    for function in (lifecycle.stop, lifecycle.status):
+    for function in (lifecycle.stop, known_server):
         with pytest.raises(ServerError, match=r"no server on port 18140\. It has none at all"):
             function(18140)
     state.save(start(18141))
     with pytest.raises(ServerError, match="It has some on: 18141"):
         lifecycle.stop(18140)
     assert lifecycle.stop(18141, drain=False).state == "booting"
-    assert lifecycle.statuses() == []
+    assert known_servers() == []
 
 
 def test_states(start: Start, free: int, tmp_path: Path) -> None:
     known = start(free)
     state.save(known)
-    seen = lifecycle.status(free)
+    seen = known_server(free)
     assert (seen.state, seen.model_name, seen.pid) == ("booting", "m", known.pid)
     assert seen.uptime is not None and 0 <= seen.uptime < 60
     assert seen.memory is not None and seen.memory > 1 << 20
     state.save(replace(known, ready=True))
-    assert lifecycle.status(free).state == "silent"
+    assert known_server(free).state == "silent"
     state.end_group(known, grace=0)
     (tmp_path / "log").write_text("(EngineCore pid=1) ValueError: it was this\n")
-    seen = lifecycle.status(free)
+    seen = known_server(free)
     assert (seen.state, seen.reason, seen.memory) == ("dead", "ValueError: it was this", None)
-    (only,) = lifecycle.statuses()
+    (only,) = known_servers()
     assert only == seen
     lifecycle.stop(free)
-    assert lifecycle.statuses() == []
+    assert known_servers() == []
 
 
 def saying(**said: Any) -> httpx.Client:
@@ -193,13 +194,13 @@ def saying(**said: Any) -> httpx.Client:
 
 def test_readiness_is_what_the_server_says() -> None:
     with saying(ready=True, state="ready", failures=0) as client:
-        assert lifecycle.readiness(client) == {"ready": True, "state": "ready", "failures": 0}
+        assert readiness(client) == {"ready": True, "state": "ready", "failures": 0}
     with saying(ready=False, state="stalled", failures=2, reason="slow") as client:
-        assert (lifecycle.readiness(client) or {})["reason"] == "slow"
+        assert (readiness(client) or {})["reason"] == "slow"
     with saying(something="else") as client:
-        assert lifecycle.readiness(client) is None
+        assert readiness(client) is None
     with httpx.Client(base_url="http://127.0.0.1:9") as client:
-        assert lifecycle.readiness(client) is None
+        assert readiness(client) is None
 
 
 def test_a_supervised_port_is_taken_even_while_its_server_is_down(start: Start, free: int) -> None:
@@ -208,12 +209,12 @@ def test_a_supervised_port_is_taken_even_while_its_server_is_down(start: Start, 
     keeper = start(18142)
     down = replace(known, supervisor=keeper.pid, supervisor_created=keeper.created, ready=True)
     state.save(down)
-    assert lifecycle.status(free).state == "restarting"
+    assert known_server(free).state == "restarting"
     with pytest.raises(ServerError, match="is taken by qvl's server"):
-        lifecycle.start("demo", ServeOptions(port=free))
+        lifecycle.start("demo", ServerConfig(port=free))
     assert lifecycle.stop(free).state == "restarting"
     assert not keeper.alive
-    assert lifecycle.statuses() == []
+    assert known_servers() == []
 
 
 def test_the_log_before_is_kept(cache: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from serve.plan.capacity import Load, capacity, need, shape, weight_bytes
+from serve.plan.capacity import capacity, need, shape, weight_bytes
+from serve.plan.load import Load
 from tests.support import tiny
 from toolkit import console
 from toolkit.checkpoint.checkpoint import Checkpoint

@@ -8,10 +8,13 @@ import pytest
 
 from serve.plan import tuned
 from serve.plan.capacity import shape
+from serve.process.launch import server_environment
+from serve.settings.arguments import vllm_arguments
 from serve.settings.backend import Gpu
-from serve.settings.config import ServeOptions
+from serve.settings.config import ServerConfig
+from serve.settings.engine import EngineSettings
 from serve.settings.parallel import Parallel
-from serve.settings.profiles import Measured, Profile, Settings, key_for, save
+from serve.settings.profiles import Measured, Profile, key_for, save
 from tests.support import tiny
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ServerError
@@ -20,15 +23,15 @@ GIB = 1 << 30
 SEVEN = shape("7b", True)
 
 
-def fitted(card: float, **options: object) -> tuple[ServeOptions, list[str]]:
+def fitted(card: float, **options: object) -> tuple[ServerConfig, list[str]]:
     notes: list[str] = []
-    given = ServeOptions(backend="gpu", **options)  # type: ignore[arg-type]
+    given = ServerConfig(backend="gpu", **options)  # type: ignore[arg-type]
     return tuned.fit_card(SEVEN, given, int(card * GIB), notes.append), notes
 
 
 def test_a_card_with_room_changes_nothing() -> None:
-    assert fitted(80) == (ServeOptions(backend="gpu"), [])
-    assert fitted(16) == (ServeOptions(backend="gpu"), [])
+    assert fitted(80) == (ServerConfig(backend="gpu"), [])
+    assert fitted(16) == (ServerConfig(backend="gpu"), [])
 
 
 def test_pictures_give_way_before_the_context() -> None:
@@ -44,7 +47,7 @@ def test_then_the_context() -> None:
 
 
 def test_what_does_not_fit_is_left_to_the_check_of_memory() -> None:
-    assert fitted(6) == (ServeOptions(backend="gpu"), [])
+    assert fitted(6) == (ServerConfig(backend="gpu"), [])
 
 
 def test_the_users_word_counts() -> None:
@@ -56,48 +59,53 @@ class TestProfile:
     def model(self, tmp_path: Path, cache: Path) -> str:
         path = tiny.write(tmp_path / "m", version="gemm")
         key = key_for(Checkpoint.open(path), "cpu")
-        candidates = {"slow": Settings(), "fast": Settings(max_num_seqs=3, max_num_batched_tokens=99, compile=True)}
+        candidates = {
+            "slow": EngineSettings(),
+            "fast": EngineSettings(max_num_seqs=3, max_num_batched_tokens=99, compile=True),
+        }
         save(Profile(key, candidates, (Measured(1, {"slow": 1.0, "fast": 2.0}),)))
         return str(path)
 
     def test_it_is_picked_up_and_said(self, model: str) -> None:
         notes: list[str] = []
-        options = tuned.tuned(model, ServeOptions(backend="cpu"), "auto", notes.append)
+        options = tuned.tuned(model, ServerConfig(backend="cpu"), notes.append)
         assert notes and notes[0].startswith("profile auto: fast (")
-        words = options.arguments(Checkpoint.open(model), "m")
+        words = vllm_arguments(options, Checkpoint.open(model), "m")
         assert words[words.index("--max-num-seqs") + 1] == "3"
         assert words[words.index("--max-num-batched-tokens") + 1] == "99"
         assert "--enforce-eager" not in words
 
     def test_what_is_given_wins(self, model: str) -> None:
-        given = ServeOptions(backend="cpu", max_num_seqs=5, compile=False, extra=("--max-num-batched-tokens", "77"))
-        words = tuned.tuned(model, given, "latency", lambda said: None).arguments(Checkpoint.open(model), "m")
+        extra = ("--max-num-batched-tokens", "77")
+        given = ServerConfig(backend="cpu", profile="latency", max_num_seqs=5, compile=False, extra=extra)
+        words = vllm_arguments(tuned.tuned(model, given, lambda said: None), Checkpoint.open(model), "m")
         assert words[words.index("--max-num-seqs") + 1] == "5" and "--enforce-eager" in words
         assert words.count("--max-num-batched-tokens") == 1 and "77" in words
 
     def test_off(self, model: str) -> None:
         notes: list[str] = []
-        assert tuned.tuned(model, ServeOptions(backend="cpu"), "off", notes.append) == ServeOptions(backend="cpu")
+        given = ServerConfig(backend="cpu", profile="off")
+        assert tuned.tuned(model, given, notes.append) == given
         assert notes == []
 
-    def test_no_mode(self, model: str) -> None:
+    def test_no_mode(self) -> None:
         with pytest.raises(ServerError, match="--profile best"):
-            tuned.tuned(model, ServeOptions(backend="cpu"), "best", print)  # type: ignore[arg-type]
+            ServerConfig(backend="cpu", profile="best")
 
 
 def test_kernels_and_processes_reach_the_environment() -> None:
-    plain = ServeOptions(backend="cpu").environment({}, "m")
-    spread = ServeOptions(backend="cpu", parallel=Parallel(tp=2)).environment({}, "m")
+    plain = server_environment(ServerConfig(backend="cpu"), {}, "m")
+    spread = server_environment(ServerConfig(backend="cpu", parallel=Parallel(tp=2)), {}, "m")
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in spread
     assert set(plain) - set(spread) <= {"VLLM_ENABLE_V1_MULTIPROCESSING"}
-    marlin = ServeOptions(backend="gpu", settings=Settings(kernel="marlin"))
-    assert marlin.environment({}, "m")["VLLM_DISABLED_KERNELS"] == "MacheteLinearKernel"
+    marlin = ServerConfig(backend="gpu", settings=EngineSettings(kernel="marlin"))
+    assert server_environment(marlin, {}, "m")["VLLM_DISABLED_KERNELS"] == "MacheteLinearKernel"
 
 
 def test_a_spread_that_can_not_be_is_refused_with_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.settings.parallel.find_gpus", lambda: [Gpu("H100", 1, 1)] * 8)
-    options = ServeOptions(backend="gpu", parallel=Parallel(tp=8))
+    options = ServerConfig(backend="gpu", parallel=Parallel(tp=8))
     with pytest.raises(ServerError, match="28 attention heads"):
-        options.arguments(SEVEN, "m")
-    words = ServeOptions(backend="gpu", parallel=Parallel(tp=4)).arguments(SEVEN, "m")
+        vllm_arguments(options, SEVEN, "m")
+    words = vllm_arguments(ServerConfig(backend="gpu", parallel=Parallel(tp=4)), SEVEN, "m")
     assert words[words.index("--tensor-parallel-size") + 1] == "4"

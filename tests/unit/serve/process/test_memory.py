@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from serve.process import memory
-from serve.settings.config import ServeOptions
+from serve.settings.config import ServerConfig
 from tests.support import tiny
 from tests.unit.serve.settings.test_backend import nvidia_smi
 from toolkit.checkpoint.checkpoint import Checkpoint
@@ -33,22 +33,22 @@ def sparse(directory: Path, gib: int) -> Checkpoint:
 
 
 def test_the_demo_needs_little() -> None:
-    need = memory.need(Checkpoint.open(demo_checkpoint()), ServeOptions(backend="cpu"))
+    need = memory.need(Checkpoint.open(demo_checkpoint()), ServerConfig(backend="cpu"))
     assert need.weights < 16 << 20
     assert need.total == need.weights + need.kv_cache + need.overhead < 2 * GIB
 
 
 def test_float32_doubles_the_weights() -> None:
     demo = Checkpoint.open(demo_checkpoint())
-    half = memory.need(demo, ServeOptions(backend="cpu"))
-    full = memory.need(demo, ServeOptions(backend="cpu", dtype="float32"))
+    half = memory.need(demo, ServerConfig(backend="cpu"))
+    full = memory.need(demo, ServerConfig(backend="cpu", dtype="float32"))
     assert full.weights == 2 * half.weights
     assert full.kv_cache == 2 * half.kv_cache
 
 
 def test_packed_weights_keep_their_size(tmp_path: Path) -> None:
     awq = Checkpoint.open(tiny.write(tmp_path / "awq", version="gemm"))
-    assert memory.need(awq, ServeOptions(backend="cpu")).weights == awq.nbytes
+    assert memory.need(awq, ServerConfig(backend="cpu")).weights == awq.nbytes
 
 
 def test_available_is_what_the_machine_has() -> None:
@@ -59,18 +59,18 @@ def test_too_large_for_the_host(tmp_path: Path) -> None:
     with pytest.raises(
         ResourceError, match=r"needs about 90\d\.\d GiB \(weights 90\d\.\d.* GiB are available"
     ) as error:
-        memory.check(sparse(tmp_path / "huge", 900), ServeOptions(backend="cpu"))
+        memory.check(sparse(tmp_path / "huge", 900), ServerConfig(backend="cpu"))
     assert not isinstance(error.value, ResourceInUse)  # nobody need wait for that
     assert "Quantize it first" in str(error.value)
 
 
 def test_too_large_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvidia_smi(tmp_path, monkeypatch, "NVIDIA L4, 23034, 22565")
-    large, options = sparse(tmp_path / "large", 20), ServeOptions(backend="gpu")
+    large, options = sparse(tmp_path / "large", 20), ServerConfig(backend="gpu")
     with pytest.raises(ResourceError, match=r"NVIDIA L4 has 22\.0 of 22\.5 GiB free, .* share of 0\.9"):
         memory.check(large, options)
-    memory.check(large, ServeOptions(backend="gpu", gpu_memory_utilization=0.97))
-    memory.check(large, ServeOptions(backend="gpu", extra=("--tensor-parallel-size=2",)))
+    memory.check(large, ServerConfig(backend="gpu", gpu_memory_utilization=0.97))
+    memory.check(large, ServerConfig(backend="gpu", extra=("--tensor-parallel-size=2",)))
 
 
 def test_who_uses_the_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_who_uses_the_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     with pytest.raises(ResourceInUse) as caught:
-        memory.check(Checkpoint.open(demo_checkpoint()), ServeOptions(backend="gpu"))
+        memory.check(Checkpoint.open(demo_checkpoint()), ServerConfig(backend="gpu"))
     message = str(caught.value)
     assert (
         "Stop what uses the GPU (python train.py (pid 999999999, 21000 MiB)): the model needs about 1.5 GiB" in message
@@ -94,18 +94,18 @@ def test_who_uses_the_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_memory_that_others_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_host_memory", lambda: 1 << 20)
     with pytest.raises(ResourceInUse, match=r"0\.0 GiB are available\. Stop what else takes memory, or: Quantize"):
-        memory.check(Checkpoint.open(demo_checkpoint()), ServeOptions(backend="cpu"))
+        memory.check(Checkpoint.open(demo_checkpoint()), ServerConfig(backend="cpu"))
 
 
 def test_gpu_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvidia_smi(tmp_path, monkeypatch, "NVIDIA L4, 20000, 10000")
     small = Checkpoint.open(demo_checkpoint())
     with pytest.raises(ResourceError, match=r"give --gpu-memory-utilization 0\.5\."):
-        memory.check(small, ServeOptions(backend="gpu"))
-    memory.check(small, ServeOptions(backend="gpu", gpu_memory_utilization=0.5))
+        memory.check(small, ServerConfig(backend="gpu"))
+    memory.check(small, ServerConfig(backend="gpu", gpu_memory_utilization=0.5))
 
 
 def test_no_gpu_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvidia_smi(tmp_path, monkeypatch, "", 9)
     with pytest.raises(ResourceError, match="--backend cpu"):
-        memory.check(Checkpoint.open(demo_checkpoint()), ServeOptions(backend="gpu"))
+        memory.check(Checkpoint.open(demo_checkpoint()), ServerConfig(backend="gpu"))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from serve.settings.config import ServeOptions
+from serve.settings.arguments import vllm_arguments
+from serve.settings.config import ServerConfig
 from serve.settings.lora import Lora, check_lora, lora_arguments
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ServerError
@@ -41,7 +42,7 @@ def test_a_good_one(tmp_path: Path, demo: Checkpoint) -> None:
     lora = Lora.parse(f"charts={path}")
     assert (lora.name, lora.path, lora.rank) == ("charts", path.resolve(), 12)
     check_lora(lora, demo)
-    arguments = ServeOptions(backend="cpu", loras=(lora, Lora("b", path, 4))).arguments(demo, "demo")
+    arguments = vllm_arguments(ServerConfig(backend="cpu", loras=(lora, Lora("b", path, 4))), demo, "demo")
     at = arguments.index("--enable-lora")
     assert arguments[at + 1 : at + 8] == [
         *("--max-lora-rank", "16", "--max-loras", "2", "--lora-modules"),
@@ -106,4 +107,4 @@ def test_an_adapter_of_another_model(
 
 def test_two_of_one_name() -> None:
     with pytest.raises(ServerError, match="same name"):
-        ServeOptions(loras=(Lora("a", Path("/a"), 4), Lora("a", Path("/b"), 4)))
+        ServerConfig(loras=(Lora("a", Path("/a"), 4), Lora("a", Path("/b"), 4)))

@@ -10,7 +10,7 @@ from serve.plan.capacity import shape as sized
 from serve.process import memory
 from serve.settings import parallel
 from serve.settings.backend import Gpu
-from serve.settings.config import ServeOptions
+from serve.settings.config import ServerConfig
 from serve.settings.parallel import Parallel
 from tests.support import tiny
 from tests.unit.toolkit.checkpoint.test_engines import awq
@@ -104,7 +104,7 @@ def test_the_memory_of_each_gpu_and_of_all_processes() -> None:
     seven = sized("7b", True)
 
     def needed(backend: parallel.Backend, **spread: int) -> memory.MemoryNeed:
-        return memory.need(seven, ServeOptions(backend=backend, parallel=Parallel(**spread)))
+        return memory.need(seven, ServerConfig(backend=backend, parallel=Parallel(**spread)))
 
     one, four = needed("gpu"), needed("gpu", tp=2, pp=2)
     assert four.weights == one.weights // 4 and four.kv_cache == one.kv_cache // 4
@@ -119,6 +119,6 @@ def test_the_fullest_of_the_gpus_decides(monkeypatch: pytest.MonkeyPatch) -> Non
     gpus = [Gpu("L4", 24 * gib, 23 * gib), Gpu("L4", 24 * gib, 4 * gib)]
     monkeypatch.setattr(memory, "find_gpus", lambda: gpus)
     seven = sized("7b", True)
-    memory.check(seven, ServeOptions(backend="gpu"))  # takes the free one
+    memory.check(seven, ServerConfig(backend="gpu"))  # takes the free one
     with pytest.raises(ResourceError, match=r"L4 has 4\.0 of 24\.0 GiB free"):
-        memory.check(seven, ServeOptions(backend="gpu", parallel=Parallel(dp=2)))
+        memory.check(seven, ServerConfig(backend="gpu", parallel=Parallel(dp=2)))

@@ -1,10 +1,8 @@
-"""Which settings are served with, why, and what vLLM is told."""
+"""Which settings are served with, and why."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +10,14 @@ import pytest
 
 from serve.settings import profiles
 from serve.settings.backend import Gpu
-from serve.settings.profiles import KERNELS, Key, Measured, Profile, Settings, choose, key_for, save
+from serve.settings.engine import EngineSettings
+from serve.settings.profiles import Key, Measured, Profile, choose, key_for, save
 from tests.support import tiny
-from tests.support.paths import ROOT
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ServerError
 
 KEY = Key("NVIDIA H100 80GB HBM3", "28x3584x18944", "awq-g128", "0.32.0")
-CANDIDATES = {"a": Settings(kernel="marlin"), "b": Settings(max_num_seqs=64), "c": Settings(ngram=3)}
+CANDIDATES = {"a": EngineSettings(kernel="marlin"), "b": EngineSettings(max_num_seqs=64), "c": EngineSettings(ngram=3)}
 LOADS = (
     Measured(1, {"a": 10.0, "b": 8.0, "c": 9.9}, fp16=9.0),
     Measured(32, {"a": 50.0, "b": 60.0, "c": 59.0}, fp16=70.0),
@@ -47,10 +45,10 @@ class TestChoice:
     def test_the_users_own_comes_first(self, tmp_path: Path) -> None:
         own, shipped = tmp_path / "own", tmp_path / "shipped"
         save(PROFILE, shipped)
-        save(replace(PROFILE, candidates={**CANDIDATES, "b": Settings(max_num_seqs=7)}), own)
-        assert choose("auto", KEY, [own, shipped]).settings == Settings(max_num_seqs=7)
-        assert choose("auto", KEY, [shipped]).settings == Settings(max_num_seqs=64)
-        assert choose("off", KEY, [own]) == profiles.Choice(Settings())
+        save(replace(PROFILE, candidates={**CANDIDATES, "b": EngineSettings(max_num_seqs=7)}), own)
+        assert choose("auto", KEY, [own, shipped]).settings == EngineSettings(max_num_seqs=7)
+        assert choose("auto", KEY, [shipped]).settings == EngineSettings(max_num_seqs=64)
+        assert choose("off", KEY, [own]) == profiles.Choice(EngineSettings())
 
     def test_it_says_so(self, tmp_path: Path) -> None:
         save(PROFILE, tmp_path)
@@ -69,12 +67,12 @@ class TestChoice:
     def test_one_for_something_else_is_ignored(self, tmp_path: Path, change: dict[str, str], words: str) -> None:
         save(replace(PROFILE, key=replace(KEY, **change)), tmp_path)
         found = choose("auto", KEY, [tmp_path])
-        assert found.settings == Settings()
+        assert found.settings == EngineSettings()
         assert words in found.notes[0] and "qvl tune" in found.notes[1]
 
     def test_nothing_known(self, tmp_path: Path) -> None:
         save(replace(PROFILE, key=replace(KEY, model="1x2x3")), tmp_path)
-        assert choose("auto", KEY, [tmp_path]) == profiles.Choice(Settings())
+        assert choose("auto", KEY, [tmp_path]) == profiles.Choice(EngineSettings())
         assert "qvl tune" in choose("latency", KEY, [tmp_path]).notes[0]
 
     def test_a_damaged_one_is_named_and_left(self, tmp_path: Path) -> None:
@@ -132,65 +130,6 @@ class TestShipped:
         assert {two.chosen(wish) for wish in ("auto", "latency", "throughput")} == {"marlin"}
         assert all((factor > 1.1) == (load <= 8) for load, factor in two.against_fp16("marlin").items())
         assert all(factor < 1 for factor in two.against_fp16("vllm").values())
-
-
-class TestArguments:
-    ALL = Settings(
-        kernel="marlin",
-        cudagraph_sizes=(1, 2, 4),
-        cudagraph_mode="FULL_AND_PIECEWISE",
-        passes=("fuse_norm_quant",),
-        performance_mode="interactivity",
-        max_num_batched_tokens=4096,
-        max_pixels=1003520,
-        prefix_caching=False,
-        mm_cache_gb=2,
-        kv_cache_dtype="fp8",
-        async_scheduling=True,
-        ngram=3,
-    )
-
-    def test_nothing_set_is_nothing_said(self) -> None:
-        assert Settings().arguments() == [] and Settings().environment({"A": "1"}) == {"A": "1"}
-
-    def test_the_users_flags_count(self) -> None:
-        given = ["--max-num-batched-tokens", "8", "--no-enable-prefix-caching", "--kv-cache-dtype=auto"]
-        words = self.ALL.arguments(given)
-        assert "--max-num-batched-tokens" not in words and "--kv-cache-dtype" not in words
-        assert not [word for word in words if "prefix" in word]
-        assert "--compilation-config" not in self.ALL.arguments(["--enforce-eager"])
-
-    def test_the_kernels_passed_over(self) -> None:
-        assert self.ALL.environment({})["VLLM_DISABLED_KERNELS"] == "MacheteLinearKernel"
-        assert self.ALL.environment({"VLLM_DISABLED_KERNELS": "X"})["VLLM_DISABLED_KERNELS"] == "X"
-        assert Settings(kernel="machete").environment({}) == {}
-
-    @pytest.mark.slow
-    def test_the_installed_vllm_takes_them(self) -> None:
-        """Its own parser reads every flag, and its list of kernels has them in the order that is assumed here."""
-        code = (
-            "import sys, json\n"
-            "from serve.app.server import answer_for_vllm; answer_for_vllm()\n"
-            "from toolkit.compat import patch_torchvision; patch_torchvision()\n"
-            "from vllm.engine.arg_utils import AsyncEngineArgs\n"
-            "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
-            "parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())\n"
-            "args = AsyncEngineArgs.from_cli_args(parser.parse_args(json.loads(sys.argv[1])))\n"
-            "assert args.compilation_config.cudagraph_capture_sizes == [1, 2, 4], args.compilation_config\n"
-            "assert args.compilation_config.pass_config.fuse_norm_quant is True\n"
-            "assert args.enable_prefix_caching is False and args.async_scheduling is True\n"
-            "assert args.speculative_config['method'] == 'ngram'\n"
-            "from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS, PlatformEnum\n"
-            "print(json.dumps([kernel.__name__ for kernel in _POSSIBLE_KERNELS[PlatformEnum.CUDA]]))\n"
-        )
-        root = ROOT
-        command = [sys.executable, "-c", code, json.dumps(self.ALL.arguments())]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        order = [n for n in json.loads(done.stdout.splitlines()[-1]) if n not in ("CutlassW4A8LinearKernel",)]
-        order.remove("ExllamaLinearKernel")
-        for names in KERNELS.values():
-            assert list(names) == order[: len(names)]
 
 
 def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
