@@ -220,12 +220,13 @@ def bench(
     from bench.load.inputs import Lengths, Preset, parse_lengths, parse_sizes
     from bench.load.metrics import parse_slos
     from bench.machine.environment import command_line
+    from bench.report import build
     from bench.report.compare.figures import Side, parse_condition
     from bench.report.compare.figures import compare as compare_sides
     from bench.report.render import json_file as json
     from bench.report.render import terminal
-    from bench.run.measure import Plan
-    from bench.run.session import Settings, is_url, run
+    from bench.run.config import Plan, Settings, is_url
+    from bench.run.session import measured
     from toolkit.console import err, warn
     from toolkit.console import out as stdout
     from toolkit.errors import BenchError
@@ -291,7 +292,7 @@ def bench(
     both_local = not is_url(baseline) and not is_url(candidate)
     with _sigterm_like_ctrl_c(), _progress() as (progress, on_phase):
         booter = _Booter(settings.serve_arguments, port, shared=both_local and not sequential, on_phase=on_phase)
-        report = run(
+        context = measured(
             settings,
             boot=booter,
             write_demo=_write_demo,
@@ -301,6 +302,8 @@ def bench(
             resume=resume,
             logs=logs,
         )
+        with context as outcome:
+            report = build.report(outcome, settings)
     reports.write(report, out, force=force or resume)
     if report.status == "failed":
         seen = f"; logs of the servers: {', '.join(map(str, logs))}" if logs else ""

@@ -8,12 +8,10 @@ import shutil
 from pathlib import Path
 
 from bench.report.schema import Report
+from bench.run.journal import JOURNAL
 from toolkit.errors import BenchError
 
 __all__ = ["check_target", "clear", "kept", "write"]
-
-#: Written by `bench.run.journal`, which needs what is measured with.
-JOURNAL = "run.jsonl"
 
 
 def check_target(out: Path, force: bool) -> None:

@@ -10,12 +10,13 @@ from bench.questions import tasks
 from bench.questions.observe import Item
 from bench.questions.tasks import Question
 from bench.report import accuracy, fidelity, speed, words
-from bench.report.schema import Accuracy, Environment, Failed, Fidelity, Report, Role, SystemInfo, Verdict, Workload
-from bench.run.measure import Measurements, Plan
+from bench.report.schema import Accuracy, Environment, Failed, Fidelity, Report, SystemInfo, Verdict, Workload
+from bench.roles import ROLES, Role
+from bench.run.config import Plan, Settings
+from bench.run.measured import Measurements
+from bench.run.session import Outcome
 
-__all__ = ["build", "workload"]
-
-ROLES: tuple[Role, ...] = ("baseline", "candidate")
+__all__ = ["build", "report", "workload"]
 
 
 def workload(
@@ -46,6 +47,30 @@ def workload(
         interleaved=interleaved,
         timeout_s=plan.timeout_s,
         seed=seed,
+    )
+
+
+def report(outcome: Outcome, settings: Settings) -> Report:
+    """Make the report of a run; the images of its questions are read once more."""
+    return build(
+        outcome.measured,
+        outcome.questions,
+        outcome.systems,
+        workload(
+            settings.plan,
+            outcome.questions,
+            source=outcome.questions_source,
+            interleaved=outcome.interleaved,
+            seed=settings.seed,
+        ),
+        settings.plan,
+        margin=settings.margin,
+        duration_s=outcome.duration_s,
+        command=settings.command,
+        items=outcome.items,
+        items_source=outcome.items_source,
+        interrupted=outcome.interrupted,
+        warnings=outcome.warnings,
     )
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, median, stdev
-from typing import get_args
 
 import numpy as np
 from scipy import stats
@@ -22,18 +21,17 @@ from bench.report.schema import (
     Distribution,
     Estimate,
     Goodput,
-    Load,
-    Role,
     ServerCounters,
     SpeedFigure,
     SpeedPoint,
     SpeedRatio,
 )
-from bench.run.measure import Measurements, Plan, Stretch
+from bench.roles import ROLES, Role
+from bench.run.config import Plan
+from bench.run.measured import Load, Measurements, Stretch
 
 __all__ = ["DEFINITIONS", "doubts", "points", "ratios"]
 
-ROLES: tuple[Role, ...] = get_args(Role)
 KINDS = ("closed", "open", "single", "saturation", "rate")
 #: With fewer requests, p99 is next to the slowest one.
 FEW = 100

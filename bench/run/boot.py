@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bench.report.schema import Role
+from bench.roles import Role
 
 __all__ = ["Abort", "Here", "Server", "Start", "booted", "free_ports"]
 

@@ -7,42 +7,37 @@ Load is a number of requests kept in flight, a rate at which they are due, or a 
 from __future__ import annotations
 
 import math
-import secrets
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Literal, Protocol
 
 import httpx
 import psutil
 
 from bench.load import metrics
 from bench.load.client import ChatRequest, Failure, Trace, ask
-from bench.load.endpoint import Endpoint, http_client
-from bench.load.inputs import ImageSize, Lengths, SpeedInputs
-from bench.load.loops import Arrivals, Block, Send, closed_loop, open_loop, schedule
-from bench.load.metrics import Slo
+from bench.load.endpoint import http_client
+from bench.load.inputs import SpeedInputs
+from bench.load.loops import Block, Send, closed_loop, open_loop, schedule
 from bench.load.sweep import Point, SweepPlan, sweep
 from bench.machine import energy, server_metrics
 from bench.machine.server_metrics import ServerPoint
 from bench.questions.observe import Item, Observed, observe
 from bench.questions.tasks import Question
-from bench.report.schema import Load, Role
+from bench.roles import Role
+from bench.run.config import Plan
+from bench.run.measured import SWEEP, Keep, Load, Measurements, Observer, Stretch
+from bench.run.systems import System
 from toolkit.errors import BenchError
 
-__all__ = ["Keep", "Measurements", "Observer", "Plan", "Progress", "Stretch", "System", "measure"]
+__all__ = ["Progress", "measure"]
 
 #: Called with the name of the phase, the requests done in it, their total, and what is going on just now.
 Progress = Callable[[str, int, int, str], None]
-#: Who read the baseline's answers; the baseline does so a second time.
-Observer = Literal["baseline", "again", "candidate"]
-
 #: Questions a turn, for each that is in flight: few enough to take turns often, enough to keep all in flight.
 TURN = 4
-#: Requests of a block for each that is in flight, at least.
-WAVES = 3
 #: Under a duration, so many times the requests are made that the fastest pace seen before asks for.
 SPARE = 3.0
 #: Most requests in flight under a rate, and most that wait beyond that before the server counts as too slow for it.
@@ -55,199 +50,6 @@ LIVE_S = 5.0
 
 def _silent(phase: str, done: int, total: int, now: str) -> None:
     pass
-
-
-@dataclass(frozen=True, slots=True)
-class System:
-    """One of the two that are measured.
-
-    Attributes:
-        pid: of its server's process, when that runs here: whose GPUs' energy is counted.
-    """
-
-    role: Role
-    endpoint: Endpoint
-    pid: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How much is measured.
-
-    Attributes:
-        concurrencies: requests kept in flight, one speed point each.
-        rates: requests/s in an open loop, one speed point each.
-        arrivals: of open loops.
-        sweep: open-loop rates of a sweep, which each system runs up to its own saturation; 0 for none.
-        sweep_concurrency: requests in flight that saturate a server, in a sweep.
-        requests: measured requests a point and system, over all rounds; more at high concurrency.
-        duration_s: seconds that a point is measured in each round, instead of so many requests.
-        ramp_s: seconds in which a load grows before it is measured.
-        rounds: each point is measured so often, the two systems taking turns in alternating order.
-        output_tokens: exact length of each answer in speed runs, at least 2 (one token has no TPOT).
-        prompt_tokens: of each prompt in speed runs, without its pictures.
-        images: pictures of each request in speed runs.
-        image_sizes: their sizes.
-        preset: the workload's name, where it has one.
-        slos: for goodput.
-        answer_tokens: longest answer to a question.
-        question_concurrency: questions in flight.
-        top_k: likeliest tokens per position, for fidelity.
-        fidelity_tokens: longest answer that is read for fidelity.
-        timeout_s: seconds a request may take.
-        nonce: makes this run's speed inputs new to a server that outlives it.
-    """
-
-    concurrencies: tuple[int, ...] = (1, 4, 16)
-    rates: tuple[float, ...] = ()
-    arrivals: Arrivals = "poisson"
-    sweep: int = 0
-    sweep_concurrency: int = 64
-    requests: int = 96
-    duration_s: float | None = None
-    ramp_s: float = 0.0
-    rounds: int = 3
-    output_tokens: Lengths = Lengths.fixed(128)  # noqa: RUF009  # frozen
-    prompt_tokens: Lengths = Lengths.fixed(16)  # noqa: RUF009
-    images: Lengths = Lengths.fixed(1)  # noqa: RUF009
-    image_sizes: tuple[ImageSize, ...] = ((448, 448),)
-    preset: str | None = None
-    slos: tuple[Slo, ...] = ()
-    answer_tokens: int = 64
-    question_concurrency: int = 4
-    top_k: int = 20
-    fidelity_tokens: int = 64
-    timeout_s: float = 120.0
-    nonce: str = field(default_factory=lambda: secrets.token_hex(8))
-
-    def __post_init__(self) -> None:
-        positive = {
-            "--requests": self.requests,
-            "--rounds": self.rounds,
-            "--answer-tokens": self.answer_tokens,
-            "--question-concurrency": self.question_concurrency,
-            "--timeout": self.timeout_s,
-            "--sweep-concurrency": self.sweep_concurrency,
-        }
-        for name, value in positive.items():
-            if value <= 0:
-                raise BenchError(f"{name} {value}: must be at least 1")
-        if self.output_tokens.low < 2:
-            raise BenchError(
-                f"--output-tokens {self.output_tokens}: must be at least 2, one token has no time per output token"
-            )
-        if any(concurrency < 1 for concurrency in self.concurrencies):
-            raise BenchError("--concurrency: each must be at least 1")
-        if not all(rate > 0 and math.isfinite(rate) for rate in self.rates):
-            raise BenchError("--rate: each must be more than 0 requests/s")
-        if self.duration_s is not None and not 0 < self.duration_s < math.inf:
-            raise BenchError(f"--duration {self.duration_s:g}: must be more than 0 s")
-        if not 0 <= self.ramp_s < math.inf:
-            raise BenchError(f"--ramp {self.ramp_s:g}: must be 0 s or more")
-        self.inputs("")
-
-    @property
-    def measures_speed(self) -> bool:
-        """Whether there is any point of speed to measure."""
-        return bool(self.concurrencies or self.rates or self.sweep)
-
-    @property
-    def round_requests(self) -> int:
-        """Requests of a point and system in one round, at least."""
-        return -(-self.requests // self.rounds)
-
-    @property
-    def units(self) -> list[str]:
-        """What is measured of each system in each round, in order; the sweep is one."""
-        return [*(load.name for load in self.loads), *([SWEEP] if self.sweep else [])]
-
-    @property
-    def loads(self) -> list[Load]:
-        """The closed and open loops, in order."""
-        rates = [Load.at_rate(rate, self.arrivals) for rate in sorted(self.rates)]
-        return [*map(Load.in_flight, self.concurrencies), *rates]
-
-    def block_requests(self, concurrency: int) -> int:
-        """Requests of one block: one system, one concurrency, one round.
-
-        At least `WAVES` times as many as are in flight: a single wave would be a burst, not a load.
-        """
-        return max(self.round_requests, WAVES * concurrency)
-
-    def inputs(self, nonce: str) -> SpeedInputs:
-        """Return what makes the requests of speed runs."""
-        return SpeedInputs(nonce, self.image_sizes, self.output_tokens, self.prompt_tokens, self.images)
-
-
-SWEEP = "sweep"
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """One system under one load in one round.
-
-    Attributes:
-        offered_per_s: requests due each second, in an open loop.
-        server: what the server counted meanwhile.
-        joules: what its GPUs took meanwhile.
-    """
-
-    block: Block
-    offered_per_s: float | None = None
-    server: ServerPoint | None = None
-    joules: float | None = None
-
-
-@dataclass(slots=True)
-class Measurements:
-    """Raw results. `measure` adds to them what they lack.
-
-    Attributes:
-        units: what was measured of a system in a round: the name of a `Plan.units`, to its loads and stretches.
-        answers: to the questions, by their ids; those that came.
-        observed: of fidelity.
-        failures: (system, phase, failure) -> how often: what ended the run. Failed requests that are a result of their
-            point stand in its block instead.
-        kv_cache_tokens: room in each server's KV cache, where it tells.
-    """
-
-    units: dict[tuple[Role, str, int], list[tuple[Load, Stretch]]] = field(default_factory=dict)
-    answers: dict[Role, dict[str, Trace]] = field(default_factory=dict)
-    observed: dict[Observer, Observed] = field(default_factory=dict)
-    failures: Counter[tuple[Role, str, Failure]] = field(default_factory=Counter)
-    kv_cache_tokens: dict[Role, int] = field(default_factory=dict)
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing was measured."""
-        return not (self.units or self.observed or any(self.answers.values()))
-
-    def stretches(self) -> dict[tuple[Role, Load], dict[int, Stretch]]:
-        """Return every round of each system under each load."""
-        found: dict[tuple[Role, Load], dict[int, Stretch]] = {}
-        for (role, _, round_), stretches in self.units.items():
-            for load, stretch in stretches:
-                found.setdefault((role, load), {})[round_] = stretch
-        return found
-
-    def fail(self, role: Role, phase: str, traces: Sequence[Trace]) -> None:
-        """Record the failures among ``traces``: they end the run."""
-        for trace in traces:
-            if trace.failure:
-                self.failures[role, phase, trace.failure] += 1
-
-
-class Keep(Protocol):
-    """Where what was measured is kept as it comes, so that an interrupted run can go on."""
-
-    def answer(self, role: Role, question: str, trace: Trace) -> None:
-        """Keep an answer to a question."""
-
-    def unit(self, role: Role, unit: str, round_: int, stretches: Sequence[tuple[Load, Stretch]]) -> None:
-        """Keep a unit of a round."""
-
-    def observed(self, who: Observer, observed: Observed) -> None:
-        """Keep a pass of fidelity."""
 
 
 class _Nowhere:

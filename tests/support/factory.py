@@ -14,8 +14,10 @@ from bench.load.inputs import Lengths
 from bench.load.loops import Block
 from bench.questions.tasks import Picture, Question, check_picture
 from bench.report.build import build, workload
-from bench.report.schema import Memory, Report, Role, SystemInfo
-from bench.run.measure import Measurements, Plan, Stretch
+from bench.report.schema import Memory, Report, SystemInfo
+from bench.roles import Role
+from bench.run.config import Plan
+from bench.run.measured import Measurements, Stretch
 
 PLAN = Plan(
     concurrencies=(1, 4), requests=8, rounds=2, output_tokens=Lengths.fixed(5), image_sizes=((56, 56),), nonce="n"

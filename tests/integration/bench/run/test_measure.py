@@ -13,8 +13,12 @@ from bench.load.endpoint import discover
 from bench.load.inputs import Lengths
 from bench.load.loops import Block
 from bench.questions.tasks import Question
-from bench.report.schema import Load, Role
-from bench.run.measure import Measurements, Plan, System, measure
+from bench.report.schema import Load
+from bench.roles import Role
+from bench.run.config import Plan
+from bench.run.measure import measure
+from bench.run.measured import Measurements
+from bench.run.systems import System
 from tests.support.fake_server import Behaviour, FakeServer, serving
 from toolkit.errors import BenchError
 

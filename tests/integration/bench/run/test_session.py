@@ -16,11 +16,12 @@ import pytest
 
 from bench import report as reports
 from bench.load.inputs import Lengths
+from bench.report import build
 from bench.report.render.json_file import read
 from bench.report.schema import Report
 from bench.run.boot import Abort, Here, Start
-from bench.run.measure import Plan
-from bench.run.session import Dataset, Settings, dataset, run
+from bench.run.config import Plan, Settings
+from bench.run.session import Dataset, dataset, measured
 from tests.support.fake_server import Behaviour, FakeServer, serving
 from tests.unit.bench.questions.test_datasets import docvqa, picture, write
 from toolkit.errors import BenchError, ManifestError, MediaError, ServerError
@@ -28,6 +29,11 @@ from toolkit.errors import BenchError, ManifestError, MediaError, ServerError
 PLAN = Plan(
     concurrencies=(1, 2), requests=4, rounds=2, output_tokens=Lengths.fixed(4), image_sizes=((56, 56),), timeout_s=5.0
 )
+
+
+def run(settings: Settings, **options: Any) -> Report:
+    with measured(settings, **options) as outcome:
+        return build.report(outcome, settings)
 
 
 class Booted:

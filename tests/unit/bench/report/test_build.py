@@ -20,8 +20,10 @@ from bench.report import speed, words
 from bench.report.build import build, workload
 from bench.report.render import html_file as html
 from bench.report.render import markdown
-from bench.report.schema import Judgement, Load, Report, Role, SpeedFigure, SpeedRatio, SystemInfo
-from bench.run.measure import Measurements, Plan, Stretch
+from bench.report.schema import Judgement, Load, Report, SpeedFigure, SpeedRatio, SystemInfo
+from bench.roles import Role
+from bench.run.config import Plan
+from bench.run.measured import Measurements, Stretch
 from tests.support.factory import PLAN, pictured, questions, report, system, trace
 
 

@@ -18,7 +18,8 @@ from bench.report.render import json_file as json
 from bench.report.render import markdown, terminal
 from bench.report.render.json_file import read
 from bench.report.render.plots import speed_curves
-from bench.report.schema import SCHEMA_VERSION, Report, Role
+from bench.report.schema import SCHEMA_VERSION, Report
+from bench.roles import Role
 from tests.support.factory import first_version, pictured, questions, report, second_version
 from tests.support.paths import RESULTS
 from toolkit.errors import BenchError

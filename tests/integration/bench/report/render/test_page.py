@@ -15,8 +15,9 @@ from bench.load.metrics import parse_slos
 from bench.machine.server_metrics import ServerPoint
 from bench.report import words
 from bench.report.render.json_file import read
-from bench.report.schema import Drift, Fidelity, FidelityItem, Load, Report, Role, Share
-from bench.run.measure import Measurements, Stretch
+from bench.report.schema import Drift, Fidelity, FidelityItem, Load, Report, Share
+from bench.roles import ROLES, Role
+from bench.run.measured import Measurements, Stretch
 from tests.support.browser import Browser, Tab, chromium
 from tests.support.factory import PLAN, pictured, trace
 from tests.unit.bench.report.test_build import built
@@ -24,7 +25,6 @@ from tests.unit.bench.report.test_build import built
 pytestmark = pytest.mark.slow
 
 WIDTHS = (390, 1280)
-ROLES: tuple[Role, ...] = ("baseline", "candidate")
 
 
 def share(value: float, low: float, high: float) -> Share:
