@@ -11,9 +11,10 @@ and a verb takes the model where it would take the options::
     @settings_as_options
     def quantize(model: ModelOption, out: OutOption, recipe: Recipe) -> None: ...
 
-The order of options is that of the verb's parameters, a model's fields standing where the model stands. Only what was
-given on the command line (or by an environment variable) is passed to the model: the rest are its own defaults, which
-`Settings.from_options` may take from elsewhere, such as a preset.
+The order of options is that of the verb's parameters, a model's fields standing where the model stands, and those of a
+field that holds a `Settings` of its own standing where that field stands. Only what was given on the command line (or
+by an environment variable) is passed to the model: the rest are its own defaults, which `Settings.from_options` may
+take from elsewhere, such as a preset.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
@@ -50,6 +51,7 @@ class _Option:
     type: Any
     least: int | float | None
     show_default: bool | str
+    default: str | None
     hidden: bool
     asked: bool | Callable[[Any], str]
 
@@ -64,6 +66,7 @@ def Option(
     type: Any = None,
     least: int | float | None = None,
     show_default: bool | str = True,
+    default: str | None = None,
     hidden: bool = False,
     asked: bool | Callable[[Any], str] = True,
 ) -> _Option:
@@ -80,6 +83,7 @@ def Option(
             validator that takes both.
         least: smallest number that the command line takes; click refuses others.
         show_default: a text in place of the default, or False to show none.
+        default: what the help shows as the default where `Settings.from_options` finds another than the model's.
         hidden: leave it out of the help.
         asked: whether it decides what comes out, so that it belongs into `Settings.asked`; or how it is written there.
     """
@@ -92,6 +96,7 @@ def Option(
         type=type,
         least=least,
         show_default=show_default,
+        default=default,
         hidden=hidden,
         asked=asked,
     )
@@ -120,6 +125,10 @@ class Settings(BaseModel):
         """Return the settings for what a command line gave, by the fields' names."""
         return cls(**given)
 
+    def replaced(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed, checked like new settings."""
+        return type(self)(**{**dict(self), **changes})
+
     @classmethod
     def option(cls, field: str) -> str:
         """Return how a field's option is written: ``--group-size``."""
@@ -127,9 +136,11 @@ class Settings(BaseModel):
 
     def asked(self) -> dict[str, str]:
         """Return what decides the outcome, by the names of the options: two runs with equal ones asked for the same."""
-        found = {}
+        found: dict[str, str] = {}
         for name, field in type(self).model_fields.items():
             option = _of(field)
+            if _inner(field) and isinstance(inner := getattr(self, name), Settings):
+                found |= inner.asked()
             if option is None or option.asked is False:
                 continue
             value = getattr(self, name)
@@ -151,7 +162,7 @@ def settings_as_options(function: Callable[..., None]) -> Callable[..., None]:
         kind = parameter.annotation
         if inspect.isclass(kind) and issubclass(kind, Settings):
             models[parameter.name] = kind
-            parameters += [_parameter(name, field) for name, field in kind.model_fields.items() if _of(field)]
+            parameters += [_parameter(name, field) for name, field in _options(kind)]
         else:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
     doubled = {p.name for p in parameters if [q.name for q in parameters].count(p.name) > 1}
@@ -162,18 +173,43 @@ def settings_as_options(function: Callable[..., None]) -> Callable[..., None]:
     def verb(**values: Any) -> None:
         context: typer.Context = values.pop(_CONTEXT)
         for name, model in models.items():
-            given = {}
-            for field in model.model_fields:
-                if field in values:
-                    value = values.pop(field)
-                    if getattr(context.get_parameter_source(field), "name", "") in _GIVEN:
-                        given[field] = value
-            values[name] = model.from_options(given)
+            values[name] = model.from_options(_given(model, values, context))
         function(**values)
 
     verb.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     verb.__annotations__ = {p.name: p.annotation for p in parameters}
     return verb
+
+
+def _given(model: type[Settings], values: dict[str, Any], context: typer.Context) -> dict[str, Any]:
+    """Take a model's options out of ``values``; return those that somebody gave, and settings that it holds."""
+    given: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        if inner := _inner(field):
+            given[name] = inner.from_options(_given(inner, values, context))
+        elif name in values:
+            value = values.pop(name)
+            if getattr(context.get_parameter_source(name), "name", "") in _GIVEN:
+                given[name] = value
+    return given
+
+
+def _options(model: type[Settings]) -> Iterator[tuple[str, FieldInfo]]:
+    """Yield the fields that are options, those of settings within settings too."""
+    for name, field in model.model_fields.items():
+        if inner := _inner(field):
+            yield from _options(inner)
+        elif _of(field):
+            yield name, field
+
+
+def _inner(field: FieldInfo) -> type[Settings] | None:
+    """Return the settings that a field holds, if their fields are options."""
+    union = get_origin(field.annotation) in (Union, types.UnionType)
+    for kind in get_args(field.annotation) if union else (field.annotation,):
+        if inspect.isclass(kind) and issubclass(kind, Settings) and any(_options(kind)):
+            return kind
+    return None
 
 
 def _of(field: FieldInfo) -> _Option | None:
@@ -193,6 +229,8 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     default: Any = field.get_default(call_default_factory=True) if not field.is_required() else ...
     if default is PydanticUndefined:
         default = ...
+    if option.default is not None:
+        default = option.default
     repeated = get_origin(kind) is list
     if option.type is not None and not isinstance(default, str | int | float | Path | bool):
         default = [] if repeated else None
@@ -250,5 +288,6 @@ def _first(model: type[Settings], found: ValidationError) -> str:
         return f"{name} is no setting of {model.__name__}: choose among {', '.join(model.model_fields)}"
     where = _spelling(name, model.model_fields[name]) if name in model.model_fields else name
     what = error["msg"][:1].lower() + error["msg"][1:]
-    value = "" if error["type"] == "missing" else f" {error['input']!r}"
+    shown = error["type"] != "missing" and (name not in model.model_fields or model.model_fields[name].repr)
+    value = f" {error['input']!r}" if shown else ""
     return f"{where}{value}: {what}" if where else what

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pytest
 import typer
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from typer.testing import CliRunner
 
 from toolkit.errors import FormatError, QvlError
@@ -121,3 +122,46 @@ def test_two_options_of_one_name_are_a_fault_of_the_code() -> None:
 
         @settings_as_options
         def verb(clip: bool, sizes: Sizes) -> None: ...
+
+
+class Bounds(Settings):
+    most: Annotated[int, Option("The most.")] = 9
+    key: Annotated[str | None, Option("A key.", asked=False)] = Field(None, repr=False)
+
+
+class Whole(Settings):
+    first: Annotated[int, Option("First.")] = 1
+    shape: Annotated[str, Option("A shape.", default="auto")] = "round"
+    bounds: Bounds | None = None
+    last: Annotated[int, Option("Last.")] = 2
+
+    @classmethod
+    def from_options(cls, given: Mapping[str, Any]) -> Self:
+        return cls(**{"shape": "found", **given})
+
+
+def test_settings_within_settings() -> None:
+    app, seen = typer.Typer(add_completion=False), []
+
+    @app.command()
+    @settings_as_options
+    def verb(whole: Whole) -> None:
+        seen.append(whole)
+
+    parameters = typer.main.get_command(app).params
+    assert [p.name for p in parameters] == ["first", "shape", "most", "key", "last"]
+    assert run(app).exit_code == 0 and run(app, "--most", "3", "--shape", "flat").exit_code == 0
+    assert seen == [Whole(shape="found", bounds=Bounds()), Whole(shape="flat", bounds=Bounds(most=3))]
+    assert Whole().bounds is None and "auto" in run(app, "--help", env={"TERM": "dumb"}).output
+    assert Whole(bounds=Bounds()).asked() == {"--first": "1", "--shape": "round", "--most": "9", "--last": "2"}
+
+
+def test_a_changed_copy_is_checked() -> None:
+    assert Sizes().replaced(clip=False) == Sizes(clip=False)
+    with pytest.raises(FormatError, match="groups of 3"):
+        Sizes().replaced(group_size=3)
+
+
+def test_a_secret_is_not_said() -> None:
+    with pytest.raises(QvlError, match=r"^--key: input should be a valid string$"):
+        Bounds(key=5)
