@@ -11,7 +11,7 @@ from bench.questions import observe
 from bench.questions.observe import Item, Observed
 from bench.report.schema import Drift, Fidelity, FidelityItem, Share
 from bench.report.thumbnails import thumbnails
-from bench.run.config import Plan
+from bench.run.config import BenchConfig
 from bench.run.measured import Observer
 
 __all__ = ["DEFINITIONS", "doubts", "found", "worst"]
@@ -34,7 +34,7 @@ DEFINITIONS = {
 
 
 def found(
-    items: Sequence[Item], observed: Mapping[Observer, Observed], plan: Plan, *, source: str, seed: int
+    items: Sequence[Item], observed: Mapping[Observer, Observed], config: BenchConfig, *, source: str
 ) -> Fidelity:
     """Compare what the systems did with ``items``; their pictures may be read once more."""
     result = fidelity.compare(
@@ -42,8 +42,8 @@ def found(
         observed["baseline"],
         observed["candidate"],
         observed.get("again"),
-        top_k=plan.top_k,
-        seed=seed,
+        top_k=config.top_k,
+        seed=config.seed,
     )
     rows = [_item(drift) for drift in result.items]
     most = {row.id for row in worst(rows)}
@@ -52,7 +52,7 @@ def found(
         source=source,
         items_sha256=observe.digest(items),
         top_k=result.top_k,
-        answer_tokens=plan.fidelity_tokens,
+        answer_tokens=config.fidelity_tokens,
         candidate=_drift(result.candidate),
         noise=_drift(result.noise) if result.noise else None,
         items=rows,

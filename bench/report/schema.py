@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field
 
 from bench.questions.scoring import RIGHT
 from bench.roles import ROLES, Role
-from bench.run.measured import PART, Load, LoadKind
+from bench.run.loads import PART, Load, LoadKind
 from bench.run.systems import Memory, SystemInfo
 
 __all__ = [

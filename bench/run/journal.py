@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from bench.load.client import Trace
 from bench.questions.observe import Observed
 from bench.roles import Role
-from bench.run.measured import Load, Measurements, Observer, Stretch
+from bench.run.loads import Load
+from bench.run.measured import Measurements, Observer, Stretch
 from toolkit.errors import BenchError
 
 __all__ = ["JOURNAL", "Journal"]

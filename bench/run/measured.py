@@ -7,57 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict
-
 from bench.load.client import Failure, Trace
 from bench.load.loops import Block
 from bench.machine.server_metrics import ServerPoint
 from bench.questions.observe import Observed
 from bench.roles import Role
+from bench.run.loads import Load
 
-__all__ = ["PART", "SWEEP", "Keep", "Load", "LoadKind", "Measurements", "Observer", "Stretch"]
+__all__ = ["Keep", "Measurements", "Observer", "Stretch"]
 
-LoadKind = Literal["closed", "open", "single", "saturation", "rate"]
 #: Who read the baseline's answers; the baseline does so a second time.
 Observer = Literal["baseline", "again", "candidate"]
-#: The unit of a round that is a sweep.
-SWEEP = "sweep"
-#: Of every part of a report: unknown keys are refused, so that a typo can't pass as a missing value.
-PART = ConfigDict(extra="forbid", frozen=True)
-
-
-class Load(BaseModel):
-    """What a server is under while a point is measured.
-
-    Attributes:
-        kind: ``closed``: so many requests are kept in flight. ``open``: so many are due each second, however many are
-            in flight. Of a sweep: ``single`` (one at a time), ``saturation`` (as many in flight as fill the server) and
-            ``rate`` (an open loop at a share of what this server saturated at).
-        name: what it is called in tables, messages and `SpeedRatio`; unique in a report.
-        concurrency: of a closed loop.
-        rate_per_s: of ``open``, requests due each second.
-        arrivals: of ``open`` and ``rate``.
-        share: of ``rate``, of the requests a second at saturation.
-    """
-
-    model_config = PART
-
-    kind: LoadKind
-    name: str
-    concurrency: int | None = None
-    rate_per_s: float | None = None
-    arrivals: Literal["poisson", "constant"] | None = None
-    share: float | None = None
-
-    @classmethod
-    def in_flight(cls, concurrency: int) -> Load:
-        """Return a closed loop."""
-        return cls(kind="closed", name=f"{concurrency} in flight", concurrency=concurrency)
-
-    @classmethod
-    def at_rate(cls, rate_per_s: float, arrivals: Literal["poisson", "constant"]) -> Load:
-        """Return an open loop."""
-        return cls(kind="open", name=f"{rate_per_s:g} requests/s", rate_per_s=rate_per_s, arrivals=arrivals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +41,7 @@ class Measurements:
     """Raw results. `measure` adds to them what they lack.
 
     Attributes:
-        units: what was measured of a system in a round: the name of a `Plan.units`, to its loads and stretches.
+        units: what was measured of a system in a round: the name of a `BenchConfig.units`, to its loads and stretches.
         answers: to the questions, by their ids; those that came.
         observed: of fidelity.
         failures: (system, phase, failure) -> how often: what ended the run. Failed requests that are a result of their

@@ -15,8 +15,9 @@ from bench.load.endpoint import Endpoint, discover, normalise_url, public_url
 from bench.machine import resources
 from bench.roles import ROLES, Role
 from bench.run.boot import Here, Server
-from bench.run.config import Settings, is_url
-from bench.run.measured import PART, Measurements
+from bench.run.config import BenchConfig, is_url
+from bench.run.loads import PART
+from bench.run.measured import Measurements
 
 __all__ = ["Memory", "System", "SystemInfo", "described", "info", "reached", "warnings"]
 
@@ -69,7 +70,7 @@ class SystemInfo(BaseModel):
     serve_arguments: list[str] = []
 
 
-def reached(role: Role, settings: Settings, server: Server | None, known: Server | Here | None) -> System:
+def reached(role: Role, config: BenchConfig, server: Server | None, known: Server | Here | None) -> System:
     """Ask a system what it serves.
 
     Args:
@@ -79,7 +80,7 @@ def reached(role: Role, settings: Settings, server: Server | None, known: Server
     Raises:
         ServerError: it does not answer as a server does.
     """
-    url, key = (server.url, server.api_key) if server else (settings.sources[role], settings.api_key)
+    url, key = (server.url, server.api_key) if server else (config.sources[role], config.api_key)
     return System(role, asyncio.run(discover(url, key)), known.pid if known else None)
 
 
@@ -88,9 +89,9 @@ def _name(source: str) -> str:
     return Path(source).name or Path(source).resolve().name or source
 
 
-def info(system: System, settings: Settings, server: Server | Here | None, found: Measurements) -> SystemInfo:
+def info(system: System, config: BenchConfig, server: Server | Here | None, found: Measurements) -> SystemInfo:
     """Describe a system while it still runs: its memory is read after the load."""
-    source, end = settings.sources[system.role], system.endpoint
+    source, end = config.sources[system.role], system.endpoint
     kv_cache = found.kv_cache_tokens.get(system.role)
     if server is None:
         shown = public_url(end.url)
@@ -131,29 +132,29 @@ def info(system: System, settings: Settings, server: Server | Here | None, found
                 "kv_cache_tokens": kv_cache,
             }
         ),
-        serve_arguments=[] if given else list(settings.serve_arguments),
+        serve_arguments=[] if given else list(config.serve_arguments),
     )
 
 
-def _unmet(role: Role, settings: Settings) -> SystemInfo:
-    source = settings.sources[role]
+def _unmet(role: Role, config: BenchConfig) -> SystemInfo:
+    source = config.sources[role]
     shown = public_url(source) if is_url(source) else source
     label = urlsplit(shown).netloc if is_url(source) else _name(source)
     return SystemInfo(role=role, label=label, source=shown, booted=False, model="", url="")
 
 
-def described(settings: Settings, found: dict[Role, SystemInfo]) -> dict[Role, SystemInfo]:
+def described(config: BenchConfig, found: dict[Role, SystemInfo]) -> dict[Role, SystemInfo]:
     """Return both systems in order, told apart by role where their names are equal; a run that ended at the first never
     met the second."""
-    infos = {role: found.get(role) or _unmet(role, settings) for role in ROLES}
+    infos = {role: found.get(role) or _unmet(role, config) for role in ROLES}
     if infos["baseline"].label != infos["candidate"].label:
         return infos
     return {role: one.model_copy(update={"label": f"{one.label} ({role})"}) for role, one in infos.items()}
 
 
-def warnings(settings: Settings, infos: dict[Role, SystemInfo]) -> list[str]:
+def warnings(config: BenchConfig, infos: dict[Role, SystemInfo]) -> list[str]:
     """Say why the two can't be compared, or not as it seems."""
-    a, b = settings.sources["baseline"], settings.sources["candidate"]
+    a, b = config.sources["baseline"], config.sources["candidate"]
     if is_url(a) and is_url(b):
         if normalise_url(a) == normalise_url(b):
             return ["baseline and candidate are one server: differences are noise"]

@@ -97,7 +97,7 @@ def _parallel(model: str, results: Path, plan: TunePlan, minutes: float) -> bool
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is left, until the minutes are up."""
-    from bench.load.inputs import parse_sizes
+    from bench.load.workload import parse_sizes
     from serve.settings.backend import choose
     from toolkit.console import fail, note
 

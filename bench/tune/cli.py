@@ -58,8 +58,9 @@ def tune(
     """
     import json
 
-    from bench.cli.bench import _concurrencies, _sigterm_like_ctrl_c
-    from bench.load.inputs import parse_sizes
+    from bench.load.workload import parse_sizes
+    from bench.run.config import parse_concurrencies
+    from bench.run.signals import sigterm_like_ctrl_c
     from bench.tune.measure import FP16, Journal, TunePlan
     from bench.tune.measure import tune as run
     from serve.plan.candidates import candidates, refuse_busy_gpu
@@ -78,7 +79,9 @@ def tune(
     checkpoint = Checkpoint.open(resolve(model))
     parallel = Parallel(tp=tp)
     parallel.check(checkpoint, where)
-    plan = TunePlan(_concurrencies(concurrency), requests, output_tokens, parse_sizes(image_sizes), _file(questions))
+    plan = TunePlan(
+        parse_concurrencies(concurrency), requests, output_tokens, parse_sizes(image_sizes), _file(questions)
+    )
     key = key_for(checkpoint, where, tp)
     tried = candidates(where, key.card, checkpoint.quantization is not None, text=questions is not None, lossy=lossy)
     if only is not None:
@@ -104,7 +107,7 @@ def tune(
             settings=tried.get(name, Settings()),
         )
 
-    with _sigterm_like_ctrl_c(), _progress() as (progress, on_phase):
+    with sigterm_like_ctrl_c(), _progress() as (progress, on_phase):
         complete = run(
             settings,
             plan,

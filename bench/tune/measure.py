@@ -20,9 +20,10 @@ from typing import Any
 
 from bench.load.client import ChatRequest, Trace, ask
 from bench.load.endpoint import Endpoint, discover, http_client
-from bench.load.inputs import ImageSize, SpeedInputs
+from bench.load.inputs import SpeedInputs
 from bench.load.loops import Block, closed_loop
 from bench.load.metrics import summarise
+from bench.load.workload import ImageSize
 from bench.questions.tasks import load_questions
 from bench.run.boot import Abort, Start, booted
 from toolkit.errors import BenchError, QvlError

@@ -340,7 +340,7 @@ def test_each_verdict_stands_in_all_formats() -> None:
 
 def test_a_task_that_is_worse_is_said_first() -> None:
     asked = [*questions(20, tasks=["red"]), *questions(600, tasks=["blue"])]
-    page = html.render(report({"candidate": {f"red-{i}" for i in range(10)}}, asked=asked, margin=0.05))
+    page = html.render(report({"candidate": {f"red-{i}" for i in range(10)}}, asked=asked, margin=5.0))
     assert "<strong>No worse over all, worse in red</strong>" in page
 
 
