@@ -80,7 +80,7 @@ def test_questions_on_one_picture_are_one_piece_of_evidence() -> None:
 def test_rows_say_what_the_statistics_say() -> None:
     asked = questions(60, tasks=("red", "blue", "green"))
     wrong: dict[Role, set[str]] = {"baseline": ids("blue", 1), "candidate": ids("red", *range(9)) | ids("blue", 2)}
-    found = report(wrong, asked=asked, margin=0.02).accuracy
+    found = report(wrong, asked=asked, margin=2.0).accuracy
     assert found is not None
     compared = {
         task: verdict.compare(
@@ -156,9 +156,9 @@ def test_verdicts_are_said_in_words() -> None:
     assert (fine.verdict.accuracy, "more than 1 point is ruled out" in fine.verdict.sentence) == ("no worse", True)
     bad = report({"candidate": ids("red", *range(10))})
     assert (bad.verdict.accuracy, "a loss beyond chance" in bad.verdict.sentence) == ("worse", True)
-    assert "a smaller one is there" in report(ids_lost(8), per_task=2000, margin=0.05).verdict.sentence
+    assert "a smaller one is there" in report(ids_lost(8), per_task=2000, margin=5.0).verdict.sentence
     most = [*questions(20, tasks=["red"]), *questions(600, tasks=["blue"])]
-    mixed = report(ids_lost(10), asked=most, margin=0.05)
+    mixed = report(ids_lost(10), asked=most, margin=5.0)
     assert (mixed.verdict.accuracy, "Worse by itself: red" in mixed.verdict.sentence) == ("no worse", True)
     silent = report(asked=[])
     assert (silent.verdict.accuracy, silent.verdict.sentence) == (None, "Accuracy was not measured.")
