@@ -8,13 +8,11 @@ import shutil
 from pathlib import Path
 
 from bench.report.schema import Report
+from bench.run.journal import JOURNAL
 from toolkit.errors import BenchError
 from toolkit.files import put_in_place
 
 __all__ = ["check_target", "clear", "kept", "write"]
-
-#: Written by `bench.run.journal`, which needs what is measured with.
-JOURNAL = "run.jsonl"
 
 
 def check_target(out: Path, force: bool) -> None:

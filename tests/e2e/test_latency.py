@@ -17,8 +17,9 @@ import pytest
 from bench.load import metrics
 from bench.load.client import Trace, ask
 from bench.load.endpoint import Endpoint, discover, http_client
-from bench.load.inputs import ImageSize, SpeedInputs
+from bench.load.inputs import SpeedInputs
 from bench.load.loops import closed_loop
+from bench.load.workload import ImageSize
 from bench.machine.server_metrics import ServerPoint, read
 from tests.conftest import TOLD
 
