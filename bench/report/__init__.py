@@ -1,4 +1,9 @@
-"""What a bench found, as one schema in three formats, and how two of them compare."""
+"""What a bench found, as one schema in three formats, and how two of them compare.
+
+schema is the shape; build makes it of an outcome, with speed, accuracy and fidelity a module each, words for sentences
+and thumbnails for the images; render writes it as JSON, markdown and HTML and on the terminal; compare holds several
+against each other. Here: the directory of a report, written whole or not at all.
+"""
 
 from __future__ import annotations
 
