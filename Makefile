@@ -17,6 +17,7 @@ REPORT     ?= out/report#                  directory of bench's report
 A          ?= docs/results/demo-cpu#       compare: the older report
 B          ?= $(REPORT)#                   compare: the newer report
 FAIL_IF    ?= accuracy<-1%#                compare: what counts as a regression
+TESTS      ?= tests/unit#                  what coverage runs
 MICRO_LIMIT ?= median:25%#                 microbench-compare: min|max|mean|median:PERCENT% or :SECONDS
 ARGS       ?=#                             further options for any target's qvl call
 
@@ -26,7 +27,7 @@ PY   := $(VENV)/bin/python
 DONE := $(VENV)/.installed-$(BACKEND)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quantize convert inspect serve stop status ask bench compare test lint format microbench \
+.PHONY: help setup demo quantize convert inspect serve stop status ask bench compare test coverage lint format microbench \
         microbench-compare gpu-bench card-bench tune-bench quant-bench guard-cost cold-start soak serve-faults \
         seeded-faults demo-model deploy-files image clean
 
@@ -73,6 +74,9 @@ compare: setup ## report B against report A; exit code 1 when FAIL_IF holds
 test: setup ## all tests (FAST=1: without slow ones and those that boot vLLM)
 	$(PY) -m pytest -m "not e2e$(if $(FAST), and not slow)" -n auto --dist loadfile -p no:benchmark $(ARGS)
 	$(if $(FAST),,$(PY) -m pytest -m e2e $(ARGS))
+
+coverage: setup ## lines and branches that tests/unit reach, printed and in out/coverage (TESTS=tests: of all but e2e)
+	$(PY) -m pytest $(TESTS) -m "not e2e" -n auto --dist loadfile -p no:benchmark --cov --cov-report term --cov-report html $(ARGS)
 
 lint: setup ## ruff, who imports whom, mypy --strict
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/lint-imports && $(VENV)/bin/mypy
