@@ -17,6 +17,7 @@ REPORT     ?= out/report#                  directory of bench's report
 A          ?= docs/results/demo-cpu#       compare: the older report
 B          ?= $(REPORT)#                   compare: the newer report
 FAIL_IF    ?= accuracy<-1%#                compare: what counts as a regression
+TESTS      ?= tests/unit#                  what coverage runs
 MICRO_LIMIT ?= median:25%#                 microbench-compare: min|max|mean|median:PERCENT% or :SECONDS
 ARGS       ?=#                             further options for any target's qvl call
 
@@ -28,7 +29,7 @@ DONE := $(VENV)/.installed-$(BACKEND)
 AT_ONCE := -n auto --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quantize convert inspect serve stop status ask bench compare test test-all lint format microbench \
+.PHONY: help setup demo quantize convert inspect serve stop status ask bench compare test test-all coverage lint format microbench \
         microbench-compare gpu-bench card-bench tune-bench quant-bench guard-cost cold-start soak serve-faults \
         seeded-faults demo-model deploy-files image clean
 
@@ -77,6 +78,9 @@ test: setup ## unit, integration and end-to-end tests (FAST=1: without slow ones
 
 test-all: test ## before a release: those too that take minutes, alone on the machine (faults, soak, agreement, tuning)
 	$(PY) -m pytest -m release -p no:benchmark $(ARGS)
+
+coverage: setup ## lines and branches that tests/unit reach, printed and in out/coverage (TESTS=tests: of all but e2e)
+	$(PY) -m pytest $(TESTS) -m "not e2e" -n auto --dist loadfile -p no:benchmark --cov --cov-report term --cov-report html $(ARGS)
 
 lint: setup ## ruff, who imports whom, mypy --strict
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/lint-imports && $(VENV)/bin/mypy
