@@ -5,13 +5,13 @@ can a command line. A deployment without `qvl serve` (deploy/) writes the same v
 
 | constant      | written by                  | read by                                                        |
 |---------------|-----------------------------|----------------------------------------------------------------|
-| READY         | settings/config             | app/ready: `serve.settings.ready.ReadySettings` as JSON        |
-| GUARD         | settings/config             | guard/app, app/play: `serve.settings.limits.Limits` as JSON    |
-| PLAY          | settings/config             | app/play: `serve.settings.play.PlayOptions` as JSON            |
-| REQUEST_LOG   | settings/config             | app/requestlog: "1" turns the lines on                         |
-| LOG_FORMAT    | settings/config             | app/server: "json", or absent for text                         |
-| DIE_WITH      | process/lifecycle           | app/server: id of the process that the server must not outlive |
-| VLLM_API_KEY  | the user, settings/config   | settings/config, app/ready, vLLM                               |
+| READY         | process/launch              | app/ready: `serve.settings.ready.ReadySettings` as JSON        |
+| GUARD         | process/launch              | guard/app, app/play: `serve.settings.limits.Limits` as JSON    |
+| PLAY          | process/launch              | app/play: `serve.settings.play.PlayOptions` as JSON            |
+| REQUEST_LOG   | process/launch              | app/requestlog: "1" turns the lines on                         |
+| LOG_FORMAT    | process/launch              | app/server: "json", or absent for text                         |
+| DIE_WITH      | process/launch              | app/server: id of the process that the server must not outlive |
+| VLLM_API_KEY  | the user, process/launch    | settings/config, app/ready, vLLM                               |
 | BACKEND       | the user                    | settings/backend: "cpu" or "gpu"                               |
 | API_KEY       | the user                    | cli: the key of `qvl serve` and `qvl ask`                      |
 """
