@@ -122,14 +122,15 @@ def divide(layers: Sequence[int], devices: int) -> list[tuple[int, ...]]:
     return [tuple(layers[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
-def check_settings(checkpoint: Checkpoint, fmt: str, bits: int, group_size: int) -> None:
+def check_settings(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Refuse what AutoAWQ's formats, vLLM's kernels or the model's shapes do not allow.
 
     Raises:
         FormatError: names the setting, and for a group size the layer that it does not divide and sizes that work.
     """
-    if fmt not in FORMATS:
-        raise FormatError(f"unknown format {fmt!r}: choose gemm (what vLLM runs) or gemv")
+    bits, group_size = recipe.bits, recipe.group_size
+    if recipe.format not in FORMATS:
+        raise FormatError(f"unknown format {recipe.format!r}: choose gemm (what vLLM runs) or gemv")
     if bits not in BITS:
         raise FormatError(f"{bits} bits: AutoAWQ's formats hold 4-bit values only, use --bits 4")
     shapes = checkpoint.linear_shapes()

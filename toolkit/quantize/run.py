@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +19,10 @@ from toolkit.quantize.journal import Journal, source_identity
 from toolkit.quantize.model_card import model_card, versions
 from toolkit.quantize.plan import Plan, check_settings, divide, make_plan
 from toolkit.quantize.progress import RunProgress
-from toolkit.quantize.recipe import Recipe
+from toolkit.quantize.recipe import Recipe, RunOptions
 from toolkit.quantize.search.mixed import choose, skipped
-from toolkit.quantize.worker import Share, in_process, run
+from toolkit.quantize.worker import Share, in_process
+from toolkit.quantize.worker import run as run_share
 from toolkit.sources.directory import resolve
 
 if TYPE_CHECKING:
@@ -30,118 +30,42 @@ if TYPE_CHECKING:
 
     from toolkit.calibration.inputs import CalibrationSample, PreparedSample
 
-__all__ = ["quantize"]
+__all__ = ["run"]
 
 MANIFEST_VERSION = 2
 
 
-def quantize(
-    model: str,
-    out: Path | str,
-    *,
-    format: str = "gemm",
-    bits: int = 4,
-    group_size: int = 128,
-    calib: str = "demo",
-    samples: int = 128,
-    search: str = "moments",
-    scaling: str = "plain",
-    clip: bool = True,
-    rounding: str | None = None,
-    balance: str = "none",
-    skip: str | None = None,
-    from_report: Path | None = None,
-    budget: float = 0.1,
-    layers_report: Path | None = None,
-    max_tokens: int = 4096,
-    max_pixels: int | None = 1280 * 28 * 28,
-    seed: int = 0,
-    adapter: Path | str | None = None,
-    revision: str | None = None,
-    devices: str = "auto",
-    force: bool = False,
-    restart: bool = False,
-    dry_run: bool = False,
-) -> Path:
-    """Quantize a Qwen2-VL to AWQ.
-
-    A run that is stopped, even by ``kill -9``, keeps its finished layers; the same call goes on from there.
-
-    Args:
-        model: directory, hub id or ``demo``.
-        out: directory to write; appears when it is complete.
-        format: ``gemm`` or ``gemv``.
-        bits: 4.
-        group_size: inputs that share a scale: 32, 64, 128, or -1 for the whole row.
-        calib: JSONL manifest of chats (see :mod:`toolkit.calibration.inputs`) or ``demo``.
-        samples: how many of them are used.
-        search: ``moments`` (second moments; fast) or ``autoawq`` (AutoAWQ's own loop).
-        scaling: AutoAWQ's grid: ``plain`` (activation magnitudes) or ``duo`` (activations over weights).
-        clip: search for clipped ranges too.
-        rounding: ``compensated`` (later columns make up for the errors of earlier ones) or ``nearest``; by default
-            the first where the search is ``moments``.
-        balance: ``none``, or ``modality``: weigh vision and text tokens by what the loss depends on them.
-        skip: regular expression of linears that stay in 16 bits.
-        from_report: a file of ``layers_report``: the units that hurt most stay in 16 bits, within ``budget``.
-        budget: extra size allowed for that, relative to the whole checkpoint.
-        layers_report: file to write: each layer's error by rounding to nearest, AutoAWQ's search and ours.
-        max_tokens: longer samples are left out.
-        max_pixels: bound on a calibration image; None is the processor's own.
-        seed: of the draw of samples.
-        adapter: peft adapter directory, merged first.
-        revision: branch, tag or commit of a hub id.
-        devices: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, or several: ``0,1``.
-        force: replace an existing ``out``.
-        restart: discard what a stopped run has finished.
-        dry_run: only say what the run would need.
-
-    Returns:
-        ``out``.
-
-    Raises:
-        QvlError: its children say what was wrong with the source, the settings, the samples or the machine.
-    """
-    recipe = Recipe(
-        format,
-        bits,
-        group_size,
-        search,
-        scaling,
-        clip,
-        rounding or ("compensated" if search == "moments" else "nearest"),
-        balance,
-        skip,
-        samples,
-        max_tokens,
-        max_pixels,
-        seed,
-    )
-    out = Path(out)
-    checkpoint = Checkpoint.open(resolve(model, revision))
+def run(model: str, out: Path, recipe: Recipe, options: RunOptions) -> Path:
+    """Quantize a checkpoint; see :func:`toolkit.quantize.quantize`."""
+    checkpoint = Checkpoint.open(resolve(model, recipe.revision))
     if checkpoint.quantization is not None:
         raise AlreadyQuantized(
             f"{checkpoint.path} is AWQ already ({checkpoint.quantization.version}, group size "
             f"{checkpoint.quantization.group_size}): quantize its fp16 source, or `qvl convert` it to the other format"
         )
-    check_settings(checkpoint, format, bits, group_size)
-    CheckpointWriter(out, force, source=checkpoint.path).check_out()
-    if adapter is not None:
+    check_settings(checkpoint, recipe)
+    CheckpointWriter(out, options.force, source=checkpoint.path).check_out()
+    if recipe.adapter is not None:
         from toolkit.sources.adapter import check_adapter
 
-        check_adapter(Path(adapter))
-    left = skipped(skip, checkpoint)
-    if from_report is not None:
+        check_adapter(recipe.adapter)
+    left = skipped(recipe.skip, checkpoint)
+    if recipe.from_report is not None:
         from toolkit.checkpoint.weights import read_json
 
-        left |= choose(read_json(from_report), budget, checkpoint, group_size)
+        left |= choose(read_json(recipe.from_report), recipe.budget, checkpoint, recipe.group_size)
     if left:
         note(f"left in 16 bits: {describe(left, checkpoint.num_layers, checkpoint.family)}")
-    source: dict[str, Any] = {"model": model, "revision": revision, "adapter": str(adapter) if adapter else None}
-    task = _Run(checkpoint, recipe, calib, source, _devices(devices), left, layers_report)
-    if dry_run:
+    source: dict[str, Any] = {
+        "model": model,
+        "revision": recipe.revision,
+        "adapter": str(recipe.adapter) if recipe.adapter else None,
+    }
+    task = _Run(checkpoint, recipe, source, _devices(options.devices), left, options.layers_report)
+    if options.dry_run:
         task.forecast(out)
     else:
-        task.run(out, Path(adapter) if adapter else None, force, restart)
+        task.run(out, options.force, options.restart)
     return out
 
 
@@ -179,7 +103,6 @@ class _Run:
         self,
         checkpoint: Checkpoint,
         recipe: Recipe,
-        calib: str,
         source: dict[str, Any],
         devices: Sequence[str],
         left: frozenset[Linear],
@@ -187,7 +110,6 @@ class _Run:
     ) -> None:
         self.checkpoint = checkpoint
         self.recipe = recipe
-        self.calib = calib
         self.source = source
         self.devices = devices
         self.left = left
@@ -206,7 +128,7 @@ class _Run:
             note(line)
         note(plan.told_time())
 
-    def run(self, out: Path, adapter: Path | None, force: bool, restart: bool) -> None:
+    def run(self, out: Path, force: bool, restart: bool) -> None:
         """Do it all."""
         began = time.perf_counter()
         stamps = source_identity(self.checkpoint)
@@ -219,8 +141,8 @@ class _Run:
             )
             self.seconds["prepare"] = time.perf_counter() - began
             identity = {
-                "source": {**self.source, "files": stamps, "adapter_files": _stamps(adapter)},
-                "recipe": asdict(self.recipe),
+                "source": {**self.source, "files": stamps, "adapter_files": _stamps(self.recipe.adapter)},
+                "recipe": self.recipe.recorded(),
                 "left": self._left_in_words() or "",
                 "calibration": calibration["sha256"],
                 "report": self.layers_report is not None,
@@ -237,7 +159,7 @@ class _Run:
             )
             try:
                 with journal:
-                    self._fill(journal, prepared, plan, adapter, stamps)
+                    self._fill(journal, prepared, plan, self.recipe.adapter, stamps)
                     self.seconds["total"] = time.perf_counter() - began
                     self._finish(journal, calibration, plan)
             except BaseException:
@@ -284,11 +206,11 @@ class _Run:
             warn(f"{len(too_long)} samples are over {recipe.max_tokens} tokens and left out, the first: {too_long[0]}")
         if not prepared:
             raise ManifestError(
-                f"no sample of {self.calib} is within {recipe.max_tokens} tokens: "
+                f"no sample of {self.recipe.calib} is within {recipe.max_tokens} tokens: "
                 "raise --max-tokens or lower --max-pixels"
             )
         return prepared, {
-            "manifest": self.calib,
+            "manifest": self.recipe.calib,
             "samples": len(prepared),
             "skipped": len(too_long),
             "tokens": sum(p.tokens for p in prepared),
@@ -299,8 +221,8 @@ class _Run:
     @contextlib.contextmanager
     def _manifest(self) -> Iterator[Path]:
         """Yield the manifest's path; the demo's is drawn anew, from its training seeds."""
-        if self.calib != "demo":
-            yield Path(self.calib)
+        if self.recipe.calib != "demo":
+            yield Path(self.recipe.calib)
             return
         from toolkit.tasks.manifests import write_calibration
 
@@ -374,7 +296,7 @@ class _Run:
         ]
         self.progress.begin("vision tower", len(prepared))
         if len(shares) == 1:
-            run(shares[0], prepared, self._told)
+            run_share(shares[0], prepared, self._told)
         else:
             self._search_in_parallel(shares, prepared, journal.work / "samples.pt")
 
@@ -466,7 +388,7 @@ class _Run:
         manifest = {
             "manifest_version": MANIFEST_VERSION,
             "source": self.source,
-            "recipe": asdict(recipe),
+            "recipe": recipe.recorded(),
             "left_in_16_bits": self._left_in_words(),
             "calibration": calibration,
             "versions": versions(),
