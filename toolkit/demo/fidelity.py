@@ -20,10 +20,10 @@ from toolkit.calibration.inputs import PreparedSample, prepare, read_manifest
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.compat import patch_torchvision
 from toolkit.errors import FormatError
-from toolkit.formats.packing import PackedLinear, unpack_gemm, unpack_gemv
+from toolkit.formats.packing import PackedLinear, dequantize, unpack_gemm, unpack_gemv
 from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.paths import demo_checkpoint
-from toolkit.quantize.search.grid import dequantize, round_to_grid
+from toolkit.quantize.search.grid import round_to_grid
 from toolkit.tasks.manifests import write_tasks
 
 __all__ = ["divergence", "load"]
@@ -46,7 +46,7 @@ def load(path: Path | None, nearest: int | None = None) -> Any:
             for name in QWEN2_VL.linears:
                 weight = layer.get_submodule(name).weight
                 assert isinstance(weight, torch.nn.Parameter)
-                weight.data = dequantize(round_to_grid(weight.data, nearest))
+                weight.data = dequantize(round_to_grid(weight.data, nearest), torch.float32)
     if path is None:
         return model
     checkpoint = Checkpoint.open(path)
@@ -61,7 +61,7 @@ def load(path: Path | None, nearest: int | None = None) -> Any:
                 parts = (checkpoint.get(f"{prefix}{module}.{part}") for part in ("qweight", "qzeros", "scales"))
                 packed = PackedLinear(*parts)
                 unpacked = unpack_gemm(packed) if info.version == "gemm" else unpack_gemv(packed, info.group_size)
-                parameter.data = dequantize(unpacked)
+                parameter.data = dequantize(unpacked, torch.float32)
             else:
                 parameter.data = checkpoint.get(prefix + name).float()
     return model

@@ -41,7 +41,7 @@ from toolkit.files import fsync, lock, replacing, unlock, write_synced
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Journal", "source_identity", "write_layer"]
+__all__ = ["Journal", "file_stamps", "source_identity", "write_layer"]
 
 _LAYER_FILE = re.compile(r"layer-(\d{5})\.safetensors")
 #: Changed settings named in an error; a source copied anew changes all its files.
@@ -51,6 +51,11 @@ _SHOWN_CHANGES = 8
 def source_identity(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
     """Return size (bytes) and mtime_ns of config.json and each weight file, by name: equal stamps, equal source."""
     files = {checkpoint.path / "config.json", *(t.file for t in checkpoint.tensors.values())}
+    return file_stamps(files)
+
+
+def file_stamps(files: Iterable[Path]) -> dict[str, dict[str, int]]:
+    """Return size (bytes) and mtime_ns of files, by name."""
     stats = {file.name: file.stat() for file in sorted(files)}
     return {name: {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats.items()}
 
