@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from toolkit.formats.packing import pack_gemm, pack_gemv
-from toolkit.quantize.journal import write_layer
+from toolkit.quantize.parts import write_layer
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.checkpoint import Checkpoint

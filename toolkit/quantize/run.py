@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from toolkit.console import note, warn
 from toolkit.errors import CheckpointError
 from toolkit.quantize.devices import find_devices
+from toolkit.quantize.identity import source_identity
 from toolkit.quantize.job import Job, Made
-from toolkit.quantize.journal import Journal, source_identity
+from toolkit.quantize.journal import Journal
 from toolkit.quantize.model_card import versions
 from toolkit.quantize.plan import divide, make_plan
 from toolkit.quantize.progress import RunProgress

@@ -11,7 +11,7 @@ from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
 from toolkit.checkpoint.left_out import Linear, describe
 from toolkit.console import note
 from toolkit.errors import AlreadyQuantized
-from toolkit.quantize.journal import file_stamps, source_identity
+from toolkit.quantize.identity import file_stamps, source_identity
 from toolkit.quantize.plan import check_settings
 from toolkit.quantize.recipe import Recipe
 from toolkit.quantize.search.mixed import choose, skipped
