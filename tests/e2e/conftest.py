@@ -72,7 +72,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="package")
 def awq_kernel() -> None:
-    """For what serves 4-bit weights. vLLM's CPU build lacks its kernel for them (cpu_gemm_wna16) in its AVX2 library."""
+    """For what serves 4-bit weights. vLLM's CPU build has no kernel for them (cpu_gemm_wna16) with AVX2 alone."""
     words = set(Path("/proc/cpuinfo").read_text().split())
     if choose() == "cpu" and "avx2" in words and "avx512f" not in words:
         pytest.skip("vLLM's CPU build has no kernel for 4-bit weights on a CPU without AVX-512")
