@@ -3,17 +3,17 @@
 `qvl serve` hands vLLM's process its settings this way: other users of the machine can't read an environment, as they
 can a command line. A deployment without `qvl serve` (deploy/) writes the same variables itself.
 
-| constant      | written by                  | read by                                                        |
-|---------------|-----------------------------|----------------------------------------------------------------|
-| READY         | process/launch              | app/ready: `serve.settings.ready.ReadySettings` as JSON        |
-| GUARD         | process/launch              | guard/app, app/play: `serve.settings.limits.Limits` as JSON    |
-| PLAY          | process/launch              | app/play: `serve.settings.play.PlayOptions` as JSON            |
-| REQUEST_LOG   | process/launch              | app/requestlog: "1" turns the lines on                         |
-| LOG_FORMAT    | process/launch              | app/server: "json", or absent for text                         |
-| DIE_WITH      | process/launch              | app/server: id of the process that the server must not outlive |
-| VLLM_API_KEY  | the user, process/launch    | settings/config, app/ready, vLLM                               |
-| BACKEND       | the user                    | settings/backend: "cpu" or "gpu"                               |
-| API_KEY       | the user                    | cli: the key of `qvl serve` and `qvl ask`                      |
+| constant     | written by               | read by                                                             |
+|--------------|--------------------------|---------------------------------------------------------------------|
+| READY        | process/launch           | app/ready: `serve.settings.ready.ReadySettings` as JSON             |
+| GUARD        | process/launch           | guard/app, app/play: `serve.settings.limits.Limits` as JSON         |
+| PLAY         | process/launch           | app/play: `serve.settings.play.PlayOptions` as JSON                 |
+| REQUEST_LOG  | process/launch           | app/requestlog: "1" turns the lines on                              |
+| LOG_FORMAT   | process/launch           | app/server: "json", or absent for text                              |
+| DIE_WITH     | process/launch           | app/server: id of the process that the server must not outlive      |
+| VLLM_API_KEY | the user, process/launch | settings/config, app/probe, vLLM                                    |
+| BACKEND      | the user                 | settings/backend: "cpu" or "gpu"                                    |
+| API_KEY      | the user                 | settings/config, settings/ask: the key of `qvl serve` and `qvl ask` |
 """
 
 from __future__ import annotations
