@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
 
 from bench.tune.config import TuneConfig
+from toolkit.files import write_whole
 
 __all__ = ["FP16", "Journal", "Trial"]
 
 #: Name of the 16-bit model among the trials.
 FP16 = "fp16"
-_SCHEMA = 1
+_SCHEMA: Literal[1] = 1
 
 
 @dataclass(slots=True)
@@ -38,6 +40,12 @@ class Trial:
         return [] if self.failed else [load for load in config.concurrencies if load not in self.figures]
 
 
+class _File(BaseModel):
+    version: Literal[1] = Field(alias="schema")
+    about: dict[str, Any]
+    trials: list[Trial]
+
+
 class Journal:
     """The trials of one tuning, in a file that is rewritten after each step.
 
@@ -53,13 +61,11 @@ class Journal:
         if fresh:
             return
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["schema"] == _SCHEMA and found["about"] == json.loads(json.dumps(about)):
-                for each in found["trials"]:
-                    figures = {int(load): values for load, values in each["figures"].items()}
-                    self.trials[each["name"]] = Trial(each["name"], each["settings"], figures, each["failed"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            self.trials = {}  # none yet, or a file that is no journal
+            found = _File.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
+            return  # none yet, or a file that is no journal
+        if found.about == json.loads(json.dumps(about)):
+            self.trials = {trial.name: trial for trial in found.trials}
 
     @classmethod
     def name(cls, about: dict[str, Any]) -> str:
@@ -78,6 +84,4 @@ class Journal:
         """Write the file, whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         found = {"schema": _SCHEMA, "about": self.about, "trials": [asdict(t) for t in self.trials.values()]}
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+        write_whole(self.path, json.dumps(found, indent=1) + "\n")
