@@ -28,13 +28,13 @@ HEAVY = (
 )
 #: Of ours, and heavy by what they load or compute.
 OURS = (
-    "bench.report.build",
-    "bench.report.render",
-    "bench.report.schema",
-    "bench.run",
+    "bench.report",
+    "bench.run.measure",
+    "bench.run.session",
     "serve.process",
     "toolkit.demo",
-    "toolkit.quantize",
+    "toolkit.quantize.run",
+    "toolkit.quantize.worker",
 )
 #: Settings, of which the command line is made: light, wherever they are.
 SETTINGS = ("toolkit.quantize", "toolkit.quantize.recipe")
@@ -64,16 +64,27 @@ TENSORS = {
     "toolkit.demo.optim",
     "toolkit.demo.quiz",
     "toolkit.formats.packing",
+    "toolkit.quantize.layer",
+    "toolkit.quantize.layer_writer",
     "toolkit.quantize.search.autoawq",
-    "toolkit.quantize.search.awq_classes",
+    "toolkit.quantize.search.clips",
     "toolkit.quantize.search.compensate",
+    "toolkit.quantize.search.gram",
     "toolkit.quantize.search.grid",
     "toolkit.quantize.search.kernels.clip",
     "toolkit.quantize.search.kernels.compensate",
+    "toolkit.quantize.search.kernels.rounding",
     "toolkit.quantize.search.kernels.trust",
     "toolkit.quantize.search.moments",
+    "toolkit.quantize.search.nearest",
+    "toolkit.quantize.search.rounding",
+    "toolkit.quantize.search.scales",
     "toolkit.quantize.search.sensitivity",
-    "toolkit.quantize.stream",
+    "toolkit.quantize.search.strategy",
+    "toolkit.quantize.stream.layers",
+    "toolkit.quantize.stream.passing",
+    "toolkit.quantize.stream.shell",
+    "toolkit.quantize.stream.states",
 }
 
 
