@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -38,6 +39,11 @@ class Sizes(Settings):
         if self.group_size == 3:
             raise FormatError("groups of 3: choose 32, 64 or 128")
         return self
+
+
+class Report(Settings):
+    pages: Annotated[int, Option("How many.", before="skip")] = 1
+    tall: Annotated[bool, Option("Tall.")] = False
 
 
 @pytest.fixture
@@ -115,6 +121,14 @@ def test_what_was_asked() -> None:
 def test_settings_survive_json() -> None:
     sizes = Sizes(hosts=("a",), pair=(5, 6))
     assert Sizes.model_validate_json(sizes.model_dump_json()) == sizes
+
+
+def test_an_option_may_stand_elsewhere() -> None:
+    @settings_as_options
+    def verb(report: Report, sizes: Sizes) -> None: ...
+
+    names = [name for name in inspect.signature(verb).parameters if name != "qvl_context"]
+    assert names == ["tall", *["group_size", "clip", "force", "way", "hosts", "pages", "skip", "pair", "key"]]
 
 
 def test_two_options_of_one_name_are_a_fault_of_the_code() -> None:

@@ -22,8 +22,11 @@ KILLER = """
     import os, random, shutil, signal, sys, time
     from pathlib import Path
     import torch
-    from toolkit.quantize import quantize, run, worker
-    from toolkit.quantize.search import sensitivity  # torch with it
+    from toolkit.compat import patch_torchvision
+    from toolkit.quantize import quantize, run
+    from toolkit.quantize.search import moments
+    from toolkit.quantize.stream import shell
+    patch_torchvision()
     import transformers.models.qwen2_vl.modeling_qwen2_vl
     source, calib, out, kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
