@@ -13,7 +13,7 @@ can a command line. A deployment without `qvl serve` (deploy/) writes the same v
 | DIE_WITH      | process/launch              | app/server: id of the process that the server must not outlive |
 | VLLM_API_KEY  | the user, process/launch    | settings/config, app/ready, vLLM                               |
 | BACKEND       | the user                    | settings/backend: "cpu" or "gpu"                               |
-| API_KEY       | the user                    | cli: the key of `qvl serve` and `qvl ask`                      |
+| API_KEY       | the user                    | settings/config, settings/ask: the key that is asked for, sent |
 """
 
 from __future__ import annotations

@@ -10,10 +10,11 @@ from starlette.types import Receive, Scope, Send
 
 from serve.app.ready import Proof
 from serve.http.middleware import Middleware, innermost
-from serve.settings.config import ServeOptions
+from serve.settings.arguments import middleware
+from serve.settings.config import ServerConfig
 from serve.settings.limits import Limits
 
-ALL = ServeOptions(backend="cpu", guard=Limits(), play=True, play_beside="http://127.0.0.1:8001").middleware
+ALL = middleware(ServerConfig(backend="cpu", guard=Limits(), play=True, play_beside="http://127.0.0.1:8001"))
 
 
 async def vllm(scope: Scope, receive: Receive, send: Send) -> None:
