@@ -53,6 +53,7 @@ class _Option:
     show_default: bool | str
     default: str | None
     hidden: bool
+    before: str | None
     asked: bool | Callable[[Any], str]
 
 
@@ -68,6 +69,7 @@ def Option(
     show_default: bool | str = True,
     default: str | None = None,
     hidden: bool = False,
+    before: str | None = None,
     asked: bool | Callable[[Any], str] = True,
 ) -> _Option:
     """Say how a field of `Settings` stands on the command line.
@@ -85,6 +87,7 @@ def Option(
         show_default: a text in place of the default, or False to show none.
         default: what the help shows as the default where `Settings.from_options` finds another than the model's.
         hidden: leave it out of the help.
+        before: name of the verb's parameter or field before which the help has it, if not where its model stands.
         asked: whether it decides what comes out, so that it belongs into `Settings.asked`; or how it is written there.
     """
     return _Option(
@@ -98,6 +101,7 @@ def Option(
         show_default=show_default,
         default=default,
         hidden=hidden,
+        before=before,
         asked=asked,
     )
 
@@ -158,16 +162,21 @@ def settings_as_options(function: Callable[..., None]) -> Callable[..., None]:
         inspect.Parameter(_CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     ]
     models: dict[str, type[Settings]] = {}
+    moved: dict[str, str] = {}
     for parameter in signature.parameters.values():
         kind = parameter.annotation
         if inspect.isclass(kind) and issubclass(kind, Settings):
             models[parameter.name] = kind
             parameters += [_parameter(name, field) for name, field in _options(kind)]
+            moved |= {name: o.before for name, field in _options(kind) if (o := _of(field)) and o.before}
         else:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
     doubled = {p.name for p in parameters if [q.name for q in parameters].count(p.name) > 1}
     if doubled:
         raise TypeError(f"{function.__name__}: two options are called {', '.join(sorted(doubled))}")
+    for name, before in moved.items():
+        parameter = parameters.pop([p.name for p in parameters].index(name))
+        parameters.insert([p.name for p in parameters].index(before), parameter)
 
     @functools.wraps(function)
     def verb(**values: Any) -> None:

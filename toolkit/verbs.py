@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from toolkit.options import settings_as_options
+from toolkit.quantize.recipe import Recipe, RunOptions
+
 _MODEL = "Directory, hub id (org/name), or 'demo' for the embedded model."
 _PANEL = "Weights"
-_SEARCH, _MIXED = "Search", "Layers in 16 bits"
 
 ModelOption = Annotated[str, typer.Option("--model", help=_MODEL)]
 OutOption = Annotated[Path, typer.Option("--out", help="Directory to write; appears when it is complete.")]
@@ -28,98 +30,14 @@ def register(app: typer.Typer) -> None:
     app.command("random-model", rich_help_panel=_PANEL)(random_model)
 
 
-def quantize(
-    model: ModelOption,
-    out: OutOption,
-    format: Annotated[str, typer.Option(help="gemm (what vLLM runs) or gemv.")] = "gemm",
-    group_size: Annotated[int, typer.Option(help="Inputs that share a scale: 32, 64, 128, or -1 for all.")] = 128,
-    bits: Annotated[int, typer.Option(help="Width of a weight; AutoAWQ's formats hold 4.")] = 4,
-    calib: Annotated[str, typer.Option(help="JSONL manifest of chats with images, or 'demo'.")] = "demo",
-    samples: Annotated[int, typer.Option(help="Calibration samples to use.")] = 128,
-    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter directory, merged first (peft).")] = None,
-    revision: RevisionOption = None,
-    search: Annotated[
-        str,
-        typer.Option(help="moments (second moments, fast) or autoawq (its own loop).", rich_help_panel=_SEARCH),
-    ] = "moments",
-    scaling: Annotated[
-        str,
-        typer.Option(
-            help="AutoAWQ's grid: plain (activations) or duo (activations over weights).", rich_help_panel=_SEARCH
-        ),
-    ] = "plain",
-    clip: Annotated[bool, typer.Option(help="Search for clipped ranges too.", rich_help_panel=_SEARCH)] = True,
-    rounding: Annotated[
-        str | None,
-        typer.Option(
-            help="compensated (later columns make up for earlier ones; with moments, the default) or nearest.",
-            rich_help_panel=_SEARCH,
-        ),
-    ] = None,
-    balance: Annotated[
-        str,
-        typer.Option(help="none, or modality: weigh vision and text tokens by sensitivity.", rich_help_panel=_SEARCH),
-    ] = "none",
-    skip: Annotated[
-        str | None,
-        typer.Option(help="Regular expression of linears to leave in 16 bits.", rich_help_panel=_MIXED),
-    ] = None,
-    layers_report: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write each layer's error (plain rounding, AutoAWQ's search, ours) to this JSON file.",
-            rich_help_panel=_MIXED,
-        ),
-    ] = None,
-    from_report: Annotated[
-        Path | None,
-        typer.Option(help="A layers' report: leave in 16 bits what hurts most.", rich_help_panel=_MIXED),
-    ] = None,
-    budget: Annotated[
-        float, typer.Option(help="Extra size allowed for that, as a share.", rich_help_panel=_MIXED)
-    ] = 0.1,
-    max_tokens: Annotated[int, typer.Option(help="Longer calibration samples are left out.")] = 4096,
-    max_pixels: Annotated[
-        int, typer.Option(help="Bound on the pixels of a calibration image; 0 is the processor's own.")
-    ] = 1280 * 28 * 28,
-    seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
-    devices: Annotated[str, typer.Option(help="auto, cpu, cuda, or several GPUs: 0,1.")] = "auto",
-    force: ForceOption = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard what a stopped run has finished.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what memory and time it needs.")] = False,
-) -> None:
+@settings_as_options
+def quantize(model: ModelOption, out: OutOption, recipe: Recipe, options: RunOptions) -> None:
     """Make an AWQ checkpoint of a Qwen2-VL, calibrated on images and text."""
     from toolkit.console import out as stdout
-    from toolkit.quantize import quantize as run
+    from toolkit.quantize.run import run
 
-    written = run(
-        model,
-        out,
-        format=format,
-        bits=bits,
-        group_size=group_size,
-        calib=calib,
-        samples=samples,
-        search=search,
-        scaling=scaling,
-        clip=clip,
-        rounding=rounding,
-        balance=balance,
-        skip=skip,
-        layers_report=layers_report,
-        from_report=from_report,
-        budget=budget,
-        max_tokens=max_tokens,
-        max_pixels=max_pixels or None,
-        seed=seed,
-        adapter=adapter,
-        revision=revision,
-        devices=devices,
-        force=force,
-        restart=restart,
-        dry_run=dry_run,
-    )
-    if not dry_run:
+    written = run(model, out, recipe, options)
+    if not options.dry_run:
         stdout.print(str(written), highlight=False)
 
 

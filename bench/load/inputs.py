@@ -8,29 +8,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import math
 import random
-import re
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist
 
 import numpy as np
 from PIL import Image
 
 from bench.load.client import ChatRequest
+from bench.load.workload import ImageSize, Lengths
 from toolkit.errors import BenchError
 
-__all__ = ["PRESETS", "ImageSize", "Lengths", "Preset", "SpeedInputs", "parse_lengths", "parse_sizes"]
-
-#: Width, height in pixels; None means a request without a picture.
-ImageSize = tuple[int, int] | None
-
-TEXT = "text"
-PIXELS_MAX = 4096
-#: A lognormal distribution is cut so many standard deviations of the logarithm away from its median.
-SIGMAS = 3.0
-LENGTH_MAX = 1_000_000
+__all__ = ["KEY_WORDS", "SpeedInputs"]
 
 #: Each is one token in Qwen's vocabulary, with the space before it and without. 256 of them: one byte picks one.
 WORDS = """
@@ -50,95 +39,6 @@ once one
 """.split()  # noqa: SIM905  # fits on a screen
 #: The first words of a prompt say which it is, 8 bits each, so that no two prompts share a prefix of this length.
 KEY_WORDS = 8
-
-
-def parse_sizes(text: str) -> tuple[ImageSize, ...]:
-    """Read ``224x224,336x252`` (width x height); ``text`` stands for requests without a picture.
-
-    Raises:
-        BenchError: on anything else.
-    """
-    sizes: list[ImageSize] = []
-    for part in text.split(","):
-        part = part.strip().lower()
-        if part == TEXT:
-            sizes.append(None)
-            continue
-        width, cross, height = part.partition("x")
-        if not (cross and width.isdecimal() and height.isdecimal()):
-            raise BenchError(f"image size {part!r}: write WIDTHxHEIGHT in pixels, e.g. 448x448, or text")
-        size = int(width), int(height)
-        if not all(28 <= side <= PIXELS_MAX for side in size):
-            raise BenchError(f"image size {part}: each side must be between 28 and {PIXELS_MAX} pixels")
-        sizes.append(size)
-    return tuple(dict.fromkeys(sizes))
-
-
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """How long prompts or answers are, or how many pictures requests have: a distribution over whole numbers.
-
-    Attributes:
-        low: the least that is drawn.
-        high: the most.
-        median: of a lognormal distribution; None for a uniform one, which is fixed when ``low`` equals ``high``.
-        sigma: standard deviation of a lognormal's logarithm.
-    """
-
-    low: int
-    high: int
-    median: float | None = None
-    sigma: float = 0.0
-
-    @classmethod
-    def fixed(cls, value: int) -> Lengths:
-        """Return the distribution that is always ``value``."""
-        return cls(value, value)
-
-    def at(self, quantile: float) -> int:
-        """Return the length at a quantile in [0, 1): the inverse of the distribution function."""
-        if self.median is None:
-            return self.low + int(quantile * (self.high - self.low + 1))
-        deviation = NormalDist().inv_cdf(min(max(quantile, 1e-12), 1 - 1e-12))
-        return min(max(round(self.median * math.exp(self.sigma * deviation)), self.low), self.high)
-
-    def __str__(self) -> str:
-        if self.median is not None:
-            return f"lognormal:{self.median:g}:{self.sigma:g}"
-        return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
-
-
-def parse_lengths(text: str, option: str, *, least: int = 1) -> Lengths:
-    """Read ``128`` (always), ``64-256`` (uniform, both ends included) or ``lognormal:128:0.5`` (median, standard
-    deviation of the logarithm; cut 3 of them from the median).
-
-    Args:
-        option: what the text was given for; errors begin with it.
-        least: the smallest length that makes sense.
-
-    Raises:
-        BenchError: on anything else.
-    """
-    text = text.strip().lower()
-    if found := re.fullmatch(r"(\d+)(?:-(\d+))?", text):
-        lengths = Lengths(int(found[1]), int(found[2] or found[1]))
-    elif found := re.fullmatch(r"lognormal:(\d+\.?\d*):(\d+\.?\d*)", text):
-        median, sigma = float(found[1]), float(found[2])
-        if not 0 < sigma <= 3:
-            raise BenchError(f"{option} {text}: the standard deviation of the logarithm must be in (0, 3]")
-        if not least <= median <= LENGTH_MAX:
-            raise BenchError(f"{option} {text}: the median must be between {least} and {LENGTH_MAX}")
-        reach = math.exp(SIGMAS * sigma)
-        lengths = Lengths(max(least, round(median / reach)), round(median * reach), median, sigma)
-    else:
-        raise BenchError(f"{option} {text!r}: write a number (128), a range (64-256) or lognormal:MEDIAN:SIGMA")
-    if lengths.low > lengths.high:
-        raise BenchError(f"{option} {text}: the range runs backwards")
-    if lengths.low < least:
-        raise BenchError(f"{option} {text}: must be at least {least}")
-    if lengths.median is None and lengths.high > LENGTH_MAX:
-        raise BenchError(f"{option} {text}: must be at most {LENGTH_MAX}")
-    return lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,51 +133,3 @@ def _noise(size: tuple[int, int]) -> Image.Image:
     width, height = size
     coarse = np.random.default_rng(0).integers(0, 256, (max(2, height // 14), max(2, width // 14), 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-
-
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """A workload by name. The lengths are choices that stand for a use, not statistics of one.
-
-    Attributes:
-        use: what it stands for, with the tokens its pictures cost Qwen2-VL (one for 28 x 28 pixels).
-    """
-
-    use: str
-    sizes: tuple[ImageSize, ...]
-    images: Lengths
-    prompt_tokens: Lengths
-    output_tokens: Lengths
-
-    def inputs(self, nonce: str) -> SpeedInputs:
-        """Return what makes its requests."""
-        return SpeedInputs(nonce, self.sizes, self.output_tokens, self.prompt_tokens, self.images)
-
-
-def _lognormal(median: int, sigma: float, least: int) -> Lengths:
-    return parse_lengths(f"lognormal:{median}:{sigma}", "preset", least=least)
-
-
-PRESETS: dict[str, Preset] = {
-    "chat": Preset(
-        "a question of a few sentences about one picture of 448x448 (256 tokens), an answer of a paragraph",
-        ((448, 448),),
-        Lengths.fixed(1),
-        _lognormal(64, 0.6, KEY_WORDS),
-        _lognormal(128, 0.5, 2),
-    ),
-    "ocr-document": Preset(
-        "a scanned page of 1092x1540 (2145 tokens) or 1540x1092, a short instruction, the page's text as the answer",
-        ((1092, 1540), (1540, 1092)),
-        Lengths.fixed(1),
-        Lengths.fixed(32),
-        _lognormal(512, 0.4, 2),
-    ),
-    "multi-image": Preset(
-        "2 to 6 pictures of 448x448 (256 tokens), 336x252 (108) and 252x336 in a request, a short answer about all",
-        ((448, 448), (336, 252), (252, 336)),
-        Lengths(2, 6),
-        Lengths.fixed(64),
-        Lengths.fixed(64),
-    ),
-}

@@ -15,20 +15,20 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from bench.load.client import Clock, Trace
+from bench.load.workload import Arrivals
 from toolkit.errors import BenchError, QvlError
 
-__all__ = ["Arrivals", "Block", "Schedule", "Send", "closed_loop", "open_loop", "schedule", "sleep_until"]
+__all__ = ["Block", "Schedule", "Send", "closed_loop", "open_loop", "schedule", "sleep_until"]
 
 #: What is sent: an encoded body, or something a body is made of.
 T = TypeVar("T")
 #: (item, due moment) -> what became of it. A failed request is a trace, not an exception.
 Send = Callable[[T, float], Awaitable[Trace]]
-Arrivals = Literal["poisson", "constant"]
 
 #: Seconds between two looks at how late the event loop is.
 PROBE_S = 0.1

@@ -7,7 +7,6 @@ are those of requests that succeeded; the others are counted by kind.
 from __future__ import annotations
 
 import inspect
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.load.client import Trace
-from toolkit.errors import BenchError
+from bench.load.objectives import Slo
 
 __all__ = [
     "FORMULAS",
@@ -23,7 +22,6 @@ __all__ = [
     "SLO_METRICS",
     "Goodput",
     "Rates",
-    "Slo",
     "Spread",
     "Summary",
     "client_fault",
@@ -34,7 +32,6 @@ __all__ = [
     "goodput",
     "itl",
     "output_tokens_per_s",
-    "parse_slos",
     "queueing",
     "requests_per_s",
     "server_queueing",
@@ -204,44 +201,6 @@ def client_fault(traces: Sequence[Trace], loop_lag: Sequence[float] = ()) -> str
 
 #: What an objective can be set for.
 SLO_METRICS: Mapping[str, Callable[[Trace], float | None]] = {"ttft": ttft, "tpot": tpot, "e2e": e2e}
-UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
-
-
-@dataclass(frozen=True, slots=True)
-class Slo:
-    """A service level objective: ``metric`` of a request is at most ``limit_s`` seconds."""
-
-    metric: str
-    limit_s: float
-
-    def __str__(self) -> str:
-        limit = f"{self.limit_s:g}s" if self.limit_s >= 1 else f"{1000 * self.limit_s:g}ms"
-        return f"{self.metric}={limit}"
-
-
-def parse_slos(text: str) -> tuple[Slo, ...]:
-    """Read ``ttft=200ms,tpot=30ms``.
-
-    Raises:
-        BenchError: an unknown metric, one named twice, or a limit without its unit.
-    """
-    slos: dict[str, Slo] = {}
-    for part in text.split(","):
-        metric, _, limit = (piece.strip().lower() for piece in part.partition("="))
-        if metric not in SLO_METRICS:
-            known = ", ".join(SLO_METRICS)
-            raise BenchError(
-                f"objective {part.strip()!r}: {metric!r} is none of {known}; write e.g. ttft=200ms,tpot=30ms"
-            )
-        if metric in slos:
-            raise BenchError(f"objective {part.strip()!r}: {metric} has one already ({slos[metric]})")
-        found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(us|ms|s)", limit)
-        if not found or float(found[1]) <= 0:
-            raise BenchError(
-                f"objective {part.strip()!r}: {limit!r} is not a time above 0 with its unit; write e.g. {metric}=200ms"
-            )
-        slos[metric] = Slo(metric, float(found[1]) * UNITS[found[2]])
-    return tuple(slos.values())
 
 
 @dataclass(frozen=True, slots=True)

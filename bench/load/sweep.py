@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from bench.load.client import Trace
-from bench.load.loops import Arrivals, Block, Send, closed_loop, open_loop, schedule
-from bench.load.metrics import Rates, Slo, Summary, steady, summarise
+from bench.load.loops import Block, Send, closed_loop, open_loop, schedule
+from bench.load.metrics import Rates, Summary, steady, summarise
+from bench.load.objectives import Slo
+from bench.load.workload import Arrivals
 from toolkit.errors import BenchError
 
 __all__ = ["Point", "Sweep", "SweepPlan", "sweep"]

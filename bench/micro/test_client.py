@@ -20,9 +20,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.load import metrics
 from bench.load.client import ChatRequest, Trace, ask
 from bench.load.endpoint import http_client
-from bench.load.inputs import PRESETS, SpeedInputs
+from bench.load.inputs import SpeedInputs
 from bench.load.loops import Block, open_loop, schedule
 from bench.load.wire import Wire
+from bench.run.config import BenchConfig
 from serve.http.sse import EventDecoder
 
 ROOT = Path(__file__).parents[2]
@@ -193,6 +194,7 @@ def test_making_a_picture_request(benchmark: BenchmarkFixture) -> None:
 
 def test_making_a_page_request(benchmark: BenchmarkFixture) -> None:
     """1092x1540, the largest picture of the presets."""
-    inputs = PRESETS["ocr-document"].inputs("micro")
+    config = BenchConfig(baseline="a", candidate="b", out=Path("out"), preset="ocr-document")
+    inputs = config.inputs("micro")
     indices = iter(range(10**9))
     assert benchmark(lambda: len(inputs.request("b", next(indices)).body("demo"))) > 1000

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from toolkit.formats.packing import gemm_to_gemv, pack_gemm
-from toolkit.quantize.search.grid import Moments, best_clip, group_moments, round_to_grid, scale_candidates, screen
+from toolkit.quantize.search.clips import best_clip
+from toolkit.quantize.search.gram import Moments, group_moments
+from toolkit.quantize.search.grid import round_to_grid
+from toolkit.quantize.search.scales import scale_candidates, screen
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -91,7 +94,7 @@ def test_clip_search_on_a_gpu(benchmark: BenchmarkFixture, rows: int, columns: i
 
 def test_clip_search_of_autoawq(benchmark: BenchmarkFixture) -> None:
     """The same grid as AutoAWQ searches it, on the 512 of 4,096 tokens that it takes; the embedded shape only."""
-    from toolkit.quantize.search.awq_classes import AwqQuantizer
+    from toolkit.quantize.search.autoawq import AwqQuantizer
 
     stock = AwqQuantizer.__new__(AwqQuantizer)
     stock.group_size, stock.w_bit, stock.zero_point = GROUP, 4, True

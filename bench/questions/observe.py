@@ -8,6 +8,7 @@ What is read is aligned by token ids with what was generated; what does not agre
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ __all__ = [
     "Observation",
     "Observed",
     "Position",
+    "digest",
     "items_from_images",
     "items_from_questions",
     "observe",
@@ -68,6 +70,15 @@ class Item:
             {"type": "image_url", "image_url": {"url": picture.data_url()}} for picture in self.pictures
         ]
         return [{"role": "user", "content": [*content, {"type": "text", "text": self.text}]}]
+
+
+def digest(items: Sequence[Item]) -> str:
+    """Return a SHA-256 over the prompts and pictures."""
+    whole = hashlib.sha256()
+    for item in items:
+        for part in (item.text, *(picture.sha256 for picture in item.pictures)):
+            whole.update(part.encode() + b"\0")
+    return whole.hexdigest()
 
 
 def items_from_questions(questions: Sequence[Question]) -> list[Item]:

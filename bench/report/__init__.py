@@ -1,4 +1,9 @@
-"""What a bench found, as one schema in three formats, and how two of them compare."""
+"""What a bench found, as one schema in three formats, and how two of them compare.
+
+schema is the shape; build makes it of an outcome, with speed, accuracy and fidelity a module each, words for sentences
+and thumbnails for the images; render writes it as JSON, markdown and HTML and on the terminal; compare holds several
+against each other. Here: the directory of a report, written whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,11 @@ import shutil
 from pathlib import Path
 
 from bench.report.schema import Report
+from bench.run.journal import JOURNAL
 from toolkit.errors import BenchError
 from toolkit.files import put_in_place
 
 __all__ = ["check_target", "clear", "kept", "write"]
-
-#: Written by `bench.run.journal`, which needs what is measured with.
-JOURNAL = "run.jsonl"
 
 
 def check_target(out: Path, force: bool) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 from bench.judge import stats, verdict
 from bench.load.client import Trace
 from bench.questions import scoring, tasks
 from bench.questions.tasks import Question
-from bench.report.schema import Accuracy, Answer, Difference, Item, Role, Share, TaskAccuracy
+from bench.report.schema import Accuracy, Answer, Difference, Item, Share, TaskAccuracy
 from bench.report.thumbnails import BUDGET, thumbnails
+from bench.roles import ROLES, Role
 
 __all__ = ["ALL", "DEFINITIONS", "Pair", "answers", "pair", "rows"]
 
-ROLES: tuple[Role, ...] = get_args(Role)
 ALL = "all"
 
 DEFINITIONS = {

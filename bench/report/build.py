@@ -1,115 +1,85 @@
-"""Turns raw measurements into a `Report`: scores, statistics, verdict."""
+"""Turns what a run came to into a `Report`: scores, statistics, verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from bench.load.workload import written
 from bench.machine import environment, resources
 from bench.questions import tasks
-from bench.questions.observe import Item
 from bench.questions.tasks import Question
 from bench.report import accuracy, fidelity, speed, words
-from bench.report.schema import Accuracy, Environment, Failed, Fidelity, Report, Role, SystemInfo, Verdict, Workload
-from bench.run.measure import Measurements, Plan
+from bench.report.schema import Accuracy, Environment, Failed, Fidelity, Report, Verdict, Workload
+from bench.roles import ROLES, Role
+from bench.run.config import BenchConfig
+from bench.run.session import Outcome
 
 __all__ = ["build", "workload"]
 
-ROLES: tuple[Role, ...] = ("baseline", "candidate")
-
 
 def workload(
-    plan: Plan, questions: Sequence[Question], *, source: str | None, interleaved: bool, seed: int
+    config: BenchConfig, questions: Sequence[Question] = (), *, source: str | None = None, interleaved: bool = True
 ) -> Workload:
-    """Describe what is asked."""
-    return Workload(
-        tasks_source=source,
-        questions=len(questions),
-        questions_sha256=tasks.digest(questions) if questions else None,
-        answer_tokens=plan.answer_tokens,
-        question_concurrency=plan.question_concurrency,
-        concurrencies=list(plan.concurrencies),
-        requests=[plan.rounds * plan.block_requests(concurrency) for concurrency in plan.concurrencies],
-        rates=sorted(plan.rates),
-        arrivals=plan.arrivals if plan.rates or plan.sweep else None,
-        sweep=plan.sweep,
-        sweep_concurrency=plan.sweep_concurrency if plan.sweep else None,
-        rounds=plan.rounds,
-        duration_s=plan.duration_s,
-        ramp_s=plan.ramp_s,
-        preset=plan.preset,
-        output_tokens=str(plan.output_tokens),
-        prompt_tokens=str(plan.prompt_tokens),
-        images_per_request=str(plan.images),
-        image_sizes=["text" if size is None else f"{size[0]}x{size[1]}" for size in plan.image_sizes],
-        slos=[str(slo) for slo in plan.slos],
-        interleaved=interleaved,
-        timeout_s=plan.timeout_s,
-        seed=seed,
-    )
-
-
-def build(
-    measured: Measurements,
-    questions: Sequence[Question],
-    systems: dict[Role, SystemInfo],
-    work: Workload,
-    plan: Plan,
-    *,
-    margin: float,
-    duration_s: float,
-    command: str,
-    items: Sequence[Item] = (),
-    items_source: str = "",
-    interrupted: bool = False,
-    warnings: Sequence[str] = (),
-) -> Report:
-    """Score and judge what was measured. When requests failed that must not, the report is ``failed`` and holds no
-    figure.
+    """Describe what is asked: the settings by their names, and what follows from them.
 
     Args:
-        margin: the loss of accuracy that would not matter, as a fraction of 1, above 0.
-        items: of fidelity.
-        items_source: where they are from.
-        interrupted: the run was, and the report is ``partial``: of the questions those that both systems answered are
-            compared, and nothing is judged over all when some are missing.
+        source: where the questions are from.
+        interleaved: whether the systems take turns.
     """
+    same = {name: getattr(config, name) for name in BenchConfig.model_fields.keys() & Workload.model_fields.keys()}
+    made = {
+        "tasks_source": source,
+        "questions": len(questions),
+        "questions_sha256": tasks.digest(questions) if questions else None,
+        "requests": [config.rounds * config.block_requests(concurrency) for concurrency in config.concurrencies],
+        "rates": sorted(config.rates),
+        "arrivals": config.arrivals if config.rates or config.sweep else None,
+        "sweep": config.sweep_rates if config.sweep else 0,
+        "sweep_concurrency": config.sweep_concurrency if config.sweep else None,
+        "output_tokens": str(config.output_tokens),
+        "prompt_tokens": str(config.prompt_tokens),
+        "images_per_request": str(config.images_per_request),
+        "image_sizes": [written(size) for size in config.image_sizes],
+        "slos": [str(slo) for slo in config.slos],
+        "interleaved": interleaved,
+    }
+    return Workload.model_validate(same | made)
+
+
+def build(outcome: Outcome, config: BenchConfig, *, command: str) -> Report:
+    """Score and judge what was measured. When requests failed that must not, the report is ``failed`` and holds no
+    figure; when the run was interrupted it is ``partial``: of the questions those that both systems answered are
+    compared, and nothing is judged over all when some are missing.
+
+    Args:
+        command: the command line, as it is to be shown.
+    """
+    measured = outcome.measured
     failed = bool(measured.failures)
-    missing = _missing(measured, questions, items, plan) if interrupted else []
-    notes = list(warnings)
-    found: Accuracy | None = None
-    drift: Fidelity | None = None
-    both = [q for q in questions if all(q.id in measured.answers.get(role, {}) for role in ROLES)]
-    if both and not failed:
-        found, doubts = accuracy.answers(both, measured.answers, seed=work.seed, margin=margin)
-        notes += [*doubts, *_cut(found, work)]
-    if items and not failed and {"baseline", "candidate"} <= measured.observed.keys():
-        drift = fidelity.found(items, measured.observed, plan, source=items_source, seed=work.seed)
-        notes += fidelity.doubts(drift)
-    points = [] if failed else speed.points(measured, plan)
-    notes += speed.doubts(points, measured, plan)
+    work = workload(config, outcome.questions, source=outcome.questions_source, interleaved=outcome.interleaved)
+    missing = _missing(outcome, config) if outcome.interrupted else []
+    found, whole, notes = (None, False, []) if failed else _accuracy(outcome, config)
+    drift, doubts = (None, []) if failed else _fidelity(outcome, config)
+    points = [] if failed else speed.points(measured, config)
+    notes = [*outcome.warnings, *notes, *doubts, *speed.doubts(points, measured, config)]
     if not work.interleaved and not failed:
         notes.append(
             "the systems ran one after the other, not in turns: what the machine did meanwhile is in the difference"
         )
-    ratios = speed.ratios(measured, points, plan)
-    whole = found is not None and len(both) == len(questions)
-    labels: dict[Role, str] = {role: system.label for role, system in systems.items()}
-    sentence = words.sentence(found, margin, labels)
-    if missing:
-        sentence = words.partial_sentence(missing, sentence if found else None)
+    ratios = speed.ratios(measured, points, config)
     report = Report(
         status="failed" if failed else "partial" if missing else "ok",
         unfinished=[] if failed else missing,
         created=datetime.now(UTC).replace(microsecond=0),
-        duration_s=round(duration_s, 1),
+        duration_s=round(outcome.duration_s, 1),
         verdict=Verdict(
             accuracy=found.overall.verdict if found and whole else None,
-            margin=margin,
-            sentence=sentence,
+            margin=_margin(config),
+            sentence=_sentence(outcome, config, found, missing),
             speed=words.speed_sentence(ratios),
         ),
-        systems=systems,
+        systems=outcome.systems,
         workload=work,
         accuracy=found,
         fidelity=drift,
@@ -120,47 +90,88 @@ def build(
             for (role, phase, failure), count in measured.failures.most_common()
         ],
         warnings=notes,
-        environment=Environment(
-            platform=environment.system_name(),
-            cpu=environment.cpu_name(),
-            gpus=environment.gpu_names(),
-            versions=environment.versions(),
-            commit=environment.commit(),
-            command=command,
-        ),
-        definitions={
-            **speed.DEFINITIONS,
-            **accuracy.DEFINITIONS,
-            **(fidelity.DEFINITIONS if drift else {}),
-            "disk": resources.DISK_DEFINITION,
-            "host_memory": resources.HOST_DEFINITION,
-            "gpu_memory": resources.GPU_DEFINITION,
-        },
+        environment=_environment(command),
+        definitions=_definitions(drift),
     )
-    if failed:
-        sentence = words.failure_sentence(report)
-        report = report.model_copy(update={"verdict": Verdict(accuracy=None, margin=margin, sentence=sentence)})
-    return report
+    if not failed:
+        return report
+    verdict = Verdict(accuracy=None, margin=_margin(config), sentence=words.failure_sentence(report))
+    return report.model_copy(update={"verdict": verdict})
 
 
-def _missing(measured: Measurements, questions: Sequence[Question], items: Sequence[Item], plan: Plan) -> list[str]:
-    """What of the plan was not measured, a line each."""
+def _margin(config: BenchConfig) -> float:
+    """The loss of accuracy that would not matter, as a fraction of 1."""
+    return config.margin / 100.0
+
+
+def _accuracy(outcome: Outcome, config: BenchConfig) -> tuple[Accuracy | None, bool, list[str]]:
+    """Compare the answers to the questions that both answered; say whether those are all, and what to know of them."""
+    answers = outcome.measured.answers
+    both = [q for q in outcome.questions if all(q.id in answers.get(role, {}) for role in ROLES)]
+    if not both:
+        return None, False, []
+    found, doubts = accuracy.answers(both, answers, seed=config.seed, margin=_margin(config))
+    return found, len(both) == len(outcome.questions), [*doubts, *_cut(found, config)]
+
+
+def _fidelity(outcome: Outcome, config: BenchConfig) -> tuple[Fidelity | None, list[str]]:
+    """Compare what both did with the items; say what to know of it."""
+    observed = outcome.measured.observed
+    if not outcome.items or not {"baseline", "candidate"} <= observed.keys():
+        return None, []
+    drift = fidelity.found(outcome.items, observed, config, source=outcome.items_source)
+    return drift, fidelity.doubts(drift)
+
+
+def _sentence(outcome: Outcome, config: BenchConfig, found: Accuracy | None, missing: Sequence[str]) -> str:
+    """What a reader should take away."""
+    labels: dict[Role, str] = {role: system.label for role, system in outcome.systems.items()}
+    sentence = words.sentence(found, _margin(config), labels)
+    return words.partial_sentence(missing, sentence if found else None) if missing else sentence
+
+
+def _environment(command: str) -> Environment:
+    return Environment(
+        platform=environment.system_name(),
+        cpu=environment.cpu_name(),
+        gpus=environment.gpu_names(),
+        versions=environment.versions(),
+        commit=environment.commit(),
+        command=command,
+    )
+
+
+def _definitions(drift: Fidelity | None) -> dict[str, str]:
+    """What each figure of the report means."""
+    return {
+        **speed.DEFINITIONS,
+        **accuracy.DEFINITIONS,
+        **(fidelity.DEFINITIONS if drift else {}),
+        "disk": resources.DISK_DEFINITION,
+        "host_memory": resources.HOST_DEFINITION,
+        "gpu_memory": resources.GPU_DEFINITION,
+    }
+
+
+def _missing(outcome: Outcome, config: BenchConfig) -> list[str]:
+    """What was to be measured and was not, a line each."""
+    measured, count = outcome.measured, len(outcome.questions)
     missing = []
     for role in ROLES:
-        open_ = len(questions) - len(measured.answers.get(role, {}))
+        open_ = count - len(measured.answers.get(role, {}))
         if open_:
-            missing.append(f"{open_} of {len(questions)} questions to the {role}")
-        if items and role not in measured.observed:
+            missing.append(f"{open_} of {count} questions to the {role}")
+        if outcome.items and role not in measured.observed:
             missing.append(f"fidelity of the {role}")
-        rounds = sum((role, unit, r) not in measured.units for r in range(plan.rounds) for unit in plan.units)
+        rounds = sum((role, unit, r) not in measured.units for r in range(config.rounds) for unit in config.units)
         if rounds:
-            missing.append(f"{rounds} of {plan.rounds * len(plan.units)} blocks of load on the {role}")
+            missing.append(f"{rounds} of {config.rounds * len(config.units)} blocks of load on the {role}")
     return missing
 
 
-def _cut(found: Accuracy, work: Workload) -> list[str]:
+def _cut(found: Accuracy, config: BenchConfig) -> list[str]:
     return [
-        f"{cut} of the {role}'s answers were cut at {work.answer_tokens} tokens; raise --answer-tokens"
+        f"{cut} of the {role}'s answers were cut at {config.answer_tokens} tokens; raise --answer-tokens"
         for role, cut in found.cut_answers.items()
         if cut
     ]

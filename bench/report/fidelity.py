@@ -3,15 +3,16 @@ most."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 from bench.judge import fidelity
 from bench.judge.stats import Interval
+from bench.questions import observe
 from bench.questions.observe import Item, Observed
 from bench.report.schema import Drift, Fidelity, FidelityItem, Share
 from bench.report.thumbnails import thumbnails
-from bench.run.measure import Observer, Plan
+from bench.run.config import BenchConfig
+from bench.run.measured import Observer
 
 __all__ = ["DEFINITIONS", "doubts", "found", "worst"]
 
@@ -33,7 +34,7 @@ DEFINITIONS = {
 
 
 def found(
-    items: Sequence[Item], observed: Mapping[Observer, Observed], plan: Plan, *, source: str, seed: int
+    items: Sequence[Item], observed: Mapping[Observer, Observed], config: BenchConfig, *, source: str
 ) -> Fidelity:
     """Compare what the systems did with ``items``; their pictures may be read once more."""
     result = fidelity.compare(
@@ -41,17 +42,17 @@ def found(
         observed["baseline"],
         observed["candidate"],
         observed.get("again"),
-        top_k=plan.top_k,
-        seed=seed,
+        top_k=config.top_k,
+        seed=config.seed,
     )
     rows = [_item(drift) for drift in result.items]
     most = {row.id for row in worst(rows)}
     small = thumbnails([picture for item in items if item.id in most for picture in item.pictures], BUDGET)
     return Fidelity(
         source=source,
-        items_sha256=digest(items),
+        items_sha256=observe.digest(items),
         top_k=result.top_k,
-        answer_tokens=plan.fidelity_tokens,
+        answer_tokens=config.fidelity_tokens,
         candidate=_drift(result.candidate),
         noise=_drift(result.noise) if result.noise else None,
         items=rows,
@@ -60,15 +61,6 @@ def found(
         prompts_differ=result.prompts_differ,
         thumbnails=small.urls,
     )
-
-
-def digest(items: Sequence[Item]) -> str:
-    """Return a SHA-256 over the prompts and pictures."""
-    whole = hashlib.sha256()
-    for item in items:
-        for part in (item.text, *(picture.sha256 for picture in item.pictures)):
-            whole.update(part.encode() + b"\0")
-    return whole.hexdigest()
 
 
 def worst(rows: Sequence[FidelityItem]) -> list[FidelityItem]:

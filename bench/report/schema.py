@@ -15,11 +15,15 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from bench.questions.scoring import RIGHT
+from bench.roles import ROLES, Role
+from bench.run.loads import PART, Load, LoadKind
+from bench.run.systems import Memory, SystemInfo
 
 __all__ = [
+    "ROLES",
     "SCHEMA_VERSION",
     "Accuracy",
     "Answer",
@@ -53,9 +57,7 @@ __all__ = [
 
 SCHEMA_VERSION: Literal[3] = 3
 
-Role = Literal["baseline", "candidate"]
 Judgement = Literal["no worse", "worse", "can't tell"]
-LoadKind = Literal["closed", "open", "single", "saturation", "rate"]
 #: What is told by round and compared; latencies by their median.
 SpeedFigure = Literal[
     "ttft", "tpot", "itl", "e2e", "requests_per_s", "output_tokens_per_s", "total_tokens_per_s", "goodput_per_s"
@@ -65,7 +67,7 @@ SpeedFigure = Literal[
 class Model(BaseModel):
     """Base of all parts: unknown keys are refused, so that a typo can't pass as a missing value."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = PART
 
 
 class Distribution(Model):
@@ -97,38 +99,6 @@ class Estimate(Model):
     low: float | None
     high: float | None
     rounds: list[float]
-
-
-class Load(Model):
-    """What a server is under while a point is measured.
-
-    Attributes:
-        kind: ``closed``: so many requests are kept in flight. ``open``: so many are due each second, however many are
-            in flight. Of a sweep: ``single`` (one at a time), ``saturation`` (as many in flight as fill the server) and
-            ``rate`` (an open loop at a share of what this server saturated at).
-        name: what it is called in tables, messages and `SpeedRatio`; unique in a report.
-        concurrency: of a closed loop.
-        rate_per_s: of ``open``, requests due each second.
-        arrivals: of ``open`` and ``rate``.
-        share: of ``rate``, of the requests a second at saturation.
-    """
-
-    kind: LoadKind
-    name: str
-    concurrency: int | None = None
-    rate_per_s: float | None = None
-    arrivals: Literal["poisson", "constant"] | None = None
-    share: float | None = None
-
-    @classmethod
-    def in_flight(cls, concurrency: int) -> Load:
-        """Return a closed loop."""
-        return cls(kind="closed", name=f"{concurrency} in flight", concurrency=concurrency)
-
-    @classmethod
-    def at_rate(cls, rate_per_s: float, arrivals: Literal["poisson", "constant"]) -> Load:
-        """Return an open loop."""
-        return cls(kind="open", name=f"{rate_per_s:g} requests/s", rate_per_s=rate_per_s, arrivals=arrivals)
 
 
 class Goodput(Model):
@@ -419,37 +389,6 @@ class Fidelity(Model):
     failed: int
     prompts_differ: int
     thumbnails: dict[str, str] = {}
-
-
-class Memory(Model):
-    """Memory of a server; None where it can't be known. All but the KV cache of servers that this run started.
-
-    Attributes:
-        kv_cache_tokens: of all requests together that fit into the server's KV cache.
-    """
-
-    host_bytes: int | None = None
-    host_kind: Literal["pss", "uss"] | None = None
-    gpu_bytes: int | None = None
-    weights_bytes: int | None = None
-    kv_cache_tokens: int | None = None
-
-
-class SystemInfo(Model):
-    """Who was measured."""
-
-    role: Role
-    label: str
-    source: str = Field(description="as given on the command line")
-    booted: bool = Field(description="whether this run started the server")
-    model: str
-    url: str
-    server_version: str | None = None
-    quantization: str | None = None
-    disk_bytes: int | None = None
-    disk_weights_bytes: int | None = None
-    memory: Memory = Memory()
-    serve_arguments: list[str] = []
 
 
 class Workload(Model):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, median, stdev
-from typing import get_args
 
 import numpy as np
 from scipy import stats
@@ -22,18 +21,18 @@ from bench.report.schema import (
     Distribution,
     Estimate,
     Goodput,
-    Load,
-    Role,
     ServerCounters,
     SpeedFigure,
     SpeedPoint,
     SpeedRatio,
 )
-from bench.run.measure import Measurements, Plan, Stretch
+from bench.roles import ROLES, Role
+from bench.run.config import BenchConfig
+from bench.run.loads import Load
+from bench.run.measured import Measurements, Stretch
 
 __all__ = ["DEFINITIONS", "doubts", "points", "ratios"]
 
-ROLES: tuple[Role, ...] = get_args(Role)
 KINDS = ("closed", "open", "single", "saturation", "rate")
 #: With fewer requests, p99 is next to the slowest one.
 FEW = 100
@@ -58,7 +57,7 @@ def _itl_p50(stretch: Stretch) -> float | None:
     return 1000.0 * found.p50 if found else None
 
 
-def _figures(plan: Plan) -> dict[SpeedFigure, Callable[[Stretch], float | None]]:
+def _figures(config: BenchConfig) -> dict[SpeedFigure, Callable[[Stretch], float | None]]:
     """What is told by round."""
 
     def rate(of: Callable[[Sequence[Trace], float], float | None]) -> Callable[[Stretch], float | None]:
@@ -66,7 +65,7 @@ def _figures(plan: Plan) -> dict[SpeedFigure, Callable[[Stretch], float | None]]
 
     def good(stretch: Stretch) -> float | None:
         block = stretch.block
-        found = metrics.goodput(block.traces, plan.slos, block.wall_s, unsent=block.unsent)
+        found = metrics.goodput(block.traces, config.slos, block.wall_s, unsent=block.unsent)
         return found.per_s if found else None
 
     return {
@@ -108,7 +107,7 @@ def _ratio(candidate: Sequence[float | None], baseline: Sequence[float | None]) 
 # --- points -----------------------------------------------------------------------------------------------------------
 
 
-def points(measured: Measurements, plan: Plan) -> list[SpeedPoint]:
+def points(measured: Measurements, config: BenchConfig) -> list[SpeedPoint]:
     """Return every point, those of one load next to each other: closed loops, open loops, the sweep."""
     found = measured.stretches()
 
@@ -116,10 +115,10 @@ def points(measured: Measurements, plan: Plan) -> list[SpeedPoint]:
         role, load = key
         return KINDS.index(load.kind), load.share or load.rate_per_s or load.concurrency or 0.0, ROLES.index(role)
 
-    return [_point(*key, found[key], plan) for key in sorted(found, key=order)]
+    return [_point(*key, found[key], config) for key in sorted(found, key=order)]
 
 
-def _point(role: Role, load: Load, rounds: Mapping[int, Stretch], plan: Plan) -> SpeedPoint:
+def _point(role: Role, load: Load, rounds: Mapping[int, Stretch], config: BenchConfig) -> SpeedPoint:
     stretches = [rounds[round_] for round_ in sorted(rounds)]
     blocks = [stretch.block for stretch in stretches]
     traces = [trace for block in blocks for trace in block.traces]
@@ -127,11 +126,11 @@ def _point(role: Role, load: Load, rounds: Mapping[int, Stretch], plan: Plan) ->
     found = metrics.summarise(
         traces,
         sum(block.wall_s for block in blocks),
-        slos=plan.slos,
+        slos=config.slos,
         loop_lag=[late for block in blocks for late in block.loop_lag],
         unsent=sum(block.unsent for block in blocks),
     )
-    by_round = {name: _estimate([of(stretch) for stretch in stretches]) for name, of in _figures(plan).items()}
+    by_round = {name: _estimate([of(stretch) for stretch in stretches]) for name, of in _figures(config).items()}
     steady = [_steady(block) for block in blocks]
     offered = [stretch.offered_per_s for stretch in stretches if stretch.offered_per_s is not None]
     tokens = _total([trace.completion_tokens for trace in done])
@@ -236,7 +235,7 @@ def _energy(stretches: Sequence[Stretch], tokens: int | None) -> float | None:
 # --- candidate against baseline ---------------------------------------------------------------------------------------
 
 
-def ratios(measured: Measurements, found: Sequence[SpeedPoint], plan: Plan) -> list[SpeedRatio]:
+def ratios(measured: Measurements, found: Sequence[SpeedPoint], config: BenchConfig) -> list[SpeedRatio]:
     """Return candidate / baseline of each figure under each load that both were under, where both points are valid.
 
     Rates of a sweep are shares of each system's own saturation: not the same load, so they have no ratio.
@@ -249,7 +248,7 @@ def ratios(measured: Measurements, found: Sequence[SpeedPoint], plan: Plan) -> l
             continue
         before, after = stretches["baseline", load], stretches["candidate", load]
         both = sorted(before.keys() & after.keys())
-        for metric, of in _figures(plan).items():
+        for metric, of in _figures(config).items():
             ratio = _ratio([of(after[round_]) for round_ in both], [of(before[round_]) for round_ in both])
             if ratio:
                 result.append(
@@ -268,12 +267,12 @@ def ratios(measured: Measurements, found: Sequence[SpeedPoint], plan: Plan) -> l
 # --- doubts -----------------------------------------------------------------------------------------------------------
 
 
-def doubts(found: Sequence[SpeedPoint], measured: Measurements, plan: Plan) -> list[str]:
+def doubts(found: Sequence[SpeedPoint], measured: Measurements, config: BenchConfig) -> list[str]:
     """Return what a reader should know before trusting a figure."""
     notes = []
     for role in ROLES:
         mine = [point for point in found if point.role == role]
-        notes += _counting(role, mine, measured, plan)
+        notes += _counting(role, mine, measured, config)
     for point in found:
         name = f"{point.role}, {point.load.name}"
         if point.invalid:
@@ -289,13 +288,13 @@ def doubts(found: Sequence[SpeedPoint], measured: Measurements, plan: Plan) -> l
             notes.append(f"{name}: the server had {server.prefix_cache_share:.0%} of the prompts' tokens in its cache")
         if server and server.finished is not None and server.finished > _sent(measured, point):
             notes.append(f"{name}: the server answered others meanwhile ({server.finished} requests ended there)")
-    notes += _untried(found, plan)
+    notes += _untried(found, config)
     fewest = min((point.completed for point in found), default=FEW)
     if fewest < FEW:
         notes.append(f"{fewest} requests in a point: its p99 is close to the slowest request, read it as such")
-    if found and plan.rounds < 3:
+    if found and config.rounds < 3:
         notes.append(
-            "one round: speed has no intervals" if plan.rounds == 1 else "two rounds: the intervals of speed are wide"
+            "one round: speed has no intervals" if config.rounds == 1 else "two rounds: the intervals of speed are wide"
         )
     return notes
 
@@ -305,7 +304,7 @@ def _sent(measured: Measurements, point: SpeedPoint) -> int:
     return sum(len(stretch.block.traces) + len(stretch.block.ramp) for stretch in rounds)
 
 
-def _counting(role: Role, mine: Sequence[SpeedPoint], measured: Measurements, plan: Plan) -> list[str]:
+def _counting(role: Role, mine: Sequence[SpeedPoint], measured: Measurements, config: BenchConfig) -> list[str]:
     if any(point.uncounted for point in mine):
         return [f"the {role}'s server reports no token counts (stream_options.include_usage): no TPOT and no tokens/s"]
     lengths = {
@@ -316,19 +315,19 @@ def _counting(role: Role, mine: Sequence[SpeedPoint], measured: Measurements, pl
         for trace in stretch.block.traces
         if trace.completion_tokens is not None
     }
-    if not lengths or plan.output_tokens.low <= min(lengths) <= max(lengths) <= plan.output_tokens.high:
+    if not lengths or config.output_tokens.low <= min(lengths) <= max(lengths) <= config.output_tokens.high:
         return []
     return [
-        f"the {role}'s answers have {min(lengths)} to {max(lengths)} tokens instead of {plan.output_tokens} each: its "
-        "server ignores ignore_eos or cuts answers, so throughput and E2E compare unequal work"
+        f"the {role}'s answers have {min(lengths)} to {max(lengths)} tokens instead of {config.output_tokens} each: "
+        "its server ignores ignore_eos or cuts answers, so throughput and E2E compare unequal work"
     ]
 
 
-def _untried(found: Sequence[SpeedPoint], plan: Plan) -> list[str]:
+def _untried(found: Sequence[SpeedPoint], config: BenchConfig) -> list[str]:
     notes = []
     for role in ROLES:
         tried = {point.load.rate_per_s for point in found if (point.role, point.load.kind) == (role, "open")}
-        skipped = [rate for rate in sorted(plan.rates) if rate not in tried]
+        skipped = [rate for rate in sorted(config.rates) if rate not in tried]
         if tried and skipped:
             rates = ", ".join(f"{rate:g}" for rate in skipped)
             notes.append(f"{role}: {rates} requests/s not tried, it did not keep up with less")

@@ -14,11 +14,11 @@ from bench.report.schema import (
     Fidelity,
     Item,
     Report,
-    Role,
     Share,
     SpeedPoint,
     SpeedRatio,
 )
+from bench.roles import Role
 
 __all__ = [
     "answer",

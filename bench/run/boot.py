@@ -7,14 +7,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from bench.report.schema import Role
+from bench.roles import Role
+from toolkit.errors import ServerError
 
-__all__ = ["Abort", "Here", "Server", "Start", "booted", "free_ports"]
+if TYPE_CHECKING:
+    from serve.settings.config import ServerConfig
+
+__all__ = ["Abort", "Here", "Server", "Start", "booted", "free_ports", "server_of"]
 
 
 class Server(Protocol):
@@ -74,6 +78,30 @@ def free_ports(count: int) -> list[int]:
     finally:
         for probe in held:
             probe.close()
+
+
+def _silent(phase: str) -> None:
+    pass
+
+
+def server_of(source: str, options: ServerConfig, on_phase: Callable[[str], None] = _silent) -> tuple[Start, Abort]:
+    """Return how to start a server of ``source``, and how to end it while it boots.
+
+    Args:
+        source: a directory, a hub id or ``demo``.
+        on_phase: told what the boot is doing.
+    """
+    from serve.process import lifecycle
+
+    def start() -> Server:
+        # Attached: the server ends with this process even when that is killed.
+        return lifecycle.start(source, options, attached=True, on_phase=lambda phase, seconds: on_phase(phase))
+
+    def abort() -> None:
+        with suppress(ServerError):  # not started yet, or gone
+            lifecycle.stop(options.port, drain=False)
+
+    return start, abort
 
 
 @contextmanager

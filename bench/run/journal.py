@@ -14,13 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from bench.load.client import Trace
 from bench.questions.observe import Observed
-from bench.report import JOURNAL
-from bench.report.schema import Load, Role
-from bench.run.measure import Measurements, Observer, Stretch
+from bench.roles import Role
+from bench.run.loads import Load
+from bench.run.measured import Measurements, Observer, Stretch
 from toolkit.errors import BenchError
 
-__all__ = ["Journal"]
+__all__ = ["JOURNAL", "Journal"]
 
+#: The file, in the directory of the report that is to come.
+JOURNAL = "run.jsonl"
 VERSION = 1
 
 

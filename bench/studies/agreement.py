@@ -33,8 +33,9 @@ from typing import Any
 from bench.load import metrics
 from bench.load.client import Trace, ask
 from bench.load.endpoint import Endpoint, discover, http_client
-from bench.load.inputs import ImageSize, Lengths, SpeedInputs, parse_sizes
+from bench.load.inputs import SpeedInputs
 from bench.load.loops import Block, closed_loop
+from bench.load.workload import ImageSize, Lengths, parse_sizes
 from bench.machine import environment
 from toolkit.errors import BenchError, QvlError
 from toolkit.paths import source_root

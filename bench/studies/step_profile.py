@@ -198,7 +198,8 @@ def read_trace(directory: Path) -> dict[str, Any]:
 async def _record(url: str, concurrency: int, steps: int, sizes: str) -> None:
     """Keep ``concurrency`` answers under way and have ``steps`` steps profiled once all of them decode."""
     from bench.load.endpoint import discover, http_client
-    from bench.load.inputs import SpeedInputs, parse_sizes
+    from bench.load.inputs import SpeedInputs
+    from bench.load.workload import parse_sizes
     from serve.http.sse import EventDecoder
 
     end = await discover(url)

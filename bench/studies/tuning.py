@@ -17,7 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.cli import commands
-from bench.tune.measure import Journal, TunePlan, table_rows, tune
+from bench.tune.config import TuneConfig
+from bench.tune.journal import Journal
+from bench.tune.measure import tune
+from bench.tune.profile import table_rows
 from toolkit.errors import QvlError
 
 __all__ = ["main", "spreads"]
@@ -75,11 +78,10 @@ def spreads(gpus: int, on_gpu: bool) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _parallel(model: str, results: Path, plan: TunePlan, minutes: float) -> bool:
+def _parallel(model: str, results: Path, config: TuneConfig, minutes: float) -> bool:
     """Measure a model over one and more GPUs; return whether all is measured."""
     from bench.machine.environment import gpu_names, versions
-    from bench.run.boot import free_ports
-    from bench.tune.cli import boot_with
+    from bench.run.boot import free_ports, server_of
     from serve.settings.config import ServerConfig
     from serve.settings.parallel import Parallel, visible_gpus
 
@@ -92,12 +94,13 @@ def _parallel(model: str, results: Path, plan: TunePlan, minutes: float) -> bool
         return ServerConfig(port=free_ports(1)[0], parallel=Parallel(tp=tp, dp=dp), timeout=900)
 
     settings = {name: {"tp": tp, "dp": dp} for name, (tp, dp) in ways.items()}
-    return tune(settings, plan, lambda name: boot_with(model, options(name)), journal, seconds=60 * minutes)
+    return tune(settings, config, lambda name: server_of(model, options(name)), journal, seconds=60 * minutes)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is left, until the minutes are up."""
-    from bench.load.inputs import parse_sizes
+    from bench.load.workload import parse_sizes
+    from bench.run.config import parse_concurrencies
     from serve.settings.backend import choose
     from toolkit.console import fail, note
 
@@ -124,13 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             profiled = [model, "--out", out, "--steps", size["steps"], *load]
             steps.run(f"step-{name}", profiled, "bench.studies.step_profile", made=out / "step.json")
         steps.run("capacity", [source, awq, "--out", results / "capacity.json"], "bench.studies.capacity_check")
-        plan = TunePlan(
-            tuple(int(part) for part in str(size["loads"]).split(",")),
-            int(str(size["requests"])),
-            int(str(size["tokens"])),
-            parse_sizes(str(size["sizes"])),
+        config = TuneConfig(
+            concurrencies=parse_concurrencies(str(size["loads"])),
+            requests=int(str(size["requests"])),
+            output_tokens=int(str(size["tokens"])),
+            image_sizes=parse_sizes(str(size["sizes"])),
         )
-        if not _parallel(str(awq), results, plan, steps.minutes_left):
+        if not _parallel(str(awq), results, config, steps.minutes_left):
             raise OutOfTime("parallel")
         command: list[object] = ["tune", awq, "--fp16", source, "--concurrency", size["loads"], *load]
         command += ["--requests", size["requests"], "--output-tokens", size["tokens"]]
@@ -145,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
     told = json.loads((results / "parallel.json").read_text())
     for name, cells in table_rows(
-        list(Journal(results / "parallel.json", told["about"]).trials.values()), plan.concurrencies
+        list(Journal(results / "parallel.json", told["about"]).trials.values()), config.concurrencies
     ):
         note(f"{name}: {', '.join(cells)} tokens/s at {size['loads']} in flight")
     note(f"nothing is left; results are in {results}")

@@ -17,8 +17,9 @@ import pytest
 from bench.load import metrics
 from bench.load.client import Trace, ask
 from bench.load.endpoint import Endpoint, discover, http_client
-from bench.load.inputs import ImageSize, SpeedInputs
+from bench.load.inputs import SpeedInputs
 from bench.load.loops import closed_loop
+from bench.load.workload import ImageSize
 from bench.machine.server_metrics import ServerPoint, read
 from tests.conftest import TOLD
 
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.e2e
 TOKENS = 16
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def endpoint(request: pytest.FixtureRequest) -> Endpoint:
     """The server that is measured."""
     url = request.config.getoption("--endpoint")
@@ -49,7 +50,7 @@ class Measured:
 Measure = Callable[[int, int, ImageSize], Measured]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def latency(endpoint: Endpoint, request: pytest.FixtureRequest) -> Measure:
     """Warm up, measure with requests no cache knows, tell the figures at the end of the session."""
     run = secrets.token_hex(8)

@@ -16,7 +16,11 @@ from tests.support.paths import ROOT
 from toolkit.calibration.inputs import _read_line
 from toolkit.cli import app
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs/adr").glob("*.md")),
+]
 ISSUE_TARGETS = [
     "setup",
     "demo",
@@ -30,6 +34,7 @@ ISSUE_TARGETS = [
     "bench",
     "compare",
     "test",
+    "coverage",
     "lint",
     "format",
     "microbench",

@@ -5,21 +5,29 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from bench.load.client import Failure, Trace
-from bench.load.inputs import Lengths
 from bench.load.loops import Block
 from bench.questions.tasks import Picture, Question, check_picture
-from bench.report.build import build, workload
-from bench.report.schema import Memory, Report, Role, SystemInfo
-from bench.run.measure import Measurements, Plan, Stretch
+from bench.report.build import build
+from bench.report.schema import Memory, Report, SystemInfo
+from bench.roles import ROLES, Role
+from bench.run.config import BenchConfig
+from bench.run.measured import Measurements, Stretch
+from bench.run.session import Outcome
 
-PLAN = Plan(
-    concurrencies=(1, 4), requests=8, rounds=2, output_tokens=Lengths.fixed(5), image_sizes=((56, 56),), nonce="n"
-)
+
+def config(**settings: Any) -> BenchConfig:
+    """Settings of a bench of two servers that are not there."""
+    given = {"baseline": "http://127.0.0.1:1", "candidate": "http://127.0.0.1:2", "out": Path("out/never-written")}
+    return BenchConfig(**(given | settings))
+
+
+CONFIG = config(concurrencies=(1, 4), requests=8, rounds=2, output_tokens="5", image_sizes="56x56", nonce="n")
 
 
 def trace(text: str = "x", ttft: float = 0.1, gap: float = 0.02, n: int = 5, counted: bool = True) -> Trace:
@@ -68,35 +76,27 @@ def report(
     speed: dict[Role, float] | None = None,
     counted: bool = True,
     failure: Failure | None = None,
-    margin: float = 0.01,
+    margin: float = 1.0,
     asked: list[Question] | None = None,
-    plan: Plan = PLAN,
+    settings: BenchConfig = CONFIG,
     **systems: Any,
 ) -> Report:
     """Both systems answer all questions, except those in ``wrong``; ``speed`` scales all times of a role."""
     asked = questions(per_task) if asked is None else asked
     wrong, speed = wrong or {}, speed or {}
     measured = Measurements()
-    roles: tuple[Role, ...] = ("baseline", "candidate")
-    for role in roles:
+    for role in ROLES:
         scale = speed.get(role, 1.0)
         measured.answers[role] = {q.id: trace("no" if q.id in wrong.get(role, ()) else "yes") for q in asked}
-        for load in plan.loads:
+        for load in settings.loads:
             traces = tuple(trace(ttft=scale * (0.1 + i / 1000), gap=0.02 * scale, counted=counted) for i in range(4))
             for round_ in range(2):
                 measured.units[role, load.name, round_] = [(load, Stretch(Block(traces, scale), load.rate_per_s))]
     if failure:
         measured.failures["candidate", "questions", failure] += 2
-    return build(
-        measured,
-        asked,
-        {role: systems.get(role) or system(role) for role in roles},
-        workload(plan, asked, source="t.jsonl", interleaved=True, seed=0),
-        plan,
-        margin=margin,
-        duration_s=1.0,
-        command="qvl bench",
-    )
+    both = {role: systems.get(role) or system(role) for role in ROLES}
+    outcome = Outcome(measured, both, asked, "t.jsonl", duration_s=1.0)
+    return build(outcome, settings.replaced(margin=margin), command="qvl bench")
 
 
 def second_version(found: Report) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from toolkit.errors import ManifestError, MediaError
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+    from transformers import Qwen2VLProcessor
 
 __all__ = ["CalibrationSample", "PreparedSample", "digest", "prepare", "read_manifest"]
 
@@ -206,7 +207,7 @@ def _with_media(sample: CalibrationSample, bounds: dict[str, int]) -> list[dict[
 
 def prepare(
     samples: Iterable[CalibrationSample],
-    processor: Any,
+    processor: Qwen2VLProcessor,
     *,
     max_tokens: int,
     max_pixels: int | None,

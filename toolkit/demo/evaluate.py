@@ -6,11 +6,14 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import CheckpointError, ManifestError, QvlError
 from toolkit.paths import demo_checkpoint
 from toolkit.tasks.questions import TASKS, Picture, question
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature
 
 __all__ = ["EVALUATION_SEED", "Reader", "evaluate", "record_accuracy"]
 
@@ -39,10 +42,10 @@ class Reader:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float16 if device == "cuda" else torch.float32
-        self.processor: Any = AutoProcessor.from_pretrained(model)
-        self.network: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(model)
+        self.network = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device).eval()
 
-    def inputs(self, pictures: Sequence[Picture]) -> Any:
+    def inputs(self, pictures: Sequence[Picture]) -> BatchFeature:
         """Return the model's inputs for a batch of questions, padded on the left."""
         chats = [
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": picture.question}]}]

@@ -12,7 +12,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,16 +20,19 @@ from toolkit.calibration.inputs import PreparedSample, prepare, read_manifest
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.compat import patch_torchvision
 from toolkit.errors import FormatError
-from toolkit.formats.packing import PackedLinear, unpack_gemm, unpack_gemv
+from toolkit.formats.packing import PackedLinear, dequantize, unpack_gemm, unpack_gemv
 from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.paths import demo_checkpoint
-from toolkit.quantize.search.grid import dequantize, round_to_grid
+from toolkit.quantize.search.grid import round_to_grid
 from toolkit.tasks.manifests import write_tasks
+
+if TYPE_CHECKING:
+    from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 __all__ = ["divergence", "load"]
 
 
-def load(path: Path | None, nearest: int | None = None) -> Any:
+def load(path: Path | None, nearest: int | None = None) -> Qwen2VLForConditionalGeneration:
     """Return the embedded model in float32, as transformers runs it.
 
     Args:
@@ -46,7 +49,7 @@ def load(path: Path | None, nearest: int | None = None) -> Any:
             for name in QWEN2_VL.linears:
                 weight = layer.get_submodule(name).weight
                 assert isinstance(weight, torch.nn.Parameter)
-                weight.data = dequantize(round_to_grid(weight.data, nearest))
+                weight.data = dequantize(round_to_grid(weight.data, nearest), torch.float32)
     if path is None:
         return model
     checkpoint = Checkpoint.open(path)
@@ -61,13 +64,13 @@ def load(path: Path | None, nearest: int | None = None) -> Any:
                 parts = (checkpoint.get(f"{prefix}{module}.{part}") for part in ("qweight", "qzeros", "scales"))
                 packed = PackedLinear(*parts)
                 unpacked = unpack_gemm(packed) if info.version == "gemm" else unpack_gemv(packed, info.group_size)
-                parameter.data = dequantize(unpacked)
+                parameter.data = dequantize(unpacked, torch.float32)
             else:
                 parameter.data = checkpoint.get(prefix + name).float()
     return model
 
 
-def held_out_chats(processor: Any, per_task: int) -> list[PreparedSample]:
+def held_out_chats(processor: Qwen2VLProcessor, per_task: int) -> list[PreparedSample]:
     """Return held-out questions with their right answers, as model inputs."""
     with tempfile.TemporaryDirectory() as directory:
         tasks = write_tasks(Path(directory), per_task=per_task)
@@ -86,7 +89,9 @@ _BATCH = 64
 
 
 @torch.no_grad()
-def answer_logits(model: Any, chats: Sequence[PreparedSample], opening: Sequence[int], end: int) -> list[torch.Tensor]:
+def answer_logits(
+    model: Qwen2VLForConditionalGeneration, chats: Sequence[PreparedSample], opening: Sequence[int], end: int
+) -> list[torch.Tensor]:
     """Return log-probabilities [answer tokens, vocabulary] of each chat's answer, its end token included."""
     found: list[torch.Tensor] = [torch.empty(0)] * len(chats)
     # of like length together, so that little is padding; padding comes last, where a causal model does not see it

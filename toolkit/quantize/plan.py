@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from toolkit.errors import FormatError, ResourceError
 from toolkit.files import free_bytes
+from toolkit.quantize.search.sizes import packed_bytes, screen_rows
+from toolkit.quantize.stream.sizes import CHUNK_TOKENS, HELD_TOKENS
 
 if TYPE_CHECKING:
     import torch
@@ -21,28 +23,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BITS",
-    "CHUNK_TOKENS",
     "FORMATS",
     "GROUP_SIZES",
-    "HELD_TOKENS",
     "Plan",
     "check_settings",
     "device_bytes",
     "divide",
     "make_plan",
-    "screen_rows",
 ]
 
 FORMATS = ("gemm", "gemv")
 BITS = (4,)
 #: Group sizes that AutoAWQ's formats and vLLM's kernels know; -1 is the whole row.
 GROUP_SIZES = (32, 64, 128, -1)
-#: Tokens that go through a layer at once, to start with; halved when the device runs out of memory.
-CHUNK_TOKENS = 4096
-#: Rows of a weight that screening looks at, at most, and numbers in them; all of them where there are fewer.
-_SCREEN_ROWS, _SCREEN_WEIGHTS = 1024, 2**23
-#: Tokens kept out of the search to check it: at most about this many.
-HELD_TOKENS = 4096
 #: int32 words hold eight values along the outputs (GEMM) or the inputs (GEMV).
 _PACK = 8
 _FLOAT = 4
@@ -61,11 +54,6 @@ _CANDIDATES, _FINALISTS = 30, 4
 _GPU_LAYER, _GPU_SHORTFALL = 0.1, 1.95
 #: How much slower a GPU factors a matrix than it multiplies: 30 against some 400 TFLOP/s on an H100.
 _CHOLESKY = 13
-
-
-def screen_rows(columns: int) -> int:
-    """Return how many rows of so many columns screening looks at: fewer of wide ones, a row costs their square."""
-    return min(_SCREEN_ROWS, _SCREEN_WEIGHTS // columns)
 
 
 @dataclass(frozen=True)
@@ -122,14 +110,15 @@ def divide(layers: Sequence[int], devices: int) -> list[tuple[int, ...]]:
     return [tuple(layers[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
-def check_settings(checkpoint: Checkpoint, fmt: str, bits: int, group_size: int) -> None:
+def check_settings(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Refuse what AutoAWQ's formats, vLLM's kernels or the model's shapes do not allow.
 
     Raises:
         FormatError: names the setting, and for a group size the layer that it does not divide and sizes that work.
     """
-    if fmt not in FORMATS:
-        raise FormatError(f"unknown format {fmt!r}: choose gemm (what vLLM runs) or gemv")
+    bits, group_size = recipe.bits, recipe.group_size
+    if recipe.format not in FORMATS:
+        raise FormatError(f"unknown format {recipe.format!r}: choose gemm (what vLLM runs) or gemv")
     if bits not in BITS:
         raise FormatError(f"{bits} bits: AutoAWQ's formats hold 4-bit values only, use --bits 4")
     shapes = checkpoint.linear_shapes()
@@ -168,7 +157,7 @@ def make_plan(
     shapes = checkpoint.linear_shapes()
     layers = checkpoint.num_layers
     first = checkpoint.layer_prefix(0)
-    packed = sum(_packed_bytes(k, n, recipe.group_size) for k, n in shapes.values())
+    packed = sum(packed_bytes(k, n, recipe.group_size) for k, n in shapes.values())
     layer_bytes = sum(checkpoint.tensors[f"{first}{name}.weight"].nbytes for name in shapes)
     disk = checkpoint.nbytes - layers * layer_bytes + layers * packed + 30_000_000  # tokenizer and config files
 
@@ -199,7 +188,7 @@ def device_bytes(checkpoint: Checkpoint, recipe: Recipe, tokens: int, longest: i
     """
     shapes, first = checkpoint.linear_shapes(), checkpoint.layer_prefix(0)
     layer_bytes = sum(checkpoint.tensors[f"{first}{name}.weight"].nbytes for name in shapes)
-    packed = sum(_packed_bytes(k, n, recipe.group_size) for k, n in shapes.values())
+    packed = sum(packed_bytes(k, n, recipe.group_size) for k, n in shapes.values())
     needs = _Needs(checkpoint, recipe, tokens, longest)
     device = _BASE_DEVICE + layer_bytes + needs.peak(False)
     return int(device), int(_BASE_HOST["cuda"] + 2 * packed + needs.states)
@@ -249,7 +238,7 @@ def _seconds(checkpoint: Checkpoint, recipe: Recipe, tokens: int, device: torch.
 
     The counts are those of :mod:`toolkit.quantize.search.moments`; how far they hold is in docs/results.
     """
-    from toolkit.quantize.search.grid import takes_bfloat16
+    from toolkit.quantize.search.gram import takes_bfloat16
 
     flops_rate, bytes_rate = _rates(device)
     text = checkpoint.text_config
@@ -308,12 +297,6 @@ def _rates(device: torch.device) -> tuple[float, float]:
         return best
 
     return rate(2.0 * size**3, lambda: torch.mm(a, a, out=b)), rate(8.0 * size**2, lambda: b.copy_(a))
-
-
-def _packed_bytes(inputs: int, outputs: int, group_size: int) -> int:
-    """Bytes of qweight, qzeros and scales of one linear, GEMM layout (GEMV pads a little more)."""
-    groups = inputs // (inputs if group_size == -1 else group_size)
-    return inputs * outputs // 2 + groups * outputs // 2 + 2 * groups * outputs
 
 
 def _available_host(available: int, group: Path = Path("/sys/fs/cgroup")) -> int:

@@ -1,45 +1,112 @@
-"""What was asked for, as it stands in qvl.json: equal recipes on equal sources give equal files."""
+"""What is asked of a quantization: the command line, a resumed run's identity and qvl.json are all made from this."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from toolkit.errors import FormatError, ManifestError
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-__all__ = ["Recipe"]
+from toolkit.errors import FormatError, ManifestError, QvlError
+from toolkit.options import Option, Settings
 
-_CHOICES = {
-    "search": ("moments", "autoawq"),
-    "scaling": ("plain", "duo"),
-    "rounding": ("nearest", "compensated"),
-    "balance": ("none", "modality"),
-}
+__all__ = ["Recipe", "RunOptions"]
+
+_SEARCH, _MIXED = "Search", "Layers in 16 bits"
+#: What qvl.json calls the recipe, in the order in which it stands there. The other settings name files, whose content
+#: is recorded instead: the samples' hash, the source's, the linears left in 16 bits.
+_RECORDED = (
+    "format",
+    "bits",
+    "group_size",
+    "search",
+    "scaling",
+    "clip",
+    "rounding",
+    "balance",
+    "skip",
+    "samples",
+    "max_tokens",
+    "max_pixels",
+    "seed",
+)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The settings of a quantization; see :func:`toolkit.quantize.quantize`."""
+class Recipe(Settings):
+    """What decides a quantization's result: equal recipes on equal sources give equal files.
 
-    format: str = "gemm"
-    bits: int = 4
-    group_size: int = 128
-    search: str = "moments"
-    scaling: str = "plain"
-    clip: bool = True
-    rounding: str = "compensated"
-    balance: str = "none"
-    skip: str | None = None
-    samples: int = 128
-    max_tokens: int = 4096
-    max_pixels: int | None = 1280 * 28 * 28
-    seed: int = 0
+    Raises:
+        FormatError: a setting is unknown, or does not go with another.
+        ManifestError: no calibration sample is asked for.
+    """
 
-    def __post_init__(self) -> None:
-        """Raise QvlError for a setting that is none; :func:`toolkit.quantize.plan.check_settings` looks at shapes."""
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise FormatError(f"unknown {name} {value!r}: choose {' or '.join(choices)}")
+    error: ClassVar[type[QvlError]] = FormatError
+
+    format: Annotated[str, Option("gemm (what vLLM runs) or gemv.")] = "gemm"
+    group_size: Annotated[int, Option("Inputs that share a scale: 32, 64, 128, or -1 for all.")] = 128
+    bits: Annotated[int, Option("Width of a weight; AutoAWQ's formats hold 4.")] = 4
+    calib: Annotated[str, Option("JSONL manifest of chats with images, or 'demo'.")] = "demo"
+    samples: Annotated[int, Option("Calibration samples to use.")] = 128
+    adapter: Annotated[Path | None, Option("LoRA adapter directory, merged first (peft).")] = None
+    revision: Annotated[str | None, Option("Branch, tag or commit of a hub id.")] = None
+    search: Annotated[
+        Literal["moments", "autoawq"],
+        Option("moments (second moments, fast) or autoawq (its own loop).", panel=_SEARCH),
+    ] = "moments"
+    scaling: Annotated[
+        Literal["plain", "duo"],
+        Option("AutoAWQ's grid: plain (activations) or duo (activations over weights).", panel=_SEARCH),
+    ] = "plain"
+    clip: Annotated[bool, Option("Search for clipped ranges too.", panel=_SEARCH)] = True
+    #: Never None in a recipe that is made: what goes with the search stands in for it.
+    rounding: Annotated[
+        Literal["nearest", "compensated"] | None,
+        Option(
+            "compensated (later columns make up for earlier ones; with moments, the default) or nearest.",
+            panel=_SEARCH,
+        ),
+        Field(validate_default=True),
+    ] = None
+    balance: Annotated[
+        Literal["none", "modality"],
+        Option("none, or modality: weigh vision and text tokens by sensitivity.", panel=_SEARCH),
+    ] = "none"
+    skip: Annotated[str | None, Option("Regular expression of linears to leave in 16 bits.", panel=_MIXED)] = None
+    from_report: Annotated[Path | None, Option("A layers' report: leave in 16 bits what hurts most.", panel=_MIXED)] = (
+        None
+    )
+    budget: Annotated[float, Option("Extra size allowed for that, as a share.", panel=_MIXED)] = 0.1
+    max_tokens: Annotated[int, Option("Longer calibration samples are left out.")] = 4096
+    #: None, for which 0 may be given: the processor's own.
+    max_pixels: Annotated[
+        int | None, Option("Bound on the pixels of a calibration image; 0 is the processor's own.")
+    ] = 1280 * 28 * 28
+    seed: Annotated[int, Option("Of the draw of samples.")] = 0
+
+    @field_validator("search", "scaling", "rounding", "balance", mode="before")
+    @classmethod
+    def _known(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        choices = [choice for part in get_args(kind) for choice in get_args(part) or (part,)]
+        if value not in choices and not (value is None and type(None) in choices):
+            raise FormatError(
+                f"unknown {info.field_name} {value!r}: choose {' or '.join(c for c in choices if isinstance(c, str))}"
+            )
+        return value
+
+    @field_validator("rounding")
+    @classmethod
+    def _rounding_of_the_search(cls, value: str | None, info: ValidationInfo) -> str:
+        return value or ("compensated" if info.data["search"] == "moments" else "nearest")
+
+    @field_validator("max_pixels")
+    @classmethod
+    def _bound(cls, value: int | None) -> int | None:
+        return value or None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Refuse what is none; :func:`toolkit.quantize.plan.check_settings` looks at shapes."""
         if self.samples < 1:
             raise ManifestError(f"{self.samples} calibration samples: at least 1 is needed, 128 is usual")
         if self.search == "autoawq" and (self.rounding != "nearest" or self.balance != "none"):
@@ -47,3 +114,25 @@ class Recipe:
                 "AutoAWQ's search rounds to nearest and weighs all tokens alike: "
                 "leave --rounding and --balance out, or use --search moments"
             )
+        return self
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the recipe as it stands in qvl.json and in a resumed run's identity."""
+        return {name: getattr(self, name) for name in _RECORDED}
+
+
+class RunOptions(Settings):
+    """What is about one run and not about its result."""
+
+    layers_report: Annotated[
+        Path | None,
+        Option(
+            "Write each layer's error (plain rounding, AutoAWQ's search, ours) to this JSON file.",
+            panel=_MIXED,
+            before="from_report",
+        ),
+    ] = None
+    devices: Annotated[str, Option("auto, cpu, cuda, or several GPUs: 0,1.")] = "auto"
+    force: Annotated[bool, Option("Replace an existing OUT.")] = False
+    restart: Annotated[bool, Option("Discard what a stopped run has finished.")] = False
+    dry_run: Annotated[bool, Option("Only say what memory and time it needs.")] = False

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from toolkit.console import note
 from toolkit.errors import CheckpointError
-from toolkit.quantize.search.mixed import FUSED
 
 __all__ = ["write_report"]
 
@@ -23,13 +23,14 @@ _WAYS = {
 _WORST = 3
 
 
-def write_report(path: Path, records: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> None:
+def write_report(path: Path, records: Sequence[dict[str, Any]], manifest: dict[str, Any], units: Sequence[str]) -> None:
     """Write the errors of a run with ``report`` to ``path``, a plot beside it, and name the worst layers.
 
     Args:
         path: the JSON file; the plot has the same name with ``.png``.
         records: of all layers, with ``errors`` by way and unit.
         manifest: qvl.json, which says of what.
+        units: of a layer, by name, in the order in which they are told.
 
     Raises:
         CheckpointError: it can't be written.
@@ -41,7 +42,7 @@ def write_report(path: Path, records: Sequence[dict[str, Any]], manifest: dict[s
             "error": {way: record["errors"][way]["layer"] for way in ways},
             "units": {
                 unit: {"error": {way: record["errors"][way][unit] for way in ways}}
-                for unit in FUSED
+                for unit in units
                 if unit in record["errors"][ways[-1]]
             },
         }
@@ -58,7 +59,7 @@ def write_report(path: Path, records: Sequence[dict[str, Any]], manifest: dict[s
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        _draw(path.with_suffix(".png"), layers, ways, manifest)
+        _draw(path.with_suffix(".png"), layers, ways, units, manifest)
     except OSError as error:
         raise CheckpointError(f"{path} can't be written: {error.strerror or error}") from error
     worst = sorted(layers, key=lambda layer: layer["error"]["moments"], reverse=True)[:_WORST]
@@ -69,7 +70,13 @@ def write_report(path: Path, records: Sequence[dict[str, Any]], manifest: dict[s
     note(f"worst layers: {'; '.join(told)}. All are in {path} and {path.with_suffix('.png').name}")
 
 
-def _draw(path: Path, layers: Sequence[dict[str, Any]], ways: Sequence[str], manifest: dict[str, Any]) -> None:
+def _draw(
+    path: Path,
+    layers: Sequence[dict[str, Any]],
+    ways: Sequence[str],
+    units: Sequence[str],
+    manifest: dict[str, Any],
+) -> None:
     """Draw the error of each layer by way, and of its units by ours."""
     import matplotlib
 
@@ -85,7 +92,7 @@ def _draw(path: Path, layers: Sequence[dict[str, Any]], ways: Sequence[str], man
     left.set_title("whole layer")
     left.set_ylabel("relative squared error of the output")
     below = [0.0] * len(layers)
-    for (unit, _), hatch in zip(FUSED.items(), ("", "//", "..", "xx"), strict=True):
+    for unit, hatch in zip(units, cycle(("", "//", "..", "xx")), strict=False):
         heights = [layer["units"].get(unit, {"error": {"moments": 0.0}})["error"]["moments"] for layer in layers]
         right.bar(where, heights, bottom=below, label=unit, hatch=hatch, edgecolor="white", linewidth=0.5)
         below = [a + b for a, b in zip(below, heights, strict=True)]

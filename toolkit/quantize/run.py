@@ -1,516 +1,169 @@
-"""From a directory of fp16 weights to one of AWQ weights: plan, capture, stream the layers through, write."""
+"""From a directory of fp16 weights to one of AWQ weights: open, prepare, plan, search layer after layer, write."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
-from toolkit.checkpoint.left_out import Linear, describe, modules_to_not_convert
 from toolkit.console import note, warn
-from toolkit.errors import AlreadyQuantized, CheckpointError, ManifestError, ResourceError
-from toolkit.quantize.journal import Journal, source_identity
-from toolkit.quantize.model_card import model_card, versions
-from toolkit.quantize.plan import Plan, check_settings, divide, make_plan
+from toolkit.errors import CheckpointError
+from toolkit.quantize.devices import find_devices
+from toolkit.quantize.identity import source_identity
+from toolkit.quantize.job import Job, Made
+from toolkit.quantize.journal import Journal
+from toolkit.quantize.model_card import versions
+from toolkit.quantize.plan import divide, make_plan
 from toolkit.quantize.progress import RunProgress
-from toolkit.quantize.recipe import Recipe
-from toolkit.quantize.search.mixed import choose, skipped
-from toolkit.quantize.worker import Share, in_process, run
-from toolkit.sources.directory import resolve
+from toolkit.quantize.recipe import Recipe, RunOptions
+from toolkit.quantize.record import write_rest
+from toolkit.quantize.samples import prepare_samples
+from toolkit.quantize.shares import Outcome, search_shares
+from toolkit.quantize.source import Source, merged, open_source
+from toolkit.quantize.worker import Share
 
 if TYPE_CHECKING:
-    import torch
+    from toolkit.checkpoint.checkpoint import Checkpoint
 
-    from toolkit.calibration.inputs import CalibrationSample, PreparedSample
-
-__all__ = ["quantize"]
-
-MANIFEST_VERSION = 2
+__all__ = ["run"]
 
 
-def quantize(
-    model: str,
-    out: Path | str,
-    *,
-    format: str = "gemm",
-    bits: int = 4,
-    group_size: int = 128,
-    calib: str = "demo",
-    samples: int = 128,
-    search: str = "moments",
-    scaling: str = "plain",
-    clip: bool = True,
-    rounding: str | None = None,
-    balance: str = "none",
-    skip: str | None = None,
-    from_report: Path | None = None,
-    budget: float = 0.1,
-    layers_report: Path | None = None,
-    max_tokens: int = 4096,
-    max_pixels: int | None = 1280 * 28 * 28,
-    seed: int = 0,
-    adapter: Path | str | None = None,
-    revision: str | None = None,
-    devices: str = "auto",
-    force: bool = False,
-    restart: bool = False,
-    dry_run: bool = False,
-) -> Path:
-    """Quantize a Qwen2-VL to AWQ.
-
-    A run that is stopped, even by ``kill -9``, keeps its finished layers; the same call goes on from there.
-
-    Args:
-        model: directory, hub id or ``demo``.
-        out: directory to write; appears when it is complete.
-        format: ``gemm`` or ``gemv``.
-        bits: 4.
-        group_size: inputs that share a scale: 32, 64, 128, or -1 for the whole row.
-        calib: JSONL manifest of chats (see :mod:`toolkit.calibration.inputs`) or ``demo``.
-        samples: how many of them are used.
-        search: ``moments`` (second moments; fast) or ``autoawq`` (AutoAWQ's own loop).
-        scaling: AutoAWQ's grid: ``plain`` (activation magnitudes) or ``duo`` (activations over weights).
-        clip: search for clipped ranges too.
-        rounding: ``compensated`` (later columns make up for the errors of earlier ones) or ``nearest``; by default
-            the first where the search is ``moments``.
-        balance: ``none``, or ``modality``: weigh vision and text tokens by what the loss depends on them.
-        skip: regular expression of linears that stay in 16 bits.
-        from_report: a file of ``layers_report``: the units that hurt most stay in 16 bits, within ``budget``.
-        budget: extra size allowed for that, relative to the whole checkpoint.
-        layers_report: file to write: each layer's error by rounding to nearest, AutoAWQ's search and ours.
-        max_tokens: longer samples are left out.
-        max_pixels: bound on a calibration image; None is the processor's own.
-        seed: of the draw of samples.
-        adapter: peft adapter directory, merged first.
-        revision: branch, tag or commit of a hub id.
-        devices: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, or several: ``0,1``.
-        force: replace an existing ``out``.
-        restart: discard what a stopped run has finished.
-        dry_run: only say what the run would need.
-
-    Returns:
-        ``out``.
-
-    Raises:
-        QvlError: its children say what was wrong with the source, the settings, the samples or the machine.
-    """
-    recipe = Recipe(
-        format,
-        bits,
-        group_size,
-        search,
-        scaling,
-        clip,
-        rounding or ("compensated" if search == "moments" else "nearest"),
-        balance,
-        skip,
-        samples,
-        max_tokens,
-        max_pixels,
-        seed,
-    )
-    out = Path(out)
-    checkpoint = Checkpoint.open(resolve(model, revision))
-    if checkpoint.quantization is not None:
-        raise AlreadyQuantized(
-            f"{checkpoint.path} is AWQ already ({checkpoint.quantization.version}, group size "
-            f"{checkpoint.quantization.group_size}): quantize its fp16 source, or `qvl convert` it to the other format"
+def run(model: str, out: Path, recipe: Recipe, options: RunOptions) -> Path:
+    """Quantize a checkpoint, or only say what that needs; see :func:`toolkit.quantize.quantize`."""
+    source = open_source(model, out, recipe, options.force)
+    devices = find_devices(options.devices)
+    began = time.perf_counter()
+    with RunProgress() as progress:
+        job = _job(source, recipe, devices, options.layers_report, progress)
+        needs = job.plan.check(out, _device(devices))
+        if options.dry_run:
+            for line in needs:
+                note(line)
+            note(job.plan.told_time())
+            return out
+        record = job.calibration.record
+        note(f"{record['samples']} samples, {record['tokens']} tokens; " + "; ".join(needs))
+        journal = Journal(
+            out,
+            _identity(job),
+            layers=source.checkpoint.num_layers,
+            force=options.force,
+            source=source.checkpoint.path,
+            expected_bytes=job.plan.disk,
+            environment={**versions(), "devices": sorted(set(devices))},
+            restart=options.restart,
         )
-    check_settings(checkpoint, format, bits, group_size)
-    CheckpointWriter(out, force, source=checkpoint.path).check_out()
-    if adapter is not None:
-        from toolkit.sources.adapter import check_adapter
-
-        check_adapter(Path(adapter))
-    left = skipped(skip, checkpoint)
-    if from_report is not None:
-        from toolkit.checkpoint.weights import read_json
-
-        left |= choose(read_json(from_report), budget, checkpoint, group_size)
-    if left:
-        note(f"left in 16 bits: {describe(left, checkpoint.num_layers, checkpoint.family)}")
-    source: dict[str, Any] = {"model": model, "revision": revision, "adapter": str(adapter) if adapter else None}
-    task = _Run(checkpoint, recipe, calib, source, _devices(devices), left, layers_report)
-    if dry_run:
-        task.forecast(out)
-    else:
-        task.run(out, Path(adapter) if adapter else None, force, restart)
+        seconds = {"prepare": time.perf_counter() - began}
+        try:
+            with journal:
+                made = _make_layers(journal, job, progress)
+                write_rest(journal, job, made, {**seconds, "total": time.perf_counter() - began})
+        except BaseException:
+            if journal.kept:
+                warn(
+                    f"{journal.kept} of {source.checkpoint.num_layers} layers are kept: "
+                    "run the same command again to go on, or add --restart to begin anew"
+                )
+            raise
     return out
 
 
-def _devices(names: str) -> list[str]:
-    """Turn ``auto``, ``cpu``, ``cuda:1`` or ``0,1`` into torch's names of devices that are there."""
+def _job(source: Source, recipe: Recipe, devices: list[str], report: Path | None, progress: RunProgress) -> Job:
+    """Read the samples and work out disk, memory and time before anything is loaded."""
+    calibration = prepare_samples(source.checkpoint, recipe, progress)
+    plan = make_plan(source.checkpoint, recipe, calibration.samples, _device(devices), len(devices))
+    return Job(source, recipe, devices, calibration, plan, report)
+
+
+def _device(devices: Sequence[str]) -> Any:
+    """Return the first device, which stands for all."""
     import torch
 
-    if names == "auto":
-        names = "cuda" if torch.cuda.is_available() else "cpu"
-    found = []
-    for name in names.split(","):
-        name = f"cuda:{name}" if name.isdigit() else name
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            raise ResourceError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:N or a list as in 0,1") from None
-        if device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise ResourceError("no CUDA device here: use --devices cpu, or install a driver and a CUDA torch")
-            if device.index is not None and device.index >= torch.cuda.device_count():
-                raise ResourceError(f"no device {name}: this machine has {torch.cuda.device_count()}")
-            device = torch.device("cuda", device.index or 0)
-        elif device.type != "cpu":
-            raise ResourceError(f"device {name!r} is not supported: use auto, cpu, cuda, cuda:N or a list as in 0,1")
-        found.append(str(device))
-    if len(set(found)) < len(found) and "cpu" not in found:
-        raise ResourceError(f"--devices {names} names a device twice")
-    return found
+    return torch.device(devices[0])
 
 
-class _Run:
-    """One quantization, from an open source to a finished directory."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        recipe: Recipe,
-        calib: str,
-        source: dict[str, Any],
-        devices: Sequence[str],
-        left: frozenset[Linear],
-        layers_report: Path | None,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.recipe = recipe
-        self.calib = calib
-        self.source = source
-        self.devices = devices
-        self.left = left
-        self.layers_report = layers_report
-        self.seconds: dict[str, float] = {}
-        self._copying: Future[None] = Future()
-        self.layers: list[dict[str, Any]] = []
-        self.ends: list[dict[str, Any]] = []
-
-    def forecast(self, out: Path) -> None:
-        """Say what a run would need, and whether this machine has it."""
-        with RunProgress() as self.progress:
-            prepared, _ = self._prepare()
-        plan = self._plan(prepared)
-        for line in plan.check(out, self._torch_device()):
-            note(line)
-        note(plan.told_time())
-
-    def run(self, out: Path, adapter: Path | None, force: bool, restart: bool) -> None:
-        """Do it all."""
-        began = time.perf_counter()
-        stamps = source_identity(self.checkpoint)
-        with RunProgress() as self.progress:
-            prepared, calibration = self._prepare()
-            plan = self._plan(prepared)
-            note(
-                f"{len(prepared)} samples, {calibration['tokens']} tokens; "
-                + "; ".join(plan.check(out, self._torch_device()))
-            )
-            self.seconds["prepare"] = time.perf_counter() - began
-            identity = {
-                "source": {**self.source, "files": stamps, "adapter_files": _stamps(adapter)},
-                "recipe": asdict(self.recipe),
-                "left": self._left_in_words() or "",
-                "calibration": calibration["sha256"],
-                "report": self.layers_report is not None,
-            }
-            journal = Journal(
-                out,
-                identity,
-                layers=self.checkpoint.num_layers,
-                force=force,
-                source=self.checkpoint.path,
-                expected_bytes=plan.disk,
-                environment={**versions(), "devices": sorted(set(self.devices))},
-                restart=restart,
-            )
-            try:
-                with journal:
-                    self._fill(journal, prepared, plan, adapter, stamps)
-                    self.seconds["total"] = time.perf_counter() - began
-                    self._finish(journal, calibration, plan)
-            except BaseException:
-                if journal.kept:
-                    warn(
-                        f"{journal.kept} of {self.checkpoint.num_layers} layers are kept: "
-                        "run the same command again to go on, or add --restart to begin anew"
-                    )
-                raise
-
-    def _prepare(self) -> tuple[list[PreparedSample], dict[str, Any]]:
-        """Read the manifest and turn its samples into model inputs."""
-        from toolkit.calibration.inputs import digest, prepare, read_manifest
-        from toolkit.compat import patch_torchvision
-
-        patch_torchvision()
-        from transformers import AutoProcessor
-
-        recipe = self.recipe
-        with self._manifest() as path:
-            samples = read_manifest(path, recipe.samples, recipe.seed)
-            if len(samples) < recipe.samples:
-                note(f"the manifest has {len(samples)} samples; all are used")
-            processor = AutoProcessor.from_pretrained(self.checkpoint.path)
-            too_long: list[str] = []
-
-            def skip(sample: CalibrationSample, tokens: int) -> None:
-                too_long.append(f"{sample.where} ({tokens} tokens)")
-
-            prepared = list(
-                self.progress.track(
-                    "reading samples",
-                    prepare(
-                        samples,
-                        processor,
-                        max_tokens=recipe.max_tokens,
-                        max_pixels=recipe.max_pixels,
-                        skipped=skip,
-                    ),
-                    len(samples),
-                )
-            )
-        if too_long:
-            warn(f"{len(too_long)} samples are over {recipe.max_tokens} tokens and left out, the first: {too_long[0]}")
-        if not prepared:
-            raise ManifestError(
-                f"no sample of {self.calib} is within {recipe.max_tokens} tokens: "
-                "raise --max-tokens or lower --max-pixels"
-            )
-        return prepared, {
-            "manifest": self.calib,
-            "samples": len(prepared),
-            "skipped": len(too_long),
-            "tokens": sum(p.tokens for p in prepared),
-            "vision_tokens": sum(p.vision_tokens for p in prepared),
-            "sha256": digest(prepared),
-        }
-
-    @contextlib.contextmanager
-    def _manifest(self) -> Iterator[Path]:
-        """Yield the manifest's path; the demo's is drawn anew, from its training seeds."""
-        if self.calib != "demo":
-            yield Path(self.calib)
-            return
-        from toolkit.tasks.manifests import write_calibration
-
-        with tempfile.TemporaryDirectory(prefix="qvl-calibration-") as directory:
-            yield write_calibration(Path(directory), samples=self.recipe.samples, seed=self.recipe.seed)
-
-    def _plan(self, prepared: Sequence[PreparedSample]) -> Plan:
-        """Work out disk, memory and time before anything is loaded."""
-        return make_plan(self.checkpoint, self.recipe, prepared, self._torch_device(), len(self.devices))
-
-    def _torch_device(self) -> torch.device:
-        import torch
-
-        return torch.device(self.devices[0])
-
-    def _fill(
-        self,
-        journal: Journal,
-        prepared: Sequence[PreparedSample],
-        plan: Plan,
-        adapter: Path | None,
-        stamps: dict[str, Any],
-    ) -> None:
-        """Make all that the journal does not have yet."""
-        for text in journal.notes:
-            note(text)
-        layers = self.checkpoint.num_layers
-        if journal.done:
-            note(f"going on: {len(journal.done)} of {layers} layers are done")
-        todo = [index for index in range(layers) if index not in journal.done]
-        original, merged = self.checkpoint, journal.work / "merged"
-        with contextlib.ExitStack() as stack:
-            if adapter is not None:
-                stack.callback(shutil.rmtree, merged, ignore_errors=True)
-                self.checkpoint = _merged(original, adapter, merged)
-            pool = stack.enter_context(ThreadPoolExecutor(2))
-            # both beside the search, which waits for neither
-            hashing = pool.submit(self.checkpoint.content_hash)
-            rest = [name for name in self.checkpoint.tensors if not name.startswith(self.checkpoint.layers_prefix)]
-            self._copying = pool.submit(journal.add_rest, ((name, self.checkpoint.get(name)) for name in rest))
-            self.progress.layers(len(journal.done), layers)
-            if todo:
-                self._search(journal, prepared, plan, todo)
-            self._copying.result()
-            self.source["hash"] = hashing.result()
-            self.checkpoint = original
-        if source_identity(original) != stamps:
-            shutil.rmtree(journal.directory)  # nothing of it is worth keeping
-            raise CheckpointError(
-                f"the weights in {original.path} were replaced during the run, so the result would be a mix: "
-                "start again when nothing writes there. Nothing was left behind"
-            )
-
-    def _search(self, journal: Journal, prepared: Sequence[PreparedSample], plan: Plan, todo: Sequence[int]) -> None:
-        """Share the layers out and wait until they are written."""
-        balance = self._balance(prepared)
-        shares = [
-            Share(
-                self.checkpoint.path,
-                self.recipe,
-                self.left,
-                journal.directory,
-                device,
-                plan.store_on_device,
-                layers,
-                balance,
-                self.layers_report is not None,
-            )
-            for device, layers in zip(self.devices, divide(todo, len(self.devices)), strict=True)
-            if layers
-        ]
-        self.progress.begin("vision tower", len(prepared))
-        if len(shares) == 1:
-            run(shares[0], prepared, self._told)
-        else:
-            self._search_in_parallel(shares, prepared, journal.work / "samples.pt")
-
-    def _search_in_parallel(self, shares: Sequence[Share], prepared: Sequence[PreparedSample], file: Path) -> None:
-        """Run each share in a process of its own."""
-        import multiprocessing
-        import queue
-
-        import torch
-
-        torch.save([(p.inputs, p.tokens, p.vision_tokens) for p in prepared], file)
-        context = multiprocessing.get_context("spawn")
-        told: multiprocessing.Queue[tuple[int, str, Any]] = context.Queue()
-        processes = [
-            context.Process(target=in_process, args=(share, file, rank, told), daemon=True)
-            for rank, share in enumerate(shares)
-        ]
-        try:
-            for process in processes:
-                process.start()
-            while len(self.ends) < len(processes):
-                try:
-                    rank, kind, what = told.get(timeout=1)
-                except queue.Empty:
-                    for share, process in zip(shares, processes, strict=True):
-                        if process.exitcode:
-                            raise ResourceError(
-                                f"the process on {share.device} died with exit code {process.exitcode}: killed "
-                                "for want of host memory, perhaps"
-                            ) from None
-                    continue
-                if kind == "error":
-                    raise what
-                if kind != "captured" or rank == 0:
-                    self._told(kind, what)
-            for process in processes:
-                process.join()
-        finally:
-            for process in processes:
-                process.kill()
-            file.unlink(missing_ok=True)
-
-    def _told(self, kind: str, what: Any) -> None:
-        """Take in what a share says; see :func:`toolkit.quantize.worker.run`."""
-        if kind == "captured":
-            self.progress.advance(what)
-        elif kind == "note":
-            note(what)
-        elif kind == "layer":
-            if self._copying.done():
-                self._copying.result()  # a full disk, say: why search on?
-            self.layers.append({"layer": what["layer"], "seconds": what["seconds"]})
-            self.progress.layer(what["layer"], what["error"], what["seconds"]["total"], what["peak"])
-        elif kind == "end":
-            self.ends.append(what)
-
-    def _balance(self, prepared: Sequence[PreparedSample]) -> tuple[float, ...] | None:
-        """Measure what a vision token counts in each layer, where that was asked for."""
-        if self.recipe.balance == "none":
-            return None
-        from toolkit.quantize.search.sensitivity import measure
-
-        self.progress.begin("sensitivity", 2 * self.checkpoint.num_layers)
-        found = measure(self.checkpoint, prepared, self._torch_device(), on_step=self.progress.advance)
-        self.source["vision_sensitivity"] = [round(ratio, 6) for ratio in found]
-        return tuple(found)
-
-    def _left_in_words(self) -> str | None:
-        checkpoint = self.checkpoint
-        return describe(self.left, checkpoint.num_layers, checkpoint.family) if self.left else None
-
-    def _finish(self, journal: Journal, calibration: dict[str, Any], plan: Plan) -> None:
-        """Write config, side files, qvl.json, what was measured, the model card and the layers' report."""
-        recipe = self.recipe
-        layers = journal.records()
-        left = modules_to_not_convert(self.left, self.checkpoint.num_layers, self.checkpoint.family)
-        config = {
-            **self.checkpoint.config,
-            "quantization_config": {
-                "bits": recipe.bits,
-                "group_size": recipe.group_size,
-                "modules_to_not_convert": left,
-                "quant_method": "awq",
-                "version": recipe.format,
-                "zero_point": True,
-            },
-        }
-        balance = self.source.pop("vision_sensitivity", None)
-        manifest = {
-            "manifest_version": MANIFEST_VERSION,
-            "source": self.source,
-            "recipe": asdict(recipe),
-            "left_in_16_bits": self._left_in_words(),
-            "calibration": calibration,
-            "versions": versions(),
-            "vision_sensitivity": balance,
-            "layers": [{key: value for key, value in layer.items() if key != "errors"} for layer in layers],
-        }
-        self.layers.sort(key=lambda layer: layer["layer"])
-        measured = {
-            "versions": versions(),
-            "device": ", ".join(end["device"] for end in self.ends),
-            "seconds": {
-                **{k: round(v, 3) for k, v in self.seconds.items()},
-                **{step: max((end["seconds"][step] for end in self.ends), default=0.0) for step in ("embed", "layers")},
-            },
-            "peak_device_bytes": max((end["peak_device_bytes"] for end in self.ends), default=0),
-            "peak_host_bytes": max((end["peak_host_bytes"] for end in self.ends), default=0),
-            "planned": {"device_bytes": plan.device, "host_bytes": plan.host, "seconds": plan.seconds},
-            "layers_of_earlier_runs": len(journal.done),
-            "layers": self.layers,
-        }
-        journal.copy_side_files(self.checkpoint.path)
-        journal.set_config(config)
-        journal.write_json("qvl.json", manifest)
-        journal.write_json("qvl-run.json", measured)
-        journal.write_text("README.md", model_card(manifest))
-        if self.layers_report is not None:
-            from toolkit.quantize.report import write_report
-
-            write_report(self.layers_report, layers, manifest)
+def _identity(job: Job) -> dict[str, Any]:
+    """Return all that the weights follow from, which a run that goes on must have in common with the one before."""
+    source = job.source
+    return {
+        "source": {**source.told, "files": source.stamps, "adapter_files": source.adapter_stamps},
+        "recipe": job.recipe.recorded(),
+        "left": source.left_in_words or "",
+        "calibration": job.calibration.record["sha256"],
+        "report": job.report is not None,
+    }
 
 
-def _stamps(adapter: Path | None) -> dict[str, Any]:
-    """Return size and time of an adapter's files."""
-    if adapter is None or not adapter.is_dir():
-        return {}
-    stats = {file.name: file.stat() for file in sorted(adapter.iterdir()) if file.is_file()}
-    return {name: {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats.items()}
+def _make_layers(journal: Journal, job: Job, progress: RunProgress) -> Made:
+    """Make all that the journal does not have yet.
+
+    Raises:
+        CheckpointError: the source was replaced meanwhile.
+    """
+    for text in journal.notes:
+        note(text)
+    original, adapter = job.source.checkpoint, job.recipe.adapter
+    layers = original.num_layers
+    if journal.done:
+        note(f"going on: {len(journal.done)} of {layers} layers are done")
+    todo = [index for index in range(layers) if index not in journal.done]
+    balance, outcome = None, Outcome([], [])
+    with contextlib.ExitStack() as stack:
+        checkpoint = original
+        if adapter is not None:
+            stack.callback(shutil.rmtree, journal.work / "merged", ignore_errors=True)
+            checkpoint = merged(original, adapter, journal.work / "merged")
+        pool = stack.enter_context(ThreadPoolExecutor(2))
+        # both beside the search, which waits for neither
+        hashing = pool.submit(checkpoint.content_hash)
+        rest = [name for name in checkpoint.tensors if not name.startswith(checkpoint.layers_prefix)]
+        copying = pool.submit(journal.add_rest, ((name, checkpoint.get(name)) for name in rest))
+        progress.layers(len(journal.done), layers)
+        if todo:
+            balance = _balance(checkpoint, job, progress)
+            shares = _shares(checkpoint, job, journal.directory, todo, balance)
+            outcome = search_shares(shares, job.calibration.samples, journal.work / "samples.pt", progress, copying)
+        copying.result()
+        made = Made(hashing.result(), balance, outcome)
+    if source_identity(original) != job.source.stamps:
+        shutil.rmtree(journal.directory)  # nothing of it is worth keeping
+        raise CheckpointError(
+            f"the weights in {original.path} were replaced during the run, so the result would be a mix: "
+            "start again when nothing writes there. Nothing was left behind"
+        )
+    return made
 
 
-def _merged(checkpoint: Checkpoint, adapter: Path, to: Path) -> Checkpoint:
-    """Merge a LoRA adapter in a directory that goes with the journal's."""
-    from toolkit.console import err
-    from toolkit.sources.adapter import merge
+def _balance(checkpoint: Checkpoint, job: Job, progress: RunProgress) -> tuple[float, ...] | None:
+    """Measure what a vision token counts in each layer, where that was asked for."""
+    if job.recipe.balance == "none":
+        return None
+    from toolkit.quantize.search.sensitivity import measure
 
-    shutil.rmtree(to, ignore_errors=True)
-    with err.status(f"merging {adapter} into {checkpoint.path.name}"):
-        return Checkpoint.open(merge(checkpoint, adapter, to / checkpoint.path.name))
+    progress.begin("sensitivity", 2 * checkpoint.num_layers)
+    return tuple(measure(checkpoint, job.calibration.samples, _device(job.devices), on_step=progress.advance))
+
+
+def _shares(
+    checkpoint: Checkpoint, job: Job, directory: Path, todo: Sequence[int], balance: tuple[float, ...] | None
+) -> list[Share]:
+    """Share the layers out; a device that would have none is left out."""
+    return [
+        Share(
+            checkpoint.path,
+            job.recipe,
+            job.source.left,
+            directory,
+            device,
+            job.plan.store_on_device,
+            layers,
+            balance,
+            job.report is not None,
+        )
+        for device, layers in zip(job.devices, divide(todo, len(job.devices)), strict=True)
+        if layers
+    ]

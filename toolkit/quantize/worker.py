@@ -10,15 +10,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.checkpoint.left_out import Linear
 from toolkit.errors import QvlError, ResourceError
-from toolkit.quantize.journal import write_layer
+from toolkit.quantize.events import Captured, Ended, Event, Failed, LayerDone, Note
 from toolkit.quantize.progress import MemoryWatch
 from toolkit.quantize.recipe import Recipe
 
@@ -28,11 +27,14 @@ if TYPE_CHECKING:
     import torch
 
     from toolkit.calibration.inputs import PreparedSample
-    from toolkit.quantize.search.autoawq import LayerResult
+    from toolkit.quantize.layer import LayerQuantizer, LayerResult
+    from toolkit.quantize.search.strategy import SearchSettings, Strategy
+    from toolkit.quantize.stream.layers import StreamedLayers
+    from toolkit.quantize.stream.passing import LayerStream
 
-__all__ = ["Share", "in_process", "run"]
+__all__ = ["Share", "Tell", "in_process", "run"]
 
-Tell = Callable[[str, Any], None]
+Tell = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -58,145 +60,149 @@ class Share:
 def run(share: Share, samples: Sequence[PreparedSample], tell: Tell) -> None:
     """Search the share's layers.
 
-    ``tell`` is called with "captured" (samples through the vision tower), "forward" (a layer passed through), "layer"
-    (a dict: index, error, seconds, peak), "note" (text) and, last, "end" (a dict of seconds and peaks).
+    Args:
+        share: what to do.
+        samples: model inputs.
+        tell: called with events; `Ended` is the last.
 
     Raises:
         ResourceError: memory that no back-off could save.
     """
     import torch
 
-    from toolkit.quantize.search.autoawq import Qwen2VLAwqQuantizer
-    from toolkit.quantize.stream import Qwen2VLAWQ, StreamedLayers, load_shell
+    from toolkit.quantize.layer_writer import LayerWriter
 
     began = time.perf_counter()
     checkpoint = Checkpoint.open(share.source)
-    device = torch.device(share.device)
+    device = _made_ready(share.device)
     cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
-    stream = torch.cuda.Stream(device) if cuda else None
-    writing: list[Future[None]] = []
-    done = 0
-    embedded = 0.0
+    writer = LayerWriter(checkpoint, share.recipe.format, share.directory, device)
 
-    def on_capture(count: int) -> None:
-        nonlocal embedded
-        embedded = time.perf_counter() - began
-        tell("captured", count)
+    def peak() -> int:
+        return torch.cuda.max_memory_allocated(device) if cuda else memory.peak
 
-    def on_layer(result: LayerResult) -> None:
-        nonlocal done
-        packing = time.perf_counter()
-        tensors = _tensors(checkpoint, share, result)
-        if writing:
-            writing.pop().result()  # one layer waits to be written at most
-        record = {"layer": result.index, "relative_error": result.error, "choices": result.found.choices}
-        if result.errors:
-            record["errors"] = result.errors
-        if cuda:
-            torch.cuda.current_stream(device).synchronize()  # packed: the writer copies beside the next layer's search
-        writing.append(writer.submit(_write, share.directory, result.index, tensors, record, stream))
-        result.seconds["write"] = time.perf_counter() - packing
-        result.seconds["total"] += result.seconds["write"]
-        done += 1
-        tell(
-            "layer",
-            {
-                "layer": result.index,
-                "error": result.error,
-                "seconds": {k: round(v, 4) for k, v in result.seconds.items()},
-                "peak": torch.cuda.max_memory_allocated(device) if cuda else memory.peak,
-            },
-        )
+    def finished(result: LayerResult) -> None:
+        writer.add(result)
+        seconds = {step: round(took, 4) for step, took in result.seconds.items()}
+        tell(LayerDone(result.index, result.error, seconds, peak()))
 
-    left: dict[int, frozenset[str]] = {}
-    for index in share.wanted:
-        left[index] = frozenset(name for i, name in share.left if i == index)
     try:
-        with MemoryWatch() as memory, ThreadPoolExecutor(1) as writer:
-            shell, text_config = load_shell(checkpoint, device)
-            awq = Qwen2VLAWQ(shell, "qwen2_vl", False, shell.config, None, None)
-            del shell
-            awq.quantize(
-                quant_config={
-                    "zero_point": True,
-                    "q_group_size": share.recipe.group_size,
-                    "w_bit": share.recipe.bits,
-                    "version": share.recipe.format.upper(),
-                },
-                duo_scaling=share.recipe.scaling == "duo",
-                apply_clip=share.recipe.clip,
-                quantizer_cls=Qwen2VLAwqQuantizer,
-                samples=samples,
-                layers=StreamedLayers(checkpoint, text_config, device),
-                device=device,
-                store=device if share.store_on_device else torch.device("cpu"),
-                norm_dtype=checkpoint.get(f"{checkpoint.layer_prefix(0)}input_layernorm.weight").dtype,
-                on_layer=on_layer,
-                on_note=lambda text: tell("note", text),
-                on_capture=on_capture,
-                on_forward=lambda index: tell("forward", index),
-                search=share.recipe.search,
-                rounding=share.recipe.rounding,
-                wanted=share.wanted,
-                skip=lambda index: left[index],
-                balance=share.balance,
-                report=share.report,
-            )
-            for last in writing:
-                last.result()
+        with MemoryWatch() as memory, writer:
+            stream, layers = _captured(checkpoint, share, samples, device, tell)
+            embedded = time.perf_counter() - began
+            _search(checkpoint, share, stream, layers, finished)
+            writer.wait()
     except torch.OutOfMemoryError as error:
         less = ", use --rounding nearest, which needs less," if share.recipe.rounding == "compensated" else ""
         raise ResourceError(
-            f"out of memory on {device} after {done} layers, where fewer tokens at a time are no help: free memory "
-            f"there{less} or choose a larger device (`qvl quantize --dry-run` says what is needed)"
+            f"out of memory on {device} after {writer.done} layers, where fewer tokens at a time are no help: free "
+            f"memory there{less} or choose a larger device (`qvl quantize --dry-run` says what is needed)"
         ) from error
-    total = time.perf_counter() - began
-    peak = torch.cuda.max_memory_allocated(device) if cuda else 0
     name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-    seconds = {"embed": round(embedded, 3), "layers": round(total - embedded, 3)}
-    told = {"device": name, "seconds": seconds, "peak_device_bytes": peak, "peak_host_bytes": memory.peak}
-    tell("end", told)
+    seconds = {"embed": round(embedded, 3), "layers": round(time.perf_counter() - began - embedded, 3)}
+    tell(Ended(name, seconds, peak() if cuda else 0, memory.peak))
 
 
-def _tensors(checkpoint: Checkpoint, share: Share, result: LayerResult) -> dict[str, torch.Tensor]:
-    """Return a finished layer as the file holds it, by full names."""
-    from toolkit.formats.packing import pack_gemm, pack_gemv
-
-    pack = pack_gemm if share.recipe.format == "gemm" else pack_gemv
-    prefix = checkpoint.layer_prefix(result.index)
-    tensors = {}
-    for name in checkpoint.family.linears:
-        if name not in result.found.linears:
-            tensors[f"{prefix}{name}.weight"] = checkpoint.get(f"{prefix}{name}.weight")
-            continue
-        packed = pack(result.found.linears[name])
-        for part in ("qweight", "qzeros", "scales"):
-            tensors[f"{prefix}{name}.{part}"] = getattr(packed, part)
-    for name, tensor in result.found.others.items():
-        tensors[prefix + name] = tensor.to(checkpoint.get(prefix + name).dtype)
-    return tensors
-
-
-def _write(
-    directory: Path,
-    index: int,
-    tensors: dict[str, torch.Tensor],
-    record: dict[str, Any],
-    stream: torch.cuda.Stream | None,
-) -> None:
-    """Bring a layer to the CPU, on a stream of its own, and write it."""
+def _made_ready(name: str) -> torch.device:
+    """Return the device, set up for what follows."""
     import torch
 
-    with torch.cuda.stream(stream):
-        on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
-    write_layer(directory, index, on_cpu, record)
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return device
 
 
-def in_process(share: Share, samples: Path, rank: int, queue: Queue[tuple[int, str, Any]]) -> None:
+def _captured(
+    checkpoint: Checkpoint, share: Share, samples: Sequence[PreparedSample], device: torch.device, tell: Tell
+) -> tuple[LayerStream, StreamedLayers]:
+    """Run the samples through all that comes before the decoder layers, which is let go of afterwards."""
+    import torch
+
+    from toolkit.quantize.search.gram import takes_bfloat16
+    from toolkit.quantize.stream.layers import StreamedLayers
+    from toolkit.quantize.stream.passing import LayerStream
+    from toolkit.quantize.stream.shell import load_shell
+
+    shell, text_config = load_shell(checkpoint, device)
+    layers = StreamedLayers(checkpoint, text_config, device)
+    stream = LayerStream(
+        checkpoint.family.fused,
+        layers.widths,
+        device,
+        device if share.store_on_device else torch.device("cpu"),
+        narrow=takes_bfloat16(device),
+        on_note=lambda text: tell(Note(text)),
+    )
+    stream.capture(shell, samples, lambda count: tell(Captured(count)))
+    return stream, layers
+
+
+def _search(
+    checkpoint: Checkpoint,
+    share: Share,
+    stream: LayerStream,
+    layers: StreamedLayers,
+    finished: Callable[[LayerResult], None],
+) -> None:
+    """Search the wanted layers, one after the other, and pass the samples through those before and between."""
+    import torch
+
+    from toolkit.quantize.layer import Clock
+    from toolkit.quantize.search.strategy import LayerTask
+
+    quantizer = _quantizer(checkpoint, share, stream)
+    if stream.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the vision tower took
+    try:
+        with torch.no_grad():
+            for index in range(max(share.wanted, default=-1) + 1):
+                clock = Clock(stream.device)
+                layer = layers.load(index)
+                clock("load")
+                if index not in share.wanted:
+                    stream.skip(layer)
+                    continue
+                skip = frozenset(name for i, name in share.left if i == index)
+                result = quantizer.quantize(LayerTask(index, layer, stream.hold(layer), skip, clock))
+                result.seconds = {**clock.seconds, "total": sum(clock.seconds.values())}
+                finished(result)
+    finally:
+        layers.close()
+
+
+def _quantizer(checkpoint: Checkpoint, share: Share, stream: LayerStream) -> LayerQuantizer:
+    from toolkit.quantize.layer import LayerQuantizer
+    from toolkit.quantize.search.strategy import SearchSettings
+
+    recipe = share.recipe
+    norm = checkpoint.get(f"{checkpoint.layer_prefix(0)}{next(iter(checkpoint.family.norms))}.weight")
+    settings = SearchSettings(
+        checkpoint.family, recipe.group_size, recipe.bits, norm.dtype, recipe.clip, recipe.rounding or "nearest"
+    )
+    names = ("rtn", "autoawq", "moments") if share.report else (recipe.search,)
+    strategies = {name: _strategy(name, share, stream, settings) for name in names}
+    return LayerQuantizer(stream, checkpoint.family, strategies, recipe.search, share.report)
+
+
+def _strategy(name: str, share: Share, stream: LayerStream, settings: SearchSettings) -> Strategy:
+    """Return a way of searching, by its name in a report; only AutoAWQ's own needs awq."""
+    if name == "autoawq":
+        from toolkit.quantize.search.autoawq import Qwen2VLAwqQuantizer
+
+        return Qwen2VLAwqQuantizer(stream, settings, duo_scaling=share.recipe.scaling == "duo")
+    if name == "moments":
+        from toolkit.quantize.search.moments import MomentSearch
+
+        return MomentSearch(stream, settings, share.balance)
+    from toolkit.quantize.search.nearest import NearestRounding
+
+    return NearestRounding(settings)
+
+
+def in_process(share: Share, samples: Path, rank: int, queue: Queue[tuple[int, Event]]) -> None:
     """Run a share in a process of its own; ``samples`` is a file of model inputs. Everything told goes to ``queue``."""
     from toolkit.compat import patch_torchvision
 
@@ -208,16 +214,16 @@ def in_process(share: Share, samples: Path, rank: int, queue: Queue[tuple[int, s
 
     parent = os.getppid()
 
-    def tell(kind: str, what: Any) -> None:
+    def tell(event: Event) -> None:
         if os.getppid() != parent:
             os._exit(1)  # nobody waits for this share any more: give the device back
-        queue.put((rank, kind, what))
+        queue.put((rank, event))
 
     try:
         stored = torch.load(samples, mmap=True, weights_only=True)
         run(share, [PreparedSample(inputs, tokens, vision, "") for inputs, tokens, vision in stored], tell)
     except QvlError as error:
-        tell("error", error)
+        tell(Failed(error))
     except BaseException as error:
-        tell("error", ResourceError(f"the process on {share.device} failed: {type(error).__name__}: {error}"))
+        tell(Failed(ResourceError(f"the process on {share.device} failed: {type(error).__name__}: {error}")))
         raise

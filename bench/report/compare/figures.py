@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.report.accuracy import Pair, rows
-from bench.report.schema import Estimate, Item, Judgement, Load, Report, Role, Share, SpeedPoint, TaskAccuracy
+from bench.report.schema import Estimate, Item, Judgement, Load, Report, Share, SpeedPoint, TaskAccuracy
+from bench.roles import Role
 from toolkit.errors import BenchError
 
 __all__ = [

@@ -9,11 +9,11 @@ from markupsafe import Markup
 
 from bench.report import fidelity, words
 from bench.report.render import markdown, plots
-from bench.report.schema import Item, Report, Role
+from bench.report.schema import Item, Report
+from bench.roles import ROLES
 
 __all__ = ["render"]
 
-ROLES: tuple[Role, ...] = ("baseline", "candidate")
 
 #: verdict -> CSS class, sign, heading. The sign and the words carry the meaning, colour only repeats it.
 BADGES = {

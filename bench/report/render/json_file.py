@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bench.report.schema import SCHEMA_VERSION, Accuracy, Item, Load, Report, Role
+from bench.report.schema import SCHEMA_VERSION, Accuracy, Item, Load, Report
+from bench.roles import ROLES, Role
 from toolkit.errors import BenchError
 
 __all__ = ["FILE", "UPGRADED", "read", "render", "schema"]
@@ -20,7 +21,6 @@ UPGRADED = (
     "the report is of schema version 1: its answers were scored and judged anew, and which questions share a picture "
     "is not known, so each counts by itself"
 )
-ROLES: tuple[Role, ...] = ("baseline", "candidate")
 
 
 def render(report: Report) -> str:

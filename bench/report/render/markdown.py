@@ -5,22 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from bench.report import words
-from bench.report.schema import (
-    Distribution,
-    Fidelity,
-    Report,
-    Role,
-    ServerCounters,
-    SpeedFigure,
-    SpeedPoint,
-    SystemInfo,
-)
+from bench.report.schema import Distribution, Fidelity, Report, ServerCounters, SpeedFigure, SpeedPoint, SystemInfo
+from bench.roles import ROLES
 
 __all__ = ["render"]
 
 #: Rows and characters a cell: a comment on a pull request holds 65,536.
 FLIPS_SHOWN, BRIEF = 60, 160
-ROLES: tuple[Role, ...] = ("baseline", "candidate")
 FIGURES: dict[SpeedFigure, str] = {
     "ttft": "TTFT",
     "tpot": "TPOT",

@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.report.schema import Accuracy, Distribution, Judgement, Load, Report, Role, SpeedPoint, TaskAccuracy
+from bench.report.schema import Accuracy, Distribution, Judgement, Load, Report, SpeedPoint, TaskAccuracy
+from bench.roles import ROLES, Role
 
 __all__ = ["accuracy_plot", "cdf_plots", "difference_plot", "speed_curves"]
 
@@ -26,7 +27,6 @@ LOOKS: dict[Role, dict[str, Any]] = {
     "baseline": {"color": BASELINE, "marker": "s", "linestyle": (0, (4, 2))},
     "candidate": {"color": CANDIDATE, "marker": "o", "linestyle": "-"},
 }
-ROLES: tuple[Role, ...] = ("baseline", "candidate")
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

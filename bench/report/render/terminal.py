@@ -6,11 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.report import words
-from bench.report.schema import Report, Role
+from bench.report.schema import Report
+from bench.roles import ROLES
 
 __all__ = ["show"]
-
-ROLES: tuple[Role, ...] = ("baseline", "candidate")
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -16,6 +16,8 @@ from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.quantize.search.grid import round_to_grid
 
 if TYPE_CHECKING:
+    from transformers import Qwen2VLForConditionalGeneration
+
     from toolkit.calibration.inputs import PreparedSample
 
 __all__ = ["Call", "awq_layer", "decoder_layers", "layer_errors", "load_model", "relative_error", "rounded_layer"]
@@ -24,7 +26,7 @@ __all__ = ["Call", "awq_layer", "decoder_layers", "layer_errors", "load_model", 
 Call = tuple[torch.Tensor, dict[str, Any], torch.Tensor]
 
 
-def load_model(path: Path, device: torch.device) -> Any:
+def load_model(path: Path, device: torch.device) -> Qwen2VLForConditionalGeneration:
     """Return an unquantized checkpoint in float32, as transformers runs it."""
     from toolkit.compat import patch_torchvision
 
@@ -35,7 +37,7 @@ def load_model(path: Path, device: torch.device) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
+def decoder_layers(model: Qwen2VLForConditionalGeneration) -> nn.ModuleList:
     """Return the decoder layers of a Qwen2-VL of transformers 5."""
     layers: nn.ModuleList = model.model.language_model.layers
     return layers
@@ -88,7 +90,7 @@ def relative_error(layer: nn.Module, calls: Sequence[Call]) -> float:
 
 
 @torch.no_grad()
-def layer_calls(model: Any, chats: Sequence[PreparedSample]) -> list[list[Call]]:
+def layer_calls(model: Qwen2VLForConditionalGeneration, chats: Sequence[PreparedSample]) -> list[list[Call]]:
     """Run chats, one at a time, and return what every decoder layer was given and made of it."""
     layers = decoder_layers(model)
     calls: list[list[Call]] = [[] for _ in layers]
@@ -112,7 +114,7 @@ def layer_calls(model: Any, chats: Sequence[PreparedSample]) -> list[list[Call]]
 
 
 def layer_errors(
-    model: Any, candidates: Mapping[str, Checkpoint | int], chats: Sequence[PreparedSample]
+    model: Qwen2VLForConditionalGeneration, candidates: Mapping[str, Checkpoint | int], chats: Sequence[PreparedSample]
 ) -> dict[str, list[float]]:
     """Return :func:`relative_error` of every decoder layer, by candidate.
 

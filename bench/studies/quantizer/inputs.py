@@ -15,6 +15,7 @@ from toolkit.files import write_whole
 
 if TYPE_CHECKING:
     import torch
+    from transformers import Qwen2VLProcessor
 
     from toolkit.calibration.inputs import PreparedSample
 
@@ -172,7 +173,7 @@ def padded_batch(samples: Sequence[PreparedSample], pad: int) -> dict[str, torch
     return batch
 
 
-def _processor(model: Path) -> Any:
+def _processor(model: Path) -> Qwen2VLProcessor:
     from toolkit.compat import patch_torchvision
 
     patch_torchvision()

@@ -189,7 +189,7 @@ def backoff(settings: Settings) -> dict[str, Any]:
     """Quantize with less GPU memory than the first micro-batch wants, and hear what is said of it."""
     import torch
 
-    from toolkit.quantize import run as pipeline
+    from toolkit.quantize import shares
 
     if not torch.cuda.is_available():
         raise BenchError("a GPU is needed for this part: memory is taken from it")
@@ -206,7 +206,7 @@ def backoff(settings: Settings) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(limit / total)
         told.clear()
         try:
-            with mock.patch.object(pipeline, "note", told.append):
+            with mock.patch.object(shares, "note", told.append):
                 run = _quantize(model, settings.work / "less", manifest, settings.samples, options)
         except ResourceError as error:
             run = {"failed": str(error)}

@@ -20,9 +20,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from toolkit.quantize.search.kernels.rounding import Rounding
 from toolkit.quantize.search.kernels.trust import trusted
 
-__all__ = ["BLOCK", "Factor", "Rounding", "compensate", "factor", "round_block"]
+__all__ = ["BLOCK", "Factor", "compensate", "factor", "round_block"]
 
 #: Columns that are rounded at a time where there is no kernel for it.
 BLOCK = 128
@@ -98,15 +99,17 @@ def compensate(weight: Tensor, scales: Tensor, zeros: Tensor, factor: Factor, bi
     Returns:
         values, uint8 [N, K] in 0..2^bits-1; the weight they stand for is (value - zero) x scale.
     """
-    return _compensate(weight, scales, zeros, factor, bits, *_rounder(weight))
+    return _compensate(weight, scales, zeros, factor, bits, _rounder(weight))
 
 
 Rounder = Callable[["Rounding", int, Tensor, Tensor], None]
 
 
 def _compensate(
-    weight: Tensor, scales: Tensor, zeros: Tensor, factor: Factor, bits: int, width: int, rounder: Rounder
+    weight: Tensor, scales: Tensor, zeros: Tensor, factor: Factor, bits: int, way: tuple[int, Rounder]
 ) -> Tensor:
+    """Round a weight in one of the ways that :func:`_rounder` chooses from."""
+    width, rounder = way
     rows, columns = weight.shape
     groups = factor.order // (columns // scales.shape[1])
     # transposed, so that a column is contiguous
@@ -140,24 +143,6 @@ def _feed_forward(
     _feed_forward(targets[half:], feedback[half:, half:], width, round_columns, start + half)
     targets[:half].addmm_(feedback[:half, half:], targets[half:])
     _feed_forward(targets[:half], feedback[:half, :half], width, round_columns, start)
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """What rounding a weight [N, K] reads and writes, besides what it feeds forward; K columns as rows.
-
-    ``weight``: [K, N], by channel, as are the values. ``scales``, ``zeros``: [G, N], in the weight's dtype.
-    ``channels``, ``groups``: int64 [K], of each column in the order that :func:`factor` puts them in. ``top``: largest
-    value. ``values``: uint8 [K, N], written.
-    """
-
-    weight: Tensor
-    scales: Tensor
-    zeros: Tensor
-    channels: Tensor
-    groups: Tensor
-    top: int
-    values: Tensor
 
 
 def round_block(rounding: Rounding, start: int, targets: Tensor, feedback: Tensor) -> None:
@@ -208,7 +193,7 @@ def _kernel_agrees(device: torch.device) -> bool:
     made = factor(x.t() @ x / len(x), len(x))
 
     def rounded(width: int, rounder: Rounder) -> tuple[Tensor, float]:
-        values = _compensate(weight, scales, zeros, made, 4, width, rounder)
+        values = _compensate(weight, scales, zeros, made, 4, (width, rounder))
         error = x @ ((values.float() - 8) * scales[:, :1].float() - weight).t()
         return values, float(error.square().sum())
 

@@ -12,21 +12,17 @@ from typing import TYPE_CHECKING, Any
 from toolkit.checkpoint.left_out import Linear, describe
 from toolkit.console import note
 from toolkit.errors import FormatError
-from toolkit.models.qwen2_vl import QWEN2_VL
+from toolkit.quantize.search.sizes import packed_bytes
 from toolkit.units import human_bytes
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.checkpoint import Checkpoint
 
-__all__ = ["FUSED", "choose", "skipped"]
-
-LINEARS, FUSED = QWEN2_VL.linears, QWEN2_VL.fused
-#: What is quantized or left together.
-UNITS = tuple(FUSED.values())
+__all__ = ["choose", "skipped"]
 
 
 def skipped(regex: str | None, checkpoint: Checkpoint) -> frozenset[Linear]:
-    """Return the decoder linears that ``--skip regex`` leaves in 16 bits, always whole `UNITS`.
+    """Return the decoder linears that ``--skip regex`` leaves in 16 bits, always whole units.
 
     ``regex`` is searched (`re.search`) in the full module names of the checkpoint, such as
     ``model.layers.0.mlp.down_proj``. A note says what was added to make units whole. None leaves nothing.
@@ -39,18 +35,21 @@ def skipped(regex: str | None, checkpoint: Checkpoint) -> frozenset[Linear]:
         pattern = re.compile(regex)
     except re.error as error:
         raise FormatError(f"--skip {regex!r} is not a regular expression: {error}.") from error
-    layers = range(checkpoint.num_layers)
-    matched = {(i, name) for i in layers for name in LINEARS if pattern.search(checkpoint.layer_prefix(i) + name)}
+    layers, family = range(checkpoint.num_layers), checkpoint.family
+    matched = {
+        (i, name) for i in layers for name in family.linears if pattern.search(checkpoint.layer_prefix(i) + name)
+    }
     if not matched:
         raise FormatError(
             f"--skip {regex!r} matches no linear of the decoder (such as {checkpoint.linear_names(0)[-1]}). "
             "The vision tower, the embeddings and lm_head stay in 16 bits anyway."
         )
-    found = frozenset((i, name) for i in layers for unit in UNITS for name in unit if matched & {(i, n) for n in unit})
-    if len(found) == len(LINEARS) * checkpoint.num_layers:
+    units = family.fused.values()
+    found = frozenset((i, name) for i in layers for unit in units for name in unit if matched & {(i, n) for n in unit})
+    if len(found) == len(family.linears) * checkpoint.num_layers:
         raise FormatError(f"--skip {regex!r} would leave every linear in 16 bits: nothing would be quantized.")
     if added := found - matched:
-        said = describe(added, checkpoint.num_layers, checkpoint.family)
+        said = describe(added, checkpoint.num_layers, family)
         note(f"--skip {regex!r} leaves {said} in 16 bits too: engines run q, k and v as one matrix, and gate and up")
     return found
 
@@ -76,8 +75,10 @@ def choose(
     if not 0 < budget < math.inf:
         raise FormatError(f"--budget {budget:g} is not a share of the size to add: give 0.1 for 10 %.")
     errors = _unit_errors(report, checkpoint, group_size, search)
-    sizes = {name: (_nbytes(checkpoint, name), _packed_nbytes(checkpoint, name, group_size)) for name in LINEARS}
-    extra = {fused: sum(sizes[name][0] - sizes[name][1] for name in parts) for fused, parts in FUSED.items()}
+    family, shapes = checkpoint.family, checkpoint.linear_shapes()
+    units = family.fused
+    sizes = {name: (_nbytes(checkpoint, name), packed_bytes(*shapes[name], group_size)) for name in family.linears}
+    extra = {fused: sum(sizes[name][0] - sizes[name][1] for name in parts) for fused, parts in units.items()}
     saved = checkpoint.num_layers * sum(plain - packed for plain, packed in sizes.values())
     left_over = budget * (checkpoint.nbytes - saved)
     ranked = sorted((u for u in errors if errors[u] > 0), key=lambda u: errors[u] / extra[u[1]], reverse=True)
@@ -94,18 +95,11 @@ def choose(
         )
     if len(chosen) == len(errors):
         raise FormatError(f"--budget {budget:g} leaves every linear in 16 bits: nothing would be quantized.")
-    return frozenset((layer, name) for layer, fused in chosen for name in FUSED[fused])
+    return frozenset((layer, name) for layer, fused in chosen for name in units[fused])
 
 
 def _nbytes(checkpoint: Checkpoint, name: str) -> int:
     return checkpoint.tensors[f"{checkpoint.layer_prefix(0)}{name}.weight"].nbytes
-
-
-def _packed_nbytes(checkpoint: Checkpoint, name: str, group_size: int) -> int:
-    """Bytes of qweight, qzeros and fp16 scales in the GEMM layout."""
-    inputs, outputs = checkpoint.linear_shapes()[name]
-    groups = 1 if group_size == -1 else inputs // group_size
-    return outputs * inputs // 2 + outputs * groups // 2 + 2 * outputs * groups
 
 
 _MAKE_ONE = "Make one of this model with qvl quantize --layers-report FILE."
@@ -131,7 +125,7 @@ def _unit_errors(
         )
     found = {}
     for layer, entry in enumerate(entries):
-        for fused in FUSED:
+        for fused in checkpoint.family.fused:
             unit = entry["units"].get(fused)
             errors = unit.get("error") if isinstance(unit, dict) else None
             value = errors.get(search) if isinstance(errors, dict) else None

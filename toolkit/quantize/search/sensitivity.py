@@ -19,7 +19,9 @@ import torch
 from torch import nn
 
 from toolkit.errors import ManifestError
-from toolkit.quantize.stream import States, StreamedLayers, embed, load_shell
+from toolkit.quantize.stream.layers import StreamedLayers
+from toolkit.quantize.stream.shell import embed, load_shell
+from toolkit.quantize.stream.states import States
 
 if TYPE_CHECKING:
     from toolkit.calibration.inputs import PreparedSample

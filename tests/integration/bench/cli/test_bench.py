@@ -257,7 +257,7 @@ def test_compare_finds_one_task_that_is_worse(
     asked = [*questions(20, tasks=["red"]), *questions(600, tasks=["blue"])]
     for name, wrong in (("a", set[str]()), ("b", {f"red-{i}" for i in range(10)})):
         (tmp_path / name).mkdir()
-        found = report({"candidate": wrong}, asked=asked, margin=0.05)
+        found = report({"candidate": wrong}, asked=asked, margin=5.0)
         (tmp_path / name / "report.json").write_text(render(found))
     assert qvl(monkeypatch, "compare", tmp_path / "a", tmp_path / "b") == 1
     said = capsys.readouterr()

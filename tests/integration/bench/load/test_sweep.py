@@ -10,7 +10,7 @@ import pytest
 from bench.load.client import Failure, Trace, ask
 from bench.load.endpoint import http_client
 from bench.load.inputs import SpeedInputs
-from bench.load.metrics import parse_slos
+from bench.load.objectives import parse_slos
 from bench.load.sweep import Point, Sweep, SweepPlan, sweep
 from tests.support.fake_server import Behaviour, serving
 from toolkit.errors import BenchError

@@ -3,27 +3,31 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from bench.load.endpoint import discover
-from bench.load.inputs import Lengths
 from bench.load.loops import Block
+from bench.load.workload import Lengths
 from bench.questions.tasks import Question
-from bench.report.schema import Load, Role
-from bench.run.measure import Measurements, Plan, System, measure
+from bench.report.schema import Load
+from bench.roles import Role
+from bench.run.config import BenchConfig
+from bench.run.measure import measure
+from bench.run.measured import Measurements
+from bench.run.systems import System
+from tests.support.factory import config
 from tests.support.fake_server import Behaviour, FakeServer, serving
 from toolkit.errors import BenchError
 
-PLAN = Plan(
+CONFIG = config(
     concurrencies=(1, 3),
     requests=6,
     rounds=2,
-    output_tokens=Lengths.fixed(4),
-    image_sizes=((56, 56), None),
+    output_tokens="4",
+    image_sizes="56x56,text",
     answer_tokens=8,
     question_concurrency=2,
     timeout_s=5.0,
@@ -36,11 +40,11 @@ def echo(body: dict[str, Any]) -> str | None:
 
 
 def run(
-    a: FakeServer, b: FakeServer, plan: Plan = PLAN, questions: list[Question] = QUESTIONS, **more: Any
+    a: FakeServer, b: FakeServer, config: BenchConfig = CONFIG, questions: list[Question] = QUESTIONS, **more: Any
 ) -> Measurements:
     async def main() -> Measurements:
         systems = [System("baseline", await discover(a.url)), System("candidate", await discover(b.url))]
-        return await measure(systems, questions, plan, **more)
+        return await measure(systems, questions, config, **more)
 
     return asyncio.run(main())
 
@@ -77,9 +81,9 @@ def test_both_systems_answer_every_question_and_carry_every_load() -> None:
 
 def test_progress_tells_the_rates_of_the_last_seconds() -> None:
     said: list[str] = []
-    plan = replace(PLAN, concurrencies=(2,), requests=40, rounds=1)
+    chosen = CONFIG.replaced(concurrencies=(2,), requests=40, rounds=1)
     with serving(Behaviour(first_s=0.1)) as a, serving() as b:
-        run(a, b, plan, questions=[], progress=lambda phase, done, total, now: said.append(now))
+        run(a, b, chosen, questions=[], progress=lambda phase, done, total, now: said.append(now))
     found = [
         re.search(r"baseline, 2 in flight, round 1 of 1, ([\d.]+) requests/s, (\d+) tokens/s", now) for now in said
     ]
@@ -119,7 +123,7 @@ def test_one_server_under_both_names_gets_unique_inputs_too() -> None:
 def test_two_runs_share_no_input() -> None:
     with serving() as a:
         for _ in range(2):
-            run(a, a, replace(PLAN, nonce=Plan().nonce), questions=[])
+            run(a, a, CONFIG.replaced(nonce=config().nonce), questions=[])
     assert len(a.raw_bodies) == len(set(a.raw_bodies))
 
 
@@ -140,7 +144,7 @@ def test_the_systems_take_turns() -> None:
         return Behaviour(text=text)
 
     with serving(noted("A")) as a, serving(noted("B")) as b:
-        run(a, b, replace(PLAN, concurrencies=(), question_concurrency=1))
+        run(a, b, CONFIG.replaced(concurrencies=(), question_concurrency=1))
     assert "".join(order) == "AAAA BBBB BBBB AAAA A B".replace(" ", "")
 
 
@@ -154,14 +158,14 @@ def test_blocks_take_turns_too() -> None:
         return Behaviour(text=text)
 
     with serving(noted("A")) as a, serving(noted("B")) as b:
-        run(a, b, replace(PLAN, concurrencies=(1,), rounds=4, requests=4), questions=[])
+        run(a, b, CONFIG.replaced(concurrencies=(1,), rounds=4, requests=4), questions=[])
     assert "".join(order[-24:]) == "AAABBB BBBAAA AAABBB BBBAAA".replace(" ", "")
 
 
 def test_measured_times_are_the_servers_delays() -> None:
-    plan = replace(PLAN, concurrencies=(2,), requests=6, rounds=1, output_tokens=Lengths.fixed(6), image_sizes=(None,))
+    chosen = CONFIG.replaced(concurrencies=(2,), requests=6, rounds=1, output_tokens="6", image_sizes=(None,))
     with serving(Behaviour(first_s=0.08, gap_s=0.02)) as a, serving(Behaviour(first_s=0.16, gap_s=0.04)) as b:
-        found = run(a, b, plan, questions=[])
+        found = run(a, b, chosen, questions=[])
     truth: dict[Role, tuple[float, float]] = {"baseline": (0.08, 0.02), "candidate": (0.16, 0.04)}
     for role, (first, gap) in truth.items():
         (block,) = blocks(found, role, Load.in_flight(2))
@@ -193,7 +197,7 @@ def test_answers_without_text_cannot_be_timed() -> None:
 
 def test_an_empty_answer_to_a_question_is_no_failure() -> None:
     with serving(Behaviour(text=lambda body: "")) as a, serving() as b:
-        found = run(a, b, replace(PLAN, concurrencies=()))
+        found = run(a, b, CONFIG.replaced(concurrencies=()))
     assert not found.failures
     assert found.answers["baseline"]["q0"].text == ""
 
@@ -205,7 +209,7 @@ def test_systems_measured_alone_add_up() -> None:
         for role in roles:
 
             async def alone(role: Role = role) -> Measurements:
-                return await measure([System(role, await discover(a.url))], QUESTIONS, PLAN, found=whole)
+                return await measure([System(role, await discover(a.url))], QUESTIONS, CONFIG, found=whole)
 
             assert asyncio.run(alone()) is whole
     assert set(whole.answers) == {"baseline", "candidate"}
@@ -220,7 +224,7 @@ def test_what_was_measured_before_is_not_measured_again() -> None:
         assert len(a.bodies) == asked
         del found.units["baseline", "3 in flight", 1]
         del found.answers["baseline"]["q5"]
-        run(a, b, replace(PLAN, nonce="another"), found=found)
+        run(a, b, CONFIG.replaced(nonce="another"), found=found)
         again = a.bodies[asked:]
         load = [body for body in again if body.get("ignore_eos")]
     assert [body["messages"][0]["content"][-1]["text"] for body in again[:1]] == ["What is 5?"]
@@ -229,7 +233,7 @@ def test_what_was_measured_before_is_not_measured_again() -> None:
     assert len(load) < asked - 9  # a warm-up and nine requests
 
 
-OPEN = replace(PLAN, concurrencies=(), rates=(40.0, 80.0), requests=24, rounds=2)
+OPEN = CONFIG.replaced(concurrencies=(), rates=(40.0, 80.0), requests=24, rounds=2)
 
 
 def test_open_loops_keep_to_their_rate() -> None:
@@ -251,16 +255,16 @@ def test_open_loops_keep_to_their_rate() -> None:
 
 def test_a_rate_that_is_too_much_is_marked_and_no_higher_one_is_tried() -> None:
     # Each third request under load is refused: the run goes on, the point says so.
-    plan = replace(OPEN, rates=(50.0, 100.0), rounds=1, requests=30)
+    chosen = OPEN.replaced(rates=(50.0, 100.0), rounds=1, requests=30)
     with serving() as a, serving() as b:
 
         def progress(phase: str, done: int, total: int, now: str) -> None:
             if phase == "load":
                 a.behaviour.fail_every = 3
 
-        found = run(a, b, plan, questions=[], progress=progress)
+        found = run(a, b, chosen, questions=[], progress=progress)
     assert not found.failures
-    slow, fast = (Load.at_rate(rate, "poisson") for rate in plan.rates)
+    slow, fast = (Load.at_rate(rate, "poisson") for rate in chosen.rates)
     (block,) = blocks(found, "baseline", slow)
     assert block.stopped and "http" in block.stopped
     assert {trace.failure.status for trace in block.traces if trace.failure} == {429}
@@ -269,9 +273,9 @@ def test_a_rate_that_is_too_much_is_marked_and_no_higher_one_is_tried() -> None:
 
 
 def test_a_sweep_goes_from_one_at_a_time_to_saturation() -> None:
-    plan = replace(PLAN, concurrencies=(), sweep=2, sweep_concurrency=4, requests=16, rounds=2)
+    chosen = CONFIG.replaced(concurrencies=(), sweep=True, sweep_rates=2, sweep_concurrency=4, requests=16, rounds=2)
     with serving(Behaviour(gap_s=0.004, slots=2)) as a, serving(Behaviour(gap_s=0.004, slots=2)) as b:
-        found = run(a, b, plan, questions=[])
+        found = run(a, b, chosen, questions=[])
     names = [load.name for role, load in found.stretches() if role == "baseline"]
     assert names[:2] == ["sweep: one at a time", "sweep: saturation"] and len(names) >= 3
     single, saturation = (
@@ -284,9 +288,9 @@ def test_a_sweep_goes_from_one_at_a_time_to_saturation() -> None:
 
 
 def test_durations_and_ramps_bound_a_point() -> None:
-    plan = replace(PLAN, concurrencies=(2,), rounds=1, duration_s=0.4, ramp_s=0.2)
+    chosen = CONFIG.replaced(concurrencies=(2,), rounds=1, duration_s=0.4, ramp_s=0.2)
     with serving(Behaviour(first_s=0.01)) as a, serving(Behaviour(first_s=0.01)) as b:
-        found = run(a, b, plan, questions=[])
+        found = run(a, b, chosen, questions=[])
     (block,) = blocks(found, "baseline", Load.in_flight(2))
     assert block.ramp and not block.stopped
     assert 0.2 < block.wall_s < 0.8
@@ -295,7 +299,7 @@ def test_durations_and_ramps_bound_a_point() -> None:
 
 
 def test_a_few_failures_of_a_block_are_a_result_and_more_end_the_run() -> None:
-    plan = replace(PLAN, concurrencies=(1,), rounds=1, requests=40)
+    chosen = CONFIG.replaced(concurrencies=(1,), rounds=1, requests=40)
 
     def run_failing(every: int) -> Measurements:
         with serving() as a, serving() as b:
@@ -304,7 +308,7 @@ def test_a_few_failures_of_a_block_are_a_result_and_more_end_the_run() -> None:
                 if phase == "load":
                     a.behaviour.fail_every = every
 
-            return run(a, b, plan, questions=[], progress=progress)
+            return run(a, b, chosen, questions=[], progress=progress)
 
     found = run_failing(25)
     (block,) = blocks(found, "baseline", Load.in_flight(1))
@@ -317,7 +321,7 @@ def test_a_few_failures_of_a_block_are_a_result_and_more_end_the_run() -> None:
 
 def test_what_the_server_counts_is_read_around_each_block() -> None:
     with serving(Behaviour(metrics=True)) as a, serving() as b:
-        found = run(a, b, replace(PLAN, concurrencies=(1,)), questions=[])
+        found = run(a, b, CONFIG.replaced(concurrencies=(1,)), questions=[])
     for stretch in found.stretches()["baseline", Load.in_flight(1)].values():
         assert stretch.server and stretch.server.finished == len(stretch.block.traces) == 3
         assert stretch.server.kv_tokens == 1600
@@ -351,8 +355,8 @@ def test_what_failed_is_not_kept() -> None:
 
 
 def test_a_block_is_more_than_one_wave() -> None:
-    plan = replace(PLAN, requests=20, rounds=2)
-    assert [plan.block_requests(concurrency) for concurrency in (1, 3, 4, 32)] == [10, 10, 12, 96]
+    chosen = CONFIG.replaced(requests=20, rounds=2)
+    assert [chosen.block_requests(concurrency) for concurrency in (1, 3, 4, 32)] == [10, 10, 12, 96]
 
 
 @pytest.mark.parametrize(
@@ -366,12 +370,12 @@ def test_a_block_is_more_than_one_wave() -> None:
         ({"duration_s": 0.0}, "--duration 0"),
         ({"ramp_s": -1.0}, "--ramp -1"),
         ({"sweep_concurrency": 0}, "--sweep-concurrency"),
-        ({"prompt_tokens": Lengths.fixed(3)}, "at least 8"),
+        ({"prompt_tokens": "3"}, "at least 8"),
         ({"timeout_s": 0}, "--timeout"),
         ({"question_concurrency": 0}, "--question-concurrency"),
         ({"answer_tokens": 0}, "--answer-tokens"),
     ],
 )
-def test_plans_that_measure_nothing_are_refused(changes: dict[str, Any], words: str) -> None:
+def test_settings_that_measure_nothing_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(BenchError, match=words):
-        replace(PLAN, **changes)
+        CONFIG.replaced(**changes)

@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 from bench.load.endpoint import Endpoint
 from bench.run.boot import Abort, Start
 from bench.tune import measure as module
-from bench.tune.cli import _profile, recommendation
-from bench.tune.measure import FP16, Journal, Trial, TunePlan, table_rows, tune
+from bench.tune.config import TuneConfig
+from bench.tune.journal import FP16, Journal, Trial
+from bench.tune.measure import tune
+from bench.tune.profile import profile_of, recommendation, table_rows
 from serve.plan import candidates as catalogue
 from serve.settings.engine import EngineSettings
 from serve.settings.profiles import Key
@@ -23,7 +25,7 @@ from tests.support.fake_server import Behaviour, serving
 from toolkit.cli import app
 from toolkit.errors import BenchError, QvlError, ServerError
 
-PLAN = TunePlan(concurrencies=(1, 8), requests=4)
+CONFIG = TuneConfig(concurrencies=(1, 8), requests=4)
 CANDIDATES: dict[str, dict[str, Any]] = {"vllm": {}, "marlin": {"kernel": "marlin"}, "odd": {"ngram": 3}}
 
 
@@ -51,7 +53,7 @@ class Bench:
 
         return start, lambda: None
 
-    def measure(self, end: Endpoint, plan: TunePlan, load: int) -> dict[str, float]:
+    def measure(self, end: Endpoint, config: TuneConfig, load: int) -> dict[str, float]:
         self.measured.append((end.url, load))
         figure = self.figures[end.url, load]
         if figure < 0:
@@ -73,7 +75,7 @@ def journal(path: Path, **about: Any) -> Journal:
 
 
 def run(bench: Bench, found: Journal, candidates: dict[str, dict[str, Any]] = CANDIDATES, seconds: float = 60) -> bool:
-    return tune(candidates, PLAN, bench.boot, found, seconds=seconds, measure=bench.measure)
+    return tune(candidates, CONFIG, bench.boot, found, seconds=seconds, measure=bench.measure)
 
 
 def test_everything_is_measured_once(bench: Bench, tmp_path: Path) -> None:
@@ -88,15 +90,15 @@ def test_everything_is_measured_once(bench: Bench, tmp_path: Path) -> None:
 def test_a_kill_costs_one_load(bench: Bench, tmp_path: Path) -> None:
     calls = 0
 
-    def killed(end: Endpoint, plan: TunePlan, load: int) -> dict[str, float]:
+    def killed(end: Endpoint, config: TuneConfig, load: int) -> dict[str, float]:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
-        return bench.measure(end, plan, load)
+        return bench.measure(end, config, load)
 
     with pytest.raises(KeyboardInterrupt):
-        tune(CANDIDATES, PLAN, bench.boot, journal(tmp_path), seconds=60, measure=killed)
+        tune(CANDIDATES, CONFIG, bench.boot, journal(tmp_path), seconds=60, measure=killed)
     assert bench.stopped == ["vllm", "marlin"]  # no server is left behind
     bench.measured.clear()
     assert run(bench, journal(tmp_path))
@@ -126,15 +128,15 @@ def test_out_of_time(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     real = bench.measure
 
-    def slow(end: Endpoint, plan: TunePlan, load: int) -> dict[str, float]:
+    def slow(end: Endpoint, config: TuneConfig, load: int) -> dict[str, float]:
         now[0] += 25
-        return real(end, plan, load)
+        return real(end, config, load)
 
     found = journal(tmp_path)
-    assert not tune(CANDIDATES, PLAN, bench.boot, found, seconds=60, measure=slow)
+    assert not tune(CANDIDATES, CONFIG, bench.boot, found, seconds=60, measure=slow)
     assert bench.measured == [("vllm", 1), ("vllm", 8), ("marlin", 1)]
     assert bench.stopped == ["vllm", "marlin"]
-    assert not tune(CANDIDATES, PLAN, bench.boot, journal(tmp_path), seconds=0, measure=slow)
+    assert not tune(CANDIDATES, CONFIG, bench.boot, journal(tmp_path), seconds=0, measure=slow)
     monkeypatch.setattr(module.time, "monotonic", time.perf_counter)
     assert run(bench, journal(tmp_path))
 
@@ -159,7 +161,7 @@ def conclude(bench: Bench, tmp_path: Path) -> list[str]:
     settings = {**CANDIDATES, FP16: {}}
     found = journal(tmp_path)
     run(bench, found, settings)
-    profile = _profile(Key("card", "shape", "awq-g128", "0.32.0"), PLAN, found, settings)
+    profile = profile_of(Key("card", "shape", "awq-g128", "0.32.0"), CONFIG, found, settings, "qvl tune")
     assert profile is not None
     assert FP16 not in profile.candidates
     return recommendation(profile)
@@ -182,7 +184,7 @@ def test_nothing_measured_is_no_profile(bench: Bench, tmp_path: Path) -> None:
     bench.broken = dict.fromkeys(CANDIDATES, "no")
     found = journal(tmp_path)
     run(bench, found)
-    assert _profile(Key("c", "s", "f", "v"), PLAN, found, CANDIDATES) is None
+    assert profile_of(Key("c", "s", "f", "v"), CONFIG, found, CANDIDATES, "qvl tune") is None
 
 
 def test_the_table() -> None:
@@ -195,16 +197,16 @@ def test_the_table() -> None:
 
 def test_no_load() -> None:
     with pytest.raises(BenchError, match="tuning needs loads"):
-        TunePlan(concurrencies=())
+        TuneConfig(concurrencies=())
     with pytest.raises(BenchError, match="--output-tokens of at least 2"):
-        TunePlan(output_tokens=1)
+        TuneConfig(output_tokens=1)
 
 
 def test_a_load_on_a_server_of_known_speed() -> None:
     """Eight tokens, the first after 20 ms and one each 10 ms: two in flight give 2 x 8 tokens in 90 ms."""
-    plan = TunePlan(concurrencies=(2,), requests=6, output_tokens=8, image_sizes=((56, 56),))
+    config = TuneConfig(concurrencies=(2,), requests=6, output_tokens=8, image_sizes=((56, 56),))
     with serving(Behaviour(first_s=0.02, gap_s=0.01)) as server:
-        found = module.measure_load(Endpoint(server.url, "fake"), plan, 2)
+        found = module.measure_load(Endpoint(server.url, "fake"), config, 2)
         assert len(server.bodies) == 2 + 2 + 6
         assert len({str(body["messages"]) for body in server.bodies}) == 10  # no cache could help
     assert found["requests"] == 6
@@ -218,20 +220,20 @@ def test_questions_are_the_same_for_all_and_answered_to_their_end(tmp_path: Path
         {"id": str(i), "task": "t", "question": f"Question {i}?", "images": [], "answers": ["a"]} for i in range(9)
     ]
     file.write_text("\n".join(json.dumps(line) for line in lines))
-    plan = TunePlan(concurrencies=(2,), requests=6, output_tokens=8, questions=str(file))
+    config = TuneConfig(concurrencies=(2,), requests=6, output_tokens=8, questions=file)
     seen = []
     for _ in range(2):
         with serving(Behaviour()) as server:
-            module.measure_load(Endpoint(server.url, "fake"), plan, 2)
+            module.measure_load(Endpoint(server.url, "fake"), config, 2)
             assert not any(body.get("ignore_eos") for body in server.bodies)
             seen.append(sorted(str(body["messages"]) for body in server.bodies))
     assert seen[0] == seen[1] and len(set(seen[0])) > 4
 
 
 def test_a_load_that_fails() -> None:
-    plan = TunePlan(concurrencies=(1,), requests=3, output_tokens=8, image_sizes=(None,))
+    config = TuneConfig(concurrencies=(1,), requests=3, output_tokens=8, image_sizes=(None,))
     with serving(Behaviour(fail_after=4)) as server, pytest.raises(BenchError, match=r"requests failed at 1 in flight"):
-        module.measure_load(Endpoint(server.url, "fake"), plan, 1)
+        module.measure_load(Endpoint(server.url, "fake"), config, 1)
 
 
 class TestCandidates:

@@ -22,14 +22,16 @@ KILLER = """
     import os, random, shutil, signal, sys, time
     from pathlib import Path
     import torch
-    from toolkit.quantize import pipeline, quantizer  # AutoAWQ and transformers with it
+    from toolkit.quantize import quantize, run, worker
+    from toolkit.quantize.search import sensitivity  # torch with it
+    import transformers.models.qwen2_vl.modeling_qwen2_vl
     source, calib, out, kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
 
     def start(to):
         pid = os.fork()
         if pid == 0:
-            pipeline.quantize(source, to, calib=calib)
+            quantize(source, to, calib=calib)
             os._exit(0)
         return pid
 

@@ -11,16 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.load.inputs import (
-    KEY_WORDS,
-    PRESETS,
-    WORDS,
-    ImageSize,
-    Lengths,
-    SpeedInputs,
-    parse_lengths,
-    parse_sizes,
-)
+from bench.load.inputs import KEY_WORDS, WORDS, SpeedInputs
+from bench.load.workload import ImageSize, Lengths, parse_lengths, parse_sizes
+from bench.run import presets
+from tests.support.factory import config
 from toolkit.errors import BenchError
 
 
@@ -158,21 +152,18 @@ def test_a_warm_up_covers_every_shape_and_shares_no_input(sizes: tuple[ImageSize
     assert not urls(warm) & urls(measured)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", presets.USES)
 def test_presets_make_the_requests_they_describe(name: str) -> None:
-    preset = PRESETS[name]
-    inputs = preset.inputs("n")
+    chosen = config(preset=name)
+    inputs = chosen.inputs("n")
     for index in range(6):
         request = inputs.request("b", index)
-        assert preset.images.low <= len(request.images) <= preset.images.high
-        assert {pixels(url).size for url in request.images} <= set(preset.sizes)
-        assert preset.prompt_tokens.low <= len(request.text.split()) <= preset.prompt_tokens.high
-        assert preset.output_tokens.low <= request.max_tokens <= preset.output_tokens.high
-    for size in preset.sizes:
+        assert chosen.images_per_request.low <= len(request.images) <= chosen.images_per_request.high
+        assert {pixels(url).size for url in request.images} <= set(chosen.image_sizes)
+        assert chosen.prompt_tokens.low <= len(request.text.split()) <= chosen.prompt_tokens.high
+        assert chosen.output_tokens.low <= request.max_tokens <= chosen.output_tokens.high
+    for size in chosen.image_sizes:
         assert size is not None
-        assert f"{size[0]}x{size[1]}" in preset.use
+        assert f"{size[0]}x{size[1]}" in presets.load(name)["use"]
         # Sides are multiples of 28, so that the token counts named hold whatever the server's resizing does.
         assert size[0] % 28 == size[1] % 28 == 0
-    first = preset.sizes[0]
-    assert first is not None
-    assert f"({first[0] // 28 * (first[1] // 28)} tokens)" in preset.use

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from bench.load import metrics
 from bench.load.client import Failure, Trace
+from bench.load.objectives import parse_slos
 from toolkit.errors import BenchError
 
 
@@ -101,7 +102,7 @@ def test_failed_requests_are_counted_and_in_no_figure() -> None:
 
 
 def test_uncounted_tokens_are_said_so() -> None:
-    found = metrics.summarise([trace(), trace(None)], 2.0, slos=metrics.parse_slos("tpot=1s"))
+    found = metrics.summarise([trace(), trace(None)], 2.0, slos=parse_slos("tpot=1s"))
     assert (found.uncounted, found.output_tokens_per_s, found.goodput) == (1, None, None)
     assert found.ttft is not None
 
@@ -118,9 +119,9 @@ def test_a_summary_of_nothing_has_no_figures() -> None:
 
 
 def test_objectives_are_read() -> None:
-    slos = metrics.parse_slos(" TTFT=200ms, tpot=0.03s,e2e=.5s")
+    slos = parse_slos(" TTFT=200ms, tpot=0.03s,e2e=.5s")
     assert [(slo.metric, slo.limit_s) for slo in slos] == [("ttft", 0.2), ("tpot", 0.03), ("e2e", 0.5)]
-    assert ",".join(map(str, metrics.parse_slos("ttft=200ms,e2e=2s"))) == "ttft=200ms,e2e=2s"
+    assert ",".join(map(str, parse_slos("ttft=200ms,e2e=2s"))) == "ttft=200ms,e2e=2s"
 
 
 @pytest.mark.parametrize(
@@ -138,18 +139,18 @@ def test_objectives_are_read() -> None:
 )
 def test_other_objectives_are_refused(text: str, words: str) -> None:
     with pytest.raises(BenchError, match=words):
-        metrics.parse_slos(text)
+        parse_slos(text)
 
 
 def test_goodput_counts_requests_that_met_everything() -> None:
     good = trace(5)  # TTFT 0.5, TPOT 0.2
     one_token = trace(1)
-    slos = metrics.parse_slos("ttft=500.1ms,tpot=200.1ms")
+    slos = parse_slos("ttft=500.1ms,tpot=200.1ms")
     found = metrics.goodput([good, good, one_token, trace(3), FAILED], slos, 2.0, unsent=1)  # trace(3): TPOT 0.4
     assert found is not None
     assert found.per_s == pytest.approx(1.5)
     assert found.share == pytest.approx(3 / 6)
-    assert metrics.goodput([good], metrics.parse_slos("ttft=499ms"), 2.0) == metrics.Goodput(0.0, 0.0)
+    assert metrics.goodput([good], parse_slos("ttft=499ms"), 2.0) == metrics.Goodput(0.0, 0.0)
     assert metrics.goodput([good], (), 2.0) is None
 
 

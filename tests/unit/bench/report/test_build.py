@@ -10,19 +10,20 @@ import pytest
 
 from bench.judge import stats, verdict
 from bench.load.client import Failure, Trace
-from bench.load.inputs import Lengths
 from bench.load.loops import Block
-from bench.load.metrics import parse_slos
 from bench.machine.server_metrics import ServerPoint
 from bench.questions import scoring
 from bench.questions.tasks import Question
 from bench.report import speed, words
-from bench.report.build import build, workload
+from bench.report.build import build
 from bench.report.render import html_file as html
 from bench.report.render import markdown
-from bench.report.schema import Judgement, Load, Report, Role, SpeedFigure, SpeedRatio, SystemInfo
-from bench.run.measure import Measurements, Plan, Stretch
-from tests.support.factory import PLAN, pictured, questions, report, system, trace
+from bench.report.schema import Judgement, Load, Report, SpeedFigure, SpeedRatio
+from bench.roles import ROLES, Role
+from bench.run.config import BenchConfig
+from bench.run.measured import Measurements, Stretch
+from bench.run.session import Outcome
+from tests.support.factory import CONFIG, pictured, questions, report, system, trace
 
 
 def ids(task: str, *numbers: int) -> set[str]:
@@ -79,7 +80,7 @@ def test_questions_on_one_picture_are_one_piece_of_evidence() -> None:
 def test_rows_say_what_the_statistics_say() -> None:
     asked = questions(60, tasks=("red", "blue", "green"))
     wrong: dict[Role, set[str]] = {"baseline": ids("blue", 1), "candidate": ids("red", *range(9)) | ids("blue", 2)}
-    found = report(wrong, asked=asked, margin=0.02).accuracy
+    found = report(wrong, asked=asked, margin=2.0).accuracy
     assert found is not None
     compared = {
         task: verdict.compare(
@@ -155,9 +156,9 @@ def test_verdicts_are_said_in_words() -> None:
     assert (fine.verdict.accuracy, "more than 1 point is ruled out" in fine.verdict.sentence) == ("no worse", True)
     bad = report({"candidate": ids("red", *range(10))})
     assert (bad.verdict.accuracy, "a loss beyond chance" in bad.verdict.sentence) == ("worse", True)
-    assert "a smaller one is there" in report(ids_lost(8), per_task=2000, margin=0.05).verdict.sentence
+    assert "a smaller one is there" in report(ids_lost(8), per_task=2000, margin=5.0).verdict.sentence
     most = [*questions(20, tasks=["red"]), *questions(600, tasks=["blue"])]
-    mixed = report(ids_lost(10), asked=most, margin=0.05)
+    mixed = report(ids_lost(10), asked=most, margin=5.0)
     assert (mixed.verdict.accuracy, "Worse by itself: red" in mixed.verdict.sentence) == ("no worse", True)
     silent = report(asked=[])
     assert (silent.verdict.accuracy, silent.verdict.sentence) == (None, "Accuracy was not measured.")
@@ -195,24 +196,25 @@ def stretch(scale: float, count: int = 4, **more: Any) -> Stretch:
     return Stretch(Block(traces, scale), **more)
 
 
-def measured(plan: Plan, scales: dict[Role, list[float]], load: Load | None = None, **more: Any) -> Measurements:
+def measured(
+    config: BenchConfig, scales: dict[Role, list[float]], load: Load | None = None, **more: Any
+) -> Measurements:
     found = Measurements()
-    load = load or plan.loads[0]
+    load = load or config.loads[0]
     for role, rounds in scales.items():
         for number, scale in enumerate(rounds):
             found.units[role, load.name, number] = [(load, stretch(scale, **more))]
     return found
 
 
-def built(found: Measurements, plan: Plan, asked: Sequence[Question] = (), **more: Any) -> Report:
-    work = workload(plan, asked, source=None, interleaved=True, seed=0)
-    systems: dict[Role, SystemInfo] = {role: system(role) for role in ("baseline", "candidate")}
-    return build(found, asked, systems, work, plan, margin=0.01, duration_s=1.0, command="qvl bench", **more)
+def built(found: Measurements, config: BenchConfig, asked: Sequence[Question] = (), **more: Any) -> Report:
+    both = {role: system(role) for role in ROLES}
+    return build(Outcome(found, both, asked, duration_s=1.0, **more), config, command="qvl bench")
 
 
 def test_what_slows_both_in_a_round_is_not_in_the_ratio() -> None:
-    plan = replace(PLAN, concurrencies=(1,), rounds=3)
-    found = built(measured(plan, {"baseline": [1.0, 2.0, 4.0], "candidate": [0.8, 1.6, 3.2]}), plan)
+    config = CONFIG.replaced(concurrencies=(1,), rounds=3)
+    found = built(measured(config, {"baseline": [1.0, 2.0, 4.0], "candidate": [0.8, 1.6, 3.2]}), config)
     ratio = found.ratio("tpot", "1 in flight")
     assert ratio and ratio.ratio == pytest.approx(0.8) and ratio.low == pytest.approx(0.8) == ratio.high
     estimate = found.speed[0].by_round["tpot"]
@@ -222,15 +224,15 @@ def test_what_slows_both_in_a_round_is_not_in_the_ratio() -> None:
 
 def test_intervals_over_rounds_cover_the_truth_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
-    plan = replace(PLAN, concurrencies=(1,), rounds=3)
+    config = CONFIG.replaced(concurrencies=(1,), rounds=3)
     hits, tries = 0, 200
     for _ in range(tries):
         rounds: dict[Role, list[float]] = {
             "baseline": list(np.exp(rng.normal(0.0, 0.1, 3))),
             "candidate": list(0.9 * np.exp(rng.normal(0.0, 0.1, 3))),
         }
-        raw = measured(plan, rounds, count=1)
-        ratio = speed.ratios(raw, speed.points(raw, plan), plan)[1]
+        raw = measured(config, rounds, count=1)
+        ratio = speed.ratios(raw, speed.points(raw, config), config)[1]
         assert ratio.metric == "tpot" and ratio.low is not None and ratio.high is not None
         hits += ratio.low <= 0.9 <= ratio.high
     assert 0.90 <= hits / tries <= 0.99
@@ -245,8 +247,8 @@ def test_intervals_over_rounds_cover_the_truth_as_often_as_they_say() -> None:
     ],
 )
 def test_speed_is_judged_in_words_by_its_interval(scales: list[float], said: str) -> None:
-    plan = replace(PLAN, concurrencies=(1,), rounds=3)
-    found = built(measured(plan, {"baseline": [1.0, 1.0, 1.0], "candidate": scales}), plan)
+    config = CONFIG.replaced(concurrencies=(1,), rounds=3)
+    found = built(measured(config, {"baseline": [1.0, 1.0, 1.0], "candidate": scales}), config)
     assert found.verdict.speed and said in found.verdict.speed
     assert ("lower" in found.verdict.speed) == ("longer" in said)
     for text in (html.render(found), markdown.render(found)):
@@ -254,8 +256,8 @@ def test_speed_is_judged_in_words_by_its_interval(scales: list[float], said: str
 
 
 def test_one_round_has_no_interval() -> None:
-    plan = replace(PLAN, concurrencies=(1,), rounds=1)
-    found = built(measured(plan, {"baseline": [1.0], "candidate": [0.8]}), plan)
+    config = CONFIG.replaced(concurrencies=(1,), rounds=1)
+    found = built(measured(config, {"baseline": [1.0], "candidate": [0.8]}), config)
     ratio = found.ratio("tpot", "1 in flight")
     assert ratio and (ratio.low, ratio.high) == (None, None)
     assert "one round: speed has no intervals" in found.warnings
@@ -263,8 +265,8 @@ def test_one_round_has_no_interval() -> None:
 
 
 def test_goodput_counts_requests_that_met_every_objective() -> None:
-    plan = replace(PLAN, concurrencies=(1,), slos=parse_slos("ttft=150ms,tpot=30ms"))
-    found = built(measured(plan, {"baseline": [1.0, 1.0], "candidate": [1.0, 2.0]}), plan)
+    config = CONFIG.replaced(concurrencies=(1,), slos="ttft=150ms,tpot=30ms")
+    found = built(measured(config, {"baseline": [1.0, 1.0], "candidate": [1.0, 2.0]}), config)
     before, after = (found.point(role, "1 in flight") for role in ("baseline", "candidate"))
     assert before and after and before.goodput and after.goodput
     assert (before.goodput.share, before.goodput.per_s) == (1.0, 4.0)
@@ -274,12 +276,12 @@ def test_goodput_counts_requests_that_met_every_objective() -> None:
 
 
 def test_failures_within_bounds_are_counted_by_kind_and_never_timed() -> None:
-    plan = replace(PLAN, concurrencies=(1,))
-    found = measured(plan, {"baseline": [1.0], "candidate": [1.0]})
-    load = plan.loads[0]
+    config = CONFIG.replaced(concurrencies=(1,))
+    found = measured(config, {"baseline": [1.0], "candidate": [1.0]})
+    load = config.loads[0]
     bad = Trace(0.0, 0.0, 99.0, failure=Failure("http", "HTTP 429", 429))
     found.units["candidate", load.name, 0] = [(load, Stretch(Block((*stretch(1.0, 30).block.traces, bad), 1.0)))]
-    out = built(found, plan)
+    out = built(found, config)
     point = out.point("candidate", "1 in flight")
     assert point and point.e2e_ms and out.status == "ok"
     assert (point.requests, point.completed, point.errors) == (31, 30, {"http 429": 1})
@@ -288,13 +290,13 @@ def test_failures_within_bounds_are_counted_by_kind_and_never_timed() -> None:
 
 
 def test_a_point_that_measures_the_client_is_invalid_and_compared_with_nothing() -> None:
-    plan = replace(PLAN, concurrencies=(1,))
-    found = measured(plan, {"baseline": [1.0, 1.0], "candidate": [1.0, 1.0]})
-    load = plan.loads[0]
+    config = CONFIG.replaced(concurrencies=(1,))
+    found = measured(config, {"baseline": [1.0, 1.0], "candidate": [1.0, 1.0]})
+    load = config.loads[0]
     late = tuple(replace(t, started=t.started + 0.02) for t in stretch(1.0).block.traces)
     found.units["candidate", load.name, 1] = [(load, Stretch(Block(late, 1.0)))]
     found.units["candidate", load.name, 0] = [(load, Stretch(Block(late, 1.0)))]
-    out = built(found, plan)
+    out = built(found, config)
     point = out.point("candidate", "1 in flight")
     assert point and point.invalid and "20.0 ms late (p50)" in point.invalid
     assert out.speed_ratios == []
@@ -304,26 +306,26 @@ def test_a_point_that_measures_the_client_is_invalid_and_compared_with_nothing()
 
 
 def test_rates_of_a_sweep_are_not_compared_for_each_system_has_its_own() -> None:
-    plan = replace(PLAN, concurrencies=(), sweep=1)
+    config = CONFIG.replaced(concurrencies=(), sweep=True, sweep_rates=1)
     load = Load(kind="rate", name="sweep: 95% of saturation", arrivals="poisson", share=0.95)
     found = Measurements()
     rates: dict[Role, float] = {"baseline": 3.0, "candidate": 5.0}
     for role, rate in rates.items():
         for number in range(2):
             found.units[role, "sweep", number] = [(load, stretch(1.0, offered_per_s=rate + number))]
-    out = built(found, plan)
+    out = built(found, config)
     assert [(point.load.name, point.offered_per_s) for point in out.speed] == [(load.name, 3.5), (load.name, 5.5)]
     assert out.speed_ratios == []
 
 
 def test_what_the_server_counted_is_added_up_over_the_rounds() -> None:
-    plan = replace(PLAN, concurrencies=(1,))
-    load = plan.loads[0]
-    found = measured(plan, {"baseline": [1.0, 1.0], "candidate": [1.0, 1.0]})
+    config = CONFIG.replaced(concurrencies=(1,))
+    load = config.loads[0]
+    found = measured(config, {"baseline": [1.0, 1.0], "candidate": [1.0, 1.0]})
     for number, (hits, queue, ended) in enumerate([(10, 0.002, 1), (30, 0.006, 3)]):
         seen = ServerPoint(100, hits, 4, 1, number, 100, 20, ended, queue, 0, 50, 800)
         found.units["candidate", load.name, number] = [(load, stretch(1.0, server=seen, joules=6.0))]
-    out = built(found, plan)
+    out = built(found, config)
     point, other = out.point("candidate", load.name), out.point("baseline", load.name)
     assert point and other and point.server and other.server is None
     assert (point.server.prefix_cache_share, point.server.image_cache_share) == (0.2, 0.25)
@@ -334,14 +336,14 @@ def test_what_the_server_counted_is_added_up_over_the_rounds() -> None:
 
 
 def test_an_interrupted_run_keeps_what_it_has_and_judges_nothing_over_all() -> None:
-    plan = replace(PLAN, concurrencies=(1,), rounds=2)
+    config = CONFIG.replaced(concurrencies=(1,), rounds=2)
     asked = questions(10)
-    found = measured(plan, {"baseline": [1.0, 1.0], "candidate": [0.8]})
+    found = measured(config, {"baseline": [1.0, 1.0], "candidate": [0.8]})
     found.answers = {
         "baseline": {q.id: trace("yes") for q in asked},
         "candidate": {q.id: trace("yes") for q in asked[:12]},
     }
-    out = built(found, plan, asked, interrupted=True)
+    out = built(found, config, asked, interrupted=True)
     assert out.status == "partial" and out.verdict.accuracy is None
     assert out.unfinished == ["8 of 20 questions to the candidate", "1 of 2 blocks of load on the candidate"]
     assert out.accuracy and out.accuracy.overall.n == 12
@@ -361,10 +363,10 @@ def test_a_server_that_counts_no_tokens_gets_no_token_metrics() -> None:
 
 
 def test_unequal_lengths_are_doubted() -> None:
-    longer = replace(PLAN, output_tokens=Lengths.fixed(9))  # the traces have five
-    assert any("instead of 9" in warning for warning in report(plan=longer).warnings)
+    longer = CONFIG.replaced(output_tokens="9")  # the traces have five
+    assert any("instead of 9" in warning for warning in report(settings=longer).warnings)
     assert not any("instead of" in warning for warning in report().warnings)
-    assert not any("instead of" in w for w in report(plan=replace(PLAN, output_tokens=Lengths(2, 9))).warnings)
+    assert not any("instead of" in w for w in report(settings=CONFIG.replaced(output_tokens="2-9")).warnings)
 
 
 def test_a_failed_run_has_no_figures() -> None:

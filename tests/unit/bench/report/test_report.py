@@ -18,7 +18,8 @@ from bench.report.render import json_file as json
 from bench.report.render import markdown, terminal
 from bench.report.render.json_file import read
 from bench.report.render.plots import speed_curves
-from bench.report.schema import SCHEMA_VERSION, Report, Role
+from bench.report.schema import SCHEMA_VERSION, Report
+from bench.roles import Role
 from tests.support.factory import first_version, pictured, questions, report, second_version
 from tests.support.paths import RESULTS
 from toolkit.errors import BenchError
@@ -339,7 +340,7 @@ def test_each_verdict_stands_in_all_formats() -> None:
 
 def test_a_task_that_is_worse_is_said_first() -> None:
     asked = [*questions(20, tasks=["red"]), *questions(600, tasks=["blue"])]
-    page = html.render(report({"candidate": {f"red-{i}" for i in range(10)}}, asked=asked, margin=0.05))
+    page = html.render(report({"candidate": {f"red-{i}" for i in range(10)}}, asked=asked, margin=5.0))
     assert "<strong>No worse over all, worse in red</strong>" in page
 
 

@@ -10,7 +10,7 @@ from bench.machine.server_metrics import ServerPoint
 from bench.questions.observe import Answer, Observation, Observed, Position
 from bench.report.schema import Load
 from bench.run.journal import Journal
-from bench.run.measure import Stretch
+from bench.run.measured import Stretch
 from toolkit.errors import BenchError
 
 TRACE = Trace(

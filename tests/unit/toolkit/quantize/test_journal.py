@@ -23,7 +23,9 @@ from safetensors import safe_open
 from tests.support import tiny
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import CheckpointError, ResourceError
-from toolkit.quantize.journal import Journal, source_identity, write_layer
+from toolkit.quantize.identity import source_identity
+from toolkit.quantize.journal import Journal
+from toolkit.quantize.parts import write_layer
 
 LAYERS = 6
 IDENTITY: dict[str, Any] = {"recipe": {"group_size": 128, "clip": True}, "calibration": "aa11", "samples": (1, 2)}

@@ -18,7 +18,7 @@ _ROWS = 64
 
 
 def best_clip(weight: Tensor, moments: Tensor, bits: int, grid: int, tried: int, min_range: float) -> Tensor:
-    """Find each group's bound, as :func:`toolkit.quantize.search.grid.best_clip` does; losses are taken in TF32.
+    """Find each group's bound, as :func:`toolkit.quantize.search.clips.best_clip` does; losses are taken in TF32.
 
     Args:
         weight: [N, K], any float dtype and strides.

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toolkit.quantize.search.compensate import Rounding
+from toolkit.quantize.search.kernels.rounding import Rounding
 
 __all__ = ["BLOCK", "SUB_BLOCK", "round_block"]
 

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench import report as reports
 from bench.load.loops import Block
-from bench.load.metrics import parse_slos
 from bench.machine.server_metrics import ServerPoint
 from bench.report import words
 from bench.report.render.json_file import read
-from bench.report.schema import Drift, Fidelity, FidelityItem, Load, Report, Role, Share
-from bench.run.measure import Measurements, Stretch
+from bench.report.schema import Drift, Fidelity, FidelityItem, Load, Report, Share
+from bench.roles import ROLES, Role
+from bench.run.measured import Measurements, Stretch
 from tests.support.browser import Browser, Tab, chromium
-from tests.support.factory import PLAN, pictured, trace
+from tests.support.factory import CONFIG, pictured, trace
 from tests.unit.bench.report.test_build import built
 
 pytestmark = pytest.mark.slow
 
 WIDTHS = (390, 1280)
-ROLES: tuple[Role, ...] = ("baseline", "candidate")
 
 
 def share(value: float, low: float, high: float) -> Share:
@@ -33,8 +31,8 @@ def share(value: float, low: float, high: float) -> Share:
 
 def full() -> Report:
     """A report with everything in it: loads of every kind, server counters, fidelity, flips with pictures."""
-    plan = replace(
-        PLAN, concurrencies=(1, 16), rates=(2.0,), sweep=2, rounds=3, slos=parse_slos("ttft=200ms,tpot=30ms")
+    config = CONFIG.replaced(
+        concurrencies=(1, 16), rates=(2.0,), sweep=True, sweep_rates=2, rounds=3, slos="ttft=200ms,tpot=30ms"
     )
     asked = pictured(12, each=3) + pictured(8, each=2, task="street signs with long names")
     wrong: dict[Role, set[str]] = {
@@ -57,7 +55,7 @@ def full() -> Report:
                 seen = ServerPoint(1000, 30, 40, 0, 0, 1000, 200, 40, 0.002, 0, 100, 1600)
                 return load, Stretch(Block(traces, scale), load.rate_per_s, seen, 50.0)
 
-            for load in plan.loads:
+            for load in config.loads:
                 found.units[role, load.name, number] = [stretch(load)]
             found.units[role, "sweep", number] = [stretch(load) for load in swept]
     drift = Drift(
@@ -85,7 +83,7 @@ def full() -> Report:
         )
         for number, q in enumerate(asked)
     ]
-    report = built(found, plan, asked)
+    report = built(found, config, asked)
     fidelity = Fidelity(
         source="questions as above",
         items_sha256="0",

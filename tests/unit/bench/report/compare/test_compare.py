@@ -286,8 +286,8 @@ def test_one_side_that_knows_the_clusters_is_enough() -> None:
 
 
 def test_verdicts_go_by_the_margin_of_the_report_that_is_judged() -> None:
-    fine = compare(*sides(report(margin=0.01), report(margin=0.2))).accuracy
-    strict = compare(*sides(report(margin=0.2), report(margin=0.01))).accuracy
+    fine = compare(*sides(report(margin=1.0), report(margin=20.0))).accuracy
+    strict = compare(*sides(report(margin=20.0), report(margin=1.0))).accuracy
     assert fine is not None and strict is not None
     assert (fine.verdict, strict.verdict) == ("no worse", "can't tell")
 

@@ -174,8 +174,8 @@ AGREE = """
 import sys
 import torch
 from tests.unit.toolkit.quantize.search.test_compensate import correlated, error, loss, random_linear
-from toolkit.quantize import _compensate_kernel as kernel
-from toolkit.quantize import compensate as module
+from toolkit.quantize.search import compensate as module
+from toolkit.quantize.search.kernels import compensate as kernel
 
 def on(device, width, rounder):
     module._rounder = lambda _: (width, rounder)

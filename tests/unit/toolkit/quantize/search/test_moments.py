@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 
+from toolkit.formats.packing import dequantize
 from toolkit.models.qwen2_vl import QWEN2_VL
-from toolkit.quantize.search.grid import Moments, dequantize, round_to_grid
-from toolkit.quantize.search.moments import Held, LayerSearch, Searched, linear
-from toolkit.quantize.stream import States, _register_attention
+from toolkit.quantize.search.gram import Moments
+from toolkit.quantize.search.grid import round_to_grid
+from toolkit.quantize.search.moments import LayerSearch
+from toolkit.quantize.search.strategy import LayerTask, Searched, SearchSettings, linear
+from toolkit.quantize.stream.states import Held, States, register_attention
 
 HIDDEN, INNER, HEADS = 64, 128, 4
 
@@ -21,7 +25,7 @@ def layer_of(kv_heads: int, seed: int, spread: float) -> Any:
     from transformers import Qwen2VLTextConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 
-    _register_attention()
+    register_attention()
     torch.manual_seed(seed)
     config = Qwen2VLTextConfig(
         hidden_size=HIDDEN,
@@ -61,7 +65,14 @@ def run(layer: Any, states: States) -> tuple[torch.Tensor, dict[str, torch.Tenso
     return output, seen
 
 
-def search(layer: Any, **settings: Any) -> tuple[Searched, Held]:
+def search(
+    layer: Any,
+    *,
+    group_size: int = 32,
+    rounding: str = "nearest",
+    skip: Iterable[str] = (),
+    make_room: Callable[[], bool] = lambda: False,
+) -> tuple[Searched, Held]:
     seen = run(layer, states_of(600, [300, 200, 100]))[1]
     moments = {}
     for unit, x in seen.items():
@@ -71,10 +82,9 @@ def search(layer: Any, **settings: Any) -> tuple[Searched, Held]:
     held_states = states_of(90, [60, 30])
     output, inputs = run(layer, held_states)
     held = Held(held_states, output, inputs)
-    found = LayerSearch(
-        layer, moments, held, **{"group_size": 32, "bits": 4, "norm_dtype": torch.float16, **settings}
-    ).run()
-    return found, held
+    settings = SearchSettings(QWEN2_VL, group_size, 4, torch.float16, rounding=rounding)
+    task = LayerTask(0, layer, held, frozenset(skip))
+    return LayerSearch(task, moments, settings, make_room).run(), held
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "compensated"])
@@ -90,7 +100,7 @@ def test_no_linear_errs_more_than_by_rounding_to_nearest(rounding: str, kv_heads
         for unit, names in QWEN2_VL.fused.items():
             for name in names:
                 weight, x = linear(layer, name).weight, held.inputs[unit]
-                nearest = dequantize(round_to_grid(weight, group_size))
+                nearest = dequantize(round_to_grid(weight, group_size), torch.float32)
                 allowed = (x @ (nearest - weight).t()).square().sum()
                 error = (x @ (found.effective(unit, name) - weight).t()).square().sum()
                 # rows that a later unit's scales divide are rounded to other fp16 steps: a thousandth at most
@@ -109,7 +119,7 @@ def test_the_file_computes_what_the_search_measured(kv_heads: int) -> None:
     for unit, names in QWEN2_VL.fused.items():
         for name in names:
             linear(as_measured, name).weight.data = found.effective(unit, name)
-    state = {f"{name}.weight": dequantize(rounded) for name, rounded in found.linears.items()}
+    state = {f"{name}.weight": dequantize(rounded, torch.float32) for name, rounded in found.linears.items()}
     as_written.load_state_dict({**found.others, **state})
     expected, got = run(as_measured, held.states)[0], run(as_written, held.states)[0]
     assert (got - expected).norm() < 1e-3 * (expected - held.states.hidden).norm()
@@ -139,40 +149,13 @@ def test_zeros_and_extremes_stay_finite(rounding: str) -> None:
     assert all(bool(value.isfinite().all()) for value in found.others.values())
 
 
-def test_out_of_memory_in_a_pass_counts_no_token_twice() -> None:
-    from tests.unit.toolkit.quantize.test_run import bare_quantizer
-
-    torch.manual_seed(0)
-    layer, states = layer_of(2, 6, 0.5), states_of(600, [100] * 6)
-    whole, _ = run(layer, states)
-    notes: list[str] = []
-    quantizer = bare_quantizer(notes)
-    original = layer.mlp.forward
-
-    def hungry(x: torch.Tensor) -> torch.Tensor:
-        if x.shape[1] > 200:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(x)
-
-    layer.mlp.forward = hungry
-    moments = Moments(HIDDEN, torch.device("cpu"))
-    taken: list[slice] = []
-
-    def take(seen: dict[str, torch.Tensor], tokens: slice) -> None:
-        taken.append(tokens)
-        moments.add(seen["self_attn.qkv_proj"])
-
-    output = quantizer._pass(layer, states, take)
-    assert torch.allclose(output, whole, atol=1e-5)
-    assert moments.weight == 600 and [s.stop for s in taken] == [200, 400, 600]
-    assert len(notes) == 1 and "256 tokens at a time" in notes[-1]
-
-
 @pytest.mark.parametrize("place", ["screen", "round_to_grid", "dequantize", "factor", "compensate"])
 def test_out_of_memory_in_the_search_makes_room_and_changes_nothing(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from toolkit.quantize.search import moments as module
+    from toolkit.quantize.search import rounding, scales
+
+    module = scales if place == "screen" else rounding
 
     expected, _ = search(layer_of(2, 3, 1.0), rounding="compensated")
     original = getattr(module, place)

@@ -12,12 +12,12 @@ import torch
 AGREE = """
 import sys
 import torch
-from toolkit.quantize import search
+from toolkit.quantize.search import clips, gram, grid
 from toolkit.quantize.search.kernels.clip import best_clip
 
 def losses(weight, moments, bounds):
     w = weight.float().view(*bounds.shape[:2], -1)
-    d = (search._snap(w.clamp(-bounds, bounds), 4) - w).double()
+    d = (grid.snap(w.clamp(-bounds, bounds), 4) - w).double()
     return torch.einsum("ngi,gij,ngj->ng", d, moments.double(), d)
 
 def weights(kind, rows, columns, rng):
@@ -39,10 +39,10 @@ for kind, rows, group in (
 ):
     weight = weights(kind, rows, 3 * group, rng).to(device)
     x = (torch.randn(500, 3 * group, generator=rng) @ torch.randn(3 * group, 3 * group, generator=rng)).to(device)
-    moments = search.group_moments(x, group)
-    ours = best_clip(weight, moments, 4, 20, 10, search._MIN_RANGE)
+    moments = gram.group_moments(x, group)
+    ours = best_clip(weight, moments, 4, 20, 10, grid.MIN_RANGE)
     chunk = weight.float().reshape(rows, 3, group)
-    theirs = search._best_clip(chunk, moments, 4, 20, 10)
+    theirs = clips._best_clip(chunk, moments, 4, 20, 10)
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
     tried = chunk.abs().amax(-1, keepdim=True) * (1 - torch.arange(10, device=device) / 20)
     assert ((ours - tried).abs() <= 1e-6 * tried).any(-1).all(), kind

@@ -1,0 +1,290 @@
+"""The phase that loads the systems: warm-up, then every load in each round, the two in turns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Sequence
+from dataclasses import replace
+
+import psutil
+
+from bench.load import metrics
+from bench.load.client import Failure, Trace, ask
+from bench.load.inputs import SpeedInputs
+from bench.load.loops import Block, Send, closed_loop, open_loop, schedule
+from bench.load.sweep import Point, SweepPlan, sweep
+from bench.machine import energy, server_metrics
+from bench.machine.server_metrics import ServerPoint
+from bench.roles import Role
+from bench.run.config import BenchConfig
+from bench.run.loads import SWEEP, Load
+from bench.run.measured import Stretch
+from bench.run.running import Running
+from bench.run.systems import System
+from toolkit.errors import BenchError
+
+__all__ = ["FAILED_SHARE", "IN_FLIGHT", "measure_speed"]
+
+#: Under a duration, so many times the requests are made that the fastest pace seen before asks for.
+SPARE = 3.0
+#: Most requests in flight under a rate, and most that wait beyond that before the server counts as too slow for it.
+IN_FLIGHT = 1024
+#: When a larger share of a block's requests fails, it ends.
+FAILED_SHARE = 0.05
+
+
+async def measure_speed(run: Running) -> None:
+    """Measure every unit that is missing, a round at a time, after a warm-up."""
+    await _Speed(run).measure()
+
+
+class _Speed:
+    """What is known of the systems' speed while it is measured."""
+
+    def __init__(self, run: Running) -> None:
+        self.run, self.config = run, run.config
+        #: Seconds that the fastest request took of a system at a concurrency.
+        self._pace: dict[tuple[Role, int], float] = {}
+        #: The rate that was too much for a system.
+        self._ceiling: dict[Role, float] = {}
+        self._meters: dict[Role, energy.Meter | None] = {}
+
+    def _inputs(self, system: System) -> SpeedInputs:
+        """Both systems get the same inputs, unless both are one server, whose caches would know them the second
+        time."""
+        shared = len({other.endpoint.url for other in self.run.systems}) < len(self.run.systems)
+        return self.config.inputs(f"{self.config.nonce}/{system.role}" if shared else self.config.nonce)
+
+    def _bodies(self, system: System, block: str, count: int) -> list[bytes]:
+        return self._inputs(system).bodies(block, count, system.endpoint.model)
+
+    def _sender(self, system: System) -> Send[bytes]:
+        client = self.run.clients[system.role]
+
+        async def send(body: bytes, due: float) -> Trace:
+            trace = await ask(client, body, timeout_s=self.config.timeout_s, scheduled=due)
+            if trace.failure is None and not trace.chunks:
+                empty = Failure(
+                    "empty", "the answer has no text although a fixed length was asked for: nothing to time"
+                )
+                return Trace(trace.scheduled, trace.started, trace.ended, failure=empty)
+            return trace
+
+        return send
+
+    async def measure(self) -> None:
+        """Measure every unit that is missing, a round at a time, after a warm-up."""
+        config = self.config
+        missing = [
+            (round_, step, unit, system)
+            for round_ in range(config.rounds)
+            for step, unit in enumerate(config.units)
+            for system in self.run.turns(round_ + step)
+            if (system.role, unit, round_) not in self.run.found.units
+        ]
+        if not missing:
+            return
+        await self._warm_up({unit for _, _, unit, _ in missing})
+        if self.run.found.failures:
+            return
+        loads = {load.name: load for load in config.loads}
+        self.run.live.begin("load", sum(self._expected(system.role, loads.get(unit)) for _, _, unit, system in missing))
+        for round_, _, unit, system in missing:
+            self.run.live.doing(f"{system.role}, {unit}, round {round_ + 1} of {config.rounds}")
+            load = loads.get(unit)
+            if load is None:
+                stretches = await self._sweep(system, round_)
+            elif load.concurrency is not None:
+                stretches = [(load, await self._closed(system, load, round_))]
+            elif load.rate_per_s is not None and load.rate_per_s < self._ceiling.get(system.role, math.inf):
+                stretches = [(load, await self._open(system, load, round_))]
+            else:
+                stretches = []  # a lower rate was too much already
+            if self.run.found.failures:
+                return
+            self.run.found.units[system.role, unit, round_] = stretches
+            self.run.keep.unit(system.role, unit, round_, stretches)
+
+    async def _warm_up(self, units: set[str]) -> None:
+        """Show each server every shape of request, twice one by one, then a wave at each concurrency that is measured;
+        no input of these is measured later."""
+        config = self.config
+        shapes = len(self._inputs(self.run.systems[0]).warm_up(""))
+        waves = {c for c in config.concurrencies if Load.in_flight(c).name in units}
+        waves |= {config.sweep_concurrency} if SWEEP in units else set()
+        self.run.live.begin(
+            "warm-up", (2 * shapes + sum(max(wave, shapes) for wave in waves if wave > 1)) * len(self.run.systems)
+        )
+        for system in self.run.systems:
+            self.run.live.doing(system.role)
+            inputs, model = self._inputs(system), system.endpoint.model
+            for turn in range(2):
+                await self._wave(system, 1, inputs.warm_up(model, f"warm-up/{turn}"))
+                if self.run.found.failures:
+                    return
+            # As many as the highest rate will have in flight, by Little's law.
+            busy = math.ceil(max(config.rates, default=0.0) * self._pace[system.role, 1])
+            for wave in sorted({*waves, min(busy, IN_FLIGHT)} - {0, 1}):
+                bodies = inputs.warm_up(model, f"warm-up/wave/{wave}")
+                bodies += inputs.bodies(f"warm-up/{wave}", max(0, wave - len(bodies)), model)
+                await self._wave(system, wave, bodies)
+                if self.run.found.failures:
+                    return
+
+    async def _wave(self, system: System, concurrency: int, bodies: Sequence[bytes]) -> None:
+        block = await closed_loop(self._sender(system), bodies, concurrency, on_done=self.run.live.tick)
+        self.run.found.fail(system.role, "warm-up", block.traces)
+        # The second time one by one, nothing is compiled any more.
+        if not self.run.found.failures:
+            self._pace[system.role, concurrency] = min(map(metrics.e2e, block.traces))
+
+    def _expected(self, role: Role, load: Load | None) -> int:
+        """How many requests a load makes, about; None stands for a sweep."""
+        config = self.config
+        if load is None:
+            return config.round_requests * (1 + config.sweep_rates) + max(
+                config.round_requests, 4 * config.sweep_concurrency
+            )
+        if load.concurrency is None:
+            rate = load.rate_per_s or 0.0
+            count = config.round_requests if config.duration_s is None else rate * config.duration_s
+            return math.ceil(count + rate * config.ramp_s / 2)
+        pace = self._pace[role, load.concurrency]
+        on_ramp = math.ceil(load.concurrency * config.ramp_s / 2 / pace)
+        if config.duration_s is None:
+            return on_ramp + config.block_requests(load.concurrency)
+        return on_ramp + math.ceil(load.concurrency * config.duration_s / pace)
+
+    async def _watched(self, system: System, load: Awaitable[Block], offered_per_s: float | None = None) -> Stretch:
+        """Run a load between two looks at the server's counters and the GPUs'."""
+        client, meter = self.run.clients[system.role], self._meter(system)
+        before, began = await server_metrics.read(client), meter.joules() if meter else None
+        block = await load
+        ended = meter.joules() if meter else None
+        return Stretch(
+            block,
+            offered_per_s,
+            ServerPoint.between(before, await server_metrics.read(client)),
+            ended - began if began is not None and ended is not None and ended >= began else None,
+        )
+
+    def _meter(self, system: System) -> energy.Meter | None:
+        """Of the GPUs of a server that runs here; of others nothing is known."""
+        if system.role not in self._meters:
+            self._meters[system.role] = energy.open_meter(_tree(system.pid)) if system.pid else None
+        return self._meters[system.role]
+
+    async def _closed(self, system: System, load: Load, round_: int) -> Stretch:
+        config, role, concurrency = self.config, system.role, load.concurrency or 1
+        count = self._expected(role, load)
+        allowed = int(FAILED_SHARE * count)
+        if config.duration_s is not None:
+            count = math.ceil(SPARE * count) + concurrency
+        stretch = await self._watched(
+            system,
+            closed_loop(
+                self._sender(system),
+                self._bodies(system, f"load/{round_}/{concurrency}", count),
+                concurrency,
+                duration_s=config.duration_s,
+                ramp_s=config.ramp_s,
+                failures=allowed,
+                on_done=self.run.live.tick,
+            ),
+        )
+        block = stretch.block
+        if len(block.failed) > allowed or not any(trace.failure is None for trace in block.traces):
+            self.run.found.fail(role, f"load, {load.name}", block.failed)
+            if not self.run.found.failures:
+                raise BenchError(
+                    f"load, {load.name}: every request began on the ramp of {config.ramp_s:g} s and none was left to "
+                    "measure; shorten --ramp, or raise --duration or --requests"
+                )
+        else:
+            seen = min(metrics.e2e(trace) for trace in block.traces if not trace.failure)
+            self._pace[role, concurrency] = min(seen, self._pace[role, concurrency])
+        return stretch
+
+    async def _open(self, system: System, load: Load, round_: int) -> Stretch:
+        config, role, rate = self.config, system.role, load.rate_per_s or 0.0
+        moments = schedule(
+            rate,
+            count=config.round_requests if config.duration_s is None else None,
+            duration_s=config.duration_s,
+            arrivals=config.arrivals,
+            ramp_s=config.ramp_s,
+            seed=round_,  # equal for both systems
+        )
+        if len(moments) == 0:
+            raise BenchError(
+                f"--rate {rate:g} for --duration {config.duration_s:g}: no request is due in that time; raise one of "
+                "them"
+            )
+        stretch = await self._watched(
+            system,
+            open_loop(
+                self._sender(system),
+                self._bodies(system, f"load/{round_}/rate/{rate:g}", len(moments)),
+                moments,
+                in_flight=IN_FLIGHT,
+                waiting=IN_FLIGHT,
+                failures=int(FAILED_SHARE * len(moments)),
+                on_done=self.run.live.tick,
+            ),
+            rate,
+        )
+        self._fail_without_answers(role, f"load, {load.name}", stretch.block)
+        if stretch.block.stopped:
+            self._ceiling[role] = rate
+        return stretch
+
+    async def _sweep(self, system: System, round_: int) -> list[tuple[Load, Stretch]]:
+        config = self.config
+        result = await sweep(
+            self._sender(system),
+            lambda name, count: self._bodies(system, f"sweep/{round_}/{name}", count),
+            SweepPlan(
+                rates=config.sweep_rates,
+                concurrency=config.sweep_concurrency,
+                single_requests=config.round_requests,
+                requests=config.round_requests,
+                duration_s=config.duration_s or 0.0,
+                ramp_s=config.ramp_s,
+                arrivals=config.arrivals,
+                failed_share=FAILED_SHARE,
+                seed=1000 * round_,
+                slos=config.slos,
+            ),
+            on_done=self.run.live.tick,
+        )
+        for point in result.points:
+            self._fail_without_answers(system.role, f"sweep, {point.name}", point.block)
+        return [(_load(point, config), _stretch(point)) for point in result.points]
+
+    def _fail_without_answers(self, role: Role, phase: str, block: Block) -> None:
+        if not any(trace.failure is None for trace in block.traces):
+            self.run.found.fail(role, phase, [*block.ramp, *block.traces])
+
+
+def _load(point: Point, config: BenchConfig) -> Load:
+    """What a point of a sweep is called; rates are told as shares, which are the same in every round."""
+    return Load(
+        kind=point.kind,
+        name=f"sweep: {point.name}",
+        concurrency=point.concurrency,
+        arrivals=None if point.fraction is None else config.arrivals,
+        share=point.fraction,
+    )
+
+
+def _stretch(point: Point) -> Stretch:
+    block = point.block if point.block.stopped else replace(point.block, stopped=point.stopped)
+    return Stretch(block, point.offered_per_s)
+
+
+def _tree(pid: int) -> set[int]:
+    """The ids of a process and its descendants."""
+    try:
+        return {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
+    except psutil.NoSuchProcess:
+        return {pid}

@@ -1,0 +1,113 @@
+"""A recipe: what it stands for, what it refuses, and that the call, the command line and qvl.json are made from it."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from toolkit import verbs
+from toolkit.errors import FormatError, ManifestError
+from toolkit.quantize import Recipe, RunOptions, quantize, run
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path, Recipe, RunOptions]]:
+    """What runs were asked for, none of which happens."""
+    found: list[tuple[str, Path, Recipe, RunOptions]] = []
+
+    def taken(model: str, out: Path, recipe: Recipe, options: RunOptions) -> Path:
+        found.append((model, out, recipe, options))
+        return out
+
+    monkeypatch.setattr(run, "run", taken)
+    return found
+
+
+def test_the_rounding_goes_with_the_search() -> None:
+    assert Recipe().rounding == "compensated"
+    assert Recipe(search="autoawq").rounding == "nearest"
+    assert Recipe(rounding="nearest").rounding == "nearest"
+
+
+def test_no_bound_on_pixels() -> None:
+    assert Recipe(max_pixels=0).max_pixels is None and Recipe(max_pixels=None).max_pixels is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"search": "x"}, FormatError, "unknown search 'x': choose moments or autoawq"),
+        ({"scaling": "trio"}, FormatError, "unknown scaling 'trio': choose plain or duo"),
+        ({"rounding": "up"}, FormatError, "unknown rounding 'up': choose nearest or compensated"),
+        ({"balance": 3}, FormatError, "unknown balance 3: choose none or modality"),
+        ({"samples": 0}, ManifestError, "0 calibration samples: at least 1 is needed, 128 is usual"),
+        ({"search": "autoawq", "balance": "modality"}, FormatError, "AutoAWQ's search rounds to nearest"),
+        ({"sample": 3}, FormatError, "sample is no setting of Recipe: choose among format, group_size,"),
+    ],
+)
+def test_what_is_refused(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        Recipe(**settings)
+    assert str(caught.value).startswith(message)
+
+
+def test_what_qvl_json_records() -> None:
+    assert list(Recipe(max_pixels=0).recorded().items()) == [
+        ("format", "gemm"),
+        ("bits", 4),
+        ("group_size", 128),
+        ("search", "moments"),
+        ("scaling", "plain"),
+        ("clip", True),
+        ("rounding", "compensated"),
+        ("balance", "none"),
+        ("skip", None),
+        ("samples", 128),
+        ("max_tokens", 4096),
+        ("max_pixels", None),
+        ("seed", 0),
+    ]
+
+
+def test_settings_may_be_given_as_keywords(asked: list[Any]) -> None:
+    quantize("demo", "out", samples=32, format="gemv", force=True, devices="cpu")
+    quantize("demo", Path("out"), recipe=Recipe(samples=32, format="gemv"), force=True, devices="cpu")
+    expected = ("demo", Path("out"), Recipe(samples=32, format="gemv"), RunOptions(force=True, devices="cpu"))
+    assert asked == [expected, expected]
+    with pytest.raises(TypeError, match="a recipe was given, and seed, skip beside it"):
+        quantize("demo", "out", recipe=Recipe(), seed=1, skip="x")
+
+
+def test_the_signature_has_every_setting() -> None:
+    found = inspect.signature(quantize).parameters
+    assert list(found)[:2] == ["model", "out"]
+    assert set(found) == {"model", "out", "recipe", *Recipe.model_fields, *RunOptions.model_fields}
+    assert found["group_size"].default == 128
+
+
+def test_the_command_line_makes_the_recipe(asked: list[Any]) -> None:
+    app = typer.Typer(add_completion=False)
+    app.command()(verbs.quantize)
+    given = ["--group-size", "64", "--no-clip", "--search", "autoawq", "--max-pixels", "0", "--adapter", "a", "--force"]
+    done = CliRunner().invoke(app, ["--model", "demo", "--out", "o", *given, "--layers-report", "r.json"])
+    assert done.exit_code == 0 and done.output == "o\n"
+    recipe = Recipe(group_size=64, clip=False, search="autoawq", max_pixels=None, adapter=Path("a"))
+    assert asked == [("demo", Path("o"), recipe, RunOptions(force=True, layers_report=Path("r.json")))]
+    assert recipe.rounding == "nearest"
+
+
+def test_the_helps_order() -> None:
+    app = typer.Typer(add_completion=False)
+    app.command()(verbs.quantize)
+    env = {"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"}
+    lines = CliRunner().invoke(app, ["--help"], env=env).output.splitlines()
+    options = [word for line in lines for word in line.split() if word.startswith("--")]
+    own = "model out format group-size bits calib samples adapter revision max-tokens max-pixels seed"
+    this_run, searching = "devices force restart dry-run help", "search scaling clip no-clip rounding balance"
+    mixed = "skip layers-report from-report budget"
+    assert options == [f"--{name}" for part in (own, this_run, searching, mixed) for name in part.split()]

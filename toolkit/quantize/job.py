@@ -1,0 +1,39 @@
+"""A run's pieces, handed from step to step: what is settled before the search, and what the search gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolkit.quantize.plan import Plan
+from toolkit.quantize.recipe import Recipe
+from toolkit.quantize.samples import Calibration
+from toolkit.quantize.shares import Outcome
+from toolkit.quantize.source import Source
+
+__all__ = ["Job", "Made"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that is settled before the first layer. ``report``: file for the layers' report, if one is wanted."""
+
+    source: Source
+    recipe: Recipe
+    devices: list[str]
+    calibration: Calibration
+    plan: Plan
+    report: Path | None
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the layers' search gave.
+
+    ``hash``: of the source's weights, an adapter merged. ``balance``: of each layer, what a vision token counts, where
+    that was measured. ``outcome``: what the shares said of layers that an earlier run had not finished.
+    """
+
+    hash: str
+    balance: tuple[float, ...] | None
+    outcome: Outcome

@@ -1,0 +1,83 @@
+"""What goes beside the weights of a finished checkpoint: config, side files, qvl.json, what was measured, a card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from toolkit.checkpoint.left_out import modules_to_not_convert
+from toolkit.quantize.job import Job, Made
+from toolkit.quantize.journal import Journal
+from toolkit.quantize.model_card import model_card, versions
+
+__all__ = ["write_rest"]
+
+MANIFEST_VERSION = 2
+
+
+def write_rest(journal: Journal, job: Job, made: Made, seconds: dict[str, float]) -> None:
+    """Write all but the weights into a journal that has those, and the layers' report.
+
+    Args:
+        journal: with all layers done.
+        job, made: what was asked, and what came of it.
+        seconds: that were taken so far, by step.
+    """
+    records = journal.records()
+    manifest = _manifest(job, made, records)
+    journal.copy_side_files(job.source.checkpoint.path)
+    journal.set_config(_config(job))
+    journal.write_json("qvl.json", manifest)
+    journal.write_json("qvl-run.json", _measured(job, made, seconds, len(journal.done)))
+    journal.write_text("README.md", model_card(manifest))
+    if job.report is not None:
+        from toolkit.quantize.report import write_report
+
+        write_report(job.report, records, manifest, list(job.source.checkpoint.family.fused))
+
+
+def _config(job: Job) -> dict[str, Any]:
+    """Return the source's config.json with what engines read of the quantization."""
+    checkpoint, recipe = job.source.checkpoint, job.recipe
+    return {
+        **checkpoint.config,
+        "quantization_config": {
+            "bits": recipe.bits,
+            "group_size": recipe.group_size,
+            "modules_to_not_convert": modules_to_not_convert(job.source.left, checkpoint.num_layers, checkpoint.family),
+            "quant_method": "awq",
+            "version": recipe.format,
+            "zero_point": True,
+        },
+    }
+
+
+def _manifest(job: Job, made: Made, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return qvl.json: nothing in it differs from run to run."""
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "source": {**job.source.told, "hash": made.hash},
+        "recipe": job.recipe.recorded(),
+        "left_in_16_bits": job.source.left_in_words,
+        "calibration": job.calibration.record,
+        "versions": versions(),
+        "vision_sensitivity": None if made.balance is None else [round(ratio, 6) for ratio in made.balance],
+        "layers": [{key: value for key, value in layer.items() if key != "errors"} for layer in records],
+    }
+
+
+def _measured(job: Job, made: Made, seconds: dict[str, float], earlier: int) -> dict[str, Any]:
+    """Return qvl-run.json: what the run cost. ``earlier``: how many layers an earlier run had finished."""
+    ends, plan = made.outcome.ends, job.plan
+    return {
+        "versions": versions(),
+        "device": ", ".join(end.device for end in ends),
+        "seconds": {
+            **{step: round(took, 3) for step, took in seconds.items()},
+            **{step: max((end.seconds[step] for end in ends), default=0.0) for step in ("embed", "layers")},
+        },
+        "peak_device_bytes": max((end.peak_device_bytes for end in ends), default=0),
+        "peak_host_bytes": max((end.peak_host_bytes for end in ends), default=0),
+        "planned": {"device_bytes": plan.device, "host_bytes": plan.host, "seconds": plan.seconds},
+        "layers_of_earlier_runs": earlier,
+        "layers": [{"layer": layer.layer, "seconds": layer.seconds} for layer in made.outcome.layers],
+    }

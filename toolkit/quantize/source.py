@@ -1,0 +1,99 @@
+"""The checkpoint that is quantized: opened, checked against what is asked, merged with an adapter."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
+from toolkit.checkpoint.left_out import Linear, describe
+from toolkit.console import note
+from toolkit.errors import AlreadyQuantized
+from toolkit.quantize.identity import file_stamps, source_identity
+from toolkit.quantize.plan import check_settings
+from toolkit.quantize.recipe import Recipe
+from toolkit.quantize.search.mixed import choose, skipped
+from toolkit.sources.directory import resolve
+
+__all__ = ["Source", "merged", "open_source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is quantized.
+
+    ``told``: where it came from, as in qvl.json. ``left``: linears that stay in 16 bits. ``stamps``: size and time of
+    its files; ``adapter_stamps``: of an adapter's.
+    """
+
+    checkpoint: Checkpoint
+    told: dict[str, Any]
+    left: frozenset[Linear]
+    stamps: dict[str, dict[str, int]]
+    adapter_stamps: dict[str, dict[str, int]]
+
+    @property
+    def left_in_words(self) -> str | None:
+        """Which linears stay in 16 bits; None: none."""
+        checkpoint = self.checkpoint
+        return describe(self.left, checkpoint.num_layers, checkpoint.family) if self.left else None
+
+
+def open_source(model: str, out: Path, recipe: Recipe, force: bool) -> Source:
+    """Open a checkpoint and refuse what can't be: before anything is read, written or waited for.
+
+    Args:
+        model: directory, hub id or ``demo``.
+        out: directory to be written.
+        recipe: what is asked.
+        force: whether ``out`` may exist.
+
+    Raises:
+        QvlError: of the kind of what is wrong.
+    """
+    checkpoint = Checkpoint.open(resolve(model, recipe.revision))
+    if checkpoint.quantization is not None:
+        raise AlreadyQuantized(
+            f"{checkpoint.path} is AWQ already ({checkpoint.quantization.version}, group size "
+            f"{checkpoint.quantization.group_size}): quantize its fp16 source, or `qvl convert` it to the other format"
+        )
+    check_settings(checkpoint, recipe)
+    CheckpointWriter(out, force, source=checkpoint.path).check_out()
+    if recipe.adapter is not None:
+        from toolkit.sources.adapter import check_adapter
+
+        check_adapter(recipe.adapter)
+    left = skipped(recipe.skip, checkpoint)
+    if recipe.from_report is not None:
+        from toolkit.checkpoint.weights import read_json
+
+        left |= choose(read_json(recipe.from_report), recipe.budget, checkpoint, recipe.group_size)
+    adapter = str(recipe.adapter) if recipe.adapter else None
+    source = Source(
+        checkpoint,
+        {"model": model, "revision": recipe.revision, "adapter": adapter},
+        left,
+        source_identity(checkpoint),
+        _adapter_stamps(recipe.adapter),
+    )
+    if left:
+        note(f"left in 16 bits: {source.left_in_words}")
+    return source
+
+
+def merged(checkpoint: Checkpoint, adapter: Path, to: Path) -> Checkpoint:
+    """Merge a LoRA adapter into a copy of the checkpoint in directory ``to``, which is emptied first."""
+    from toolkit.console import err
+    from toolkit.sources.adapter import merge
+
+    shutil.rmtree(to, ignore_errors=True)
+    with err.status(f"merging {adapter} into {checkpoint.path.name}"):
+        return Checkpoint.open(merge(checkpoint, adapter, to / checkpoint.path.name))
+
+
+def _adapter_stamps(adapter: Path | None) -> dict[str, dict[str, int]]:
+    if adapter is None or not adapter.is_dir():
+        return {}
+    return file_stamps(file for file in adapter.iterdir() if file.is_file())

@@ -1,0 +1,9 @@
+"""How many tokens are looked at: read by what plans a run and by what does it."""
+
+__all__ = ["CHUNK_TOKENS", "HELD_SHARE", "HELD_TOKENS"]
+
+#: Tokens that go through a layer at once, to start with; halved when the device runs out of memory.
+CHUNK_TOKENS = 4096
+#: Tokens kept out of the search to check it: at most about this many, and at most this share of all.
+HELD_TOKENS = 4096
+HELD_SHARE = 0.1
