@@ -18,11 +18,11 @@ from typing import Any
 
 import httpx
 import pytest
-from serve.process.backend import choose
 
 from serve.http.images import image_url
 from serve.process import launch
 from serve.process.lifecycle import Server, start
+from serve.settings.backend import choose
 from serve.settings.config import ServerConfig
 from serve.settings.limits import Limits
 from tests.support.zygote import Zygote
