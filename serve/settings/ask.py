@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from serve.settings.environment import API_KEY
 from toolkit.errors import QvlError, ServerError
 from toolkit.options import Option, Settings
 
@@ -23,7 +24,7 @@ class AskConfig(Settings):
     url: Annotated[
         str | None, Option("The server (the one that `qvl serve` has started, else http://127.0.0.1:8000).")
     ] = None
-    api_key: Annotated[str | None, Option("The server's key, if it wants one.", envvar="QVL_API_KEY")] = Field(
+    api_key: Annotated[str | None, Option("The server's key, if it wants one.", envvar=API_KEY)] = Field(
         default=None, repr=False
     )
     model: Annotated[str | None, Option("Model to ask (the first that the server lists).")] = None

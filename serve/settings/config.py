@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from serve.settings.backend import Backend, choose
 from serve.settings.engine import EngineSettings
-from serve.settings.environment import VLLM_API_KEY
+from serve.settings.environment import API_KEY, VLLM_API_KEY
 from serve.settings.flags import check_flag
 from serve.settings.limits import Limits
 from serve.settings.lora import Lora
@@ -155,7 +155,7 @@ class ServerConfig(Settings):
     ] = "text"
     insecure: Annotated[bool, _guard("Listen where others reach it, without a key.")] = False
     #: Without a guard: of requests to /v1. None: VLLM_API_KEY from the environment, if any.
-    api_key: Annotated[str | None, _guard("Key that requests must bring.", envvar="QVL_API_KEY")] = Field(
+    api_key: Annotated[str | None, _guard("Key that requests must bring.", envvar=API_KEY)] = Field(
         default=None, repr=False
     )
     #: What is taken from clients. None: no guard, for measurements and tests on this machine.

@@ -18,11 +18,11 @@ from typing import Any
 
 import httpx
 import pytest
-from serve.process.backend import choose
 
 from serve.http.images import image_url
-from serve.process import lifecycle
+from serve.process import launch
 from serve.process.lifecycle import Server, start
+from serve.settings.backend import choose
 from serve.settings.config import ServerConfig
 from serve.settings.limits import Limits
 from tests.support.zygote import Zygote
@@ -47,7 +47,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def zygote(cache: Path) -> Iterator[Zygote]:
     """Imports vLLM once for all servers that are started in this process."""
     with Zygote() as started, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lifecycle, "_spawn", started.spawn(lifecycle._spawn))
+        patch.setattr(launch, "spawn", started.spawn(launch.spawn))
         yield started
 
 

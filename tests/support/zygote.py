@@ -7,7 +7,7 @@ environment, log and process group are what it asked for; the process runs the s
 is its child, in its process group.
 
     with Zygote() as zygote:
-        monkeypatch.setattr(lifecycle, "_spawn", zygote.spawn(lifecycle._spawn))
+        monkeypatch.setattr(launch, "spawn", zygote.spawn(launch.spawn))
 
 - A server is forked twice, so that it is left to the tests' process, which is its parent then (a subreaper for that
   moment): waiting, signals, /proc and the kernel's "die with your parent" are as with a child from Popen.
@@ -52,7 +52,7 @@ from typing import Any, Self
 from serve.app.server import DIE_WITH
 from toolkit.paths import demo_checkpoint
 
-#: As `lifecycle._spawn`.
+#: As `launch.spawn`.
 Spawn = Callable[[list[str], dict[str, str], Path, bool], "subprocess.Popen[bytes]"]
 
 #: Imported beforehand, beside what they import: what an API server and its engine have imported when they answer.
@@ -125,7 +125,7 @@ class Zygote:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
 
     def spawn(self, really: Spawn) -> Spawn:
-        """Return what takes the place of `lifecycle._spawn`, which is given as ``really``."""
+        """Return what takes the place of `launch.spawn`, which is given as ``really``."""
 
         def spawn(arguments: list[str], environment: dict[str, str], log: Path, attached: bool) -> Any:
             with self._lock:
