@@ -24,9 +24,11 @@ VENV := .venv
 QVL  := $(VENV)/bin/qvl
 PY   := $(VENV)/bin/python
 DONE := $(VENV)/.installed-$(BACKEND)
+# A worker a core, a file a time, in the order of the tree: e2e first, since it is long.
+AT_ONCE := -n auto --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quantize convert inspect serve stop status ask bench compare test lint format microbench \
+.PHONY: help setup demo quantize convert inspect serve stop status ask bench compare test test-all lint format microbench \
         microbench-compare gpu-bench card-bench tune-bench quant-bench guard-cost cold-start soak serve-faults \
         seeded-faults demo-model deploy-files image clean
 
@@ -70,9 +72,11 @@ bench: setup ## BASELINE against SRC: latency, throughput, accuracy, into REPORT
 compare: setup ## report B against report A; exit code 1 when FAIL_IF holds
 	$(QVL) compare $(A) $(B) --fail-if '$(FAIL_IF)' $(ARGS)
 
-test: setup ## all tests (FAST=1: without slow ones and those that boot vLLM)
-	$(PY) -m pytest -m "not e2e$(if $(FAST), and not slow)" -n auto --dist loadfile -p no:benchmark $(ARGS)
-	$(if $(FAST),,$(PY) -m pytest -m e2e $(ARGS))
+test: setup ## unit, integration and end-to-end tests (FAST=1: without slow ones and those that boot vLLM)
+	$(PY) -m pytest -m "not release$(if $(FAST), and not slow and not e2e)" $(AT_ONCE) $(ARGS)
+
+test-all: test ## before a release: those too that take minutes, alone on the machine (faults, soak, agreement, tuning)
+	$(PY) -m pytest -m release -p no:benchmark $(ARGS)
 
 lint: setup ## ruff, who imports whom, mypy --strict
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/lint-imports && $(VENV)/bin/mypy

@@ -1,7 +1,13 @@
-"""What the end-to-end tests share: the embedded model, quantized once, and servers, each booted at most once."""
+"""What the end-to-end tests share: the embedded model, quantized once, and servers, each booted at most once.
+
+Servers that tests start by `lifecycle.start` are forked by a zygote (tests/support/zygote.py), those that they start by
+a command (`qvl serve`, `qvl bench`) boot as a user's do. Fixtures are of this package's scope, not of the session's: a
+worker that goes on with other tests stops its servers first.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -14,9 +20,11 @@ import httpx
 import pytest
 
 from serve.http.images import image_url
+from serve.process import lifecycle
 from serve.process.lifecycle import Server, start
 from serve.settings.config import ServeOptions
 from serve.settings.limits import Limits
+from tests.support.zygote import Zygote
 from toolkit.formats.convert import convert
 from toolkit.quantize import quantize
 from toolkit.tasks.manifests import write_tasks
@@ -25,17 +33,33 @@ from toolkit.tasks.manifests import write_tasks
 Served = Callable[[Path | str], Server]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of the session's own, for these tests and the commands they run."""
+    """A cache of their own, for these tests and the commands they run."""
     directory = tmp_path_factory.mktemp("cache")
-    before = os.environ.get("QVL_CACHE")
-    os.environ["QVL_CACHE"] = str(directory)
-    yield directory
-    if before is None:
-        del os.environ["QVL_CACHE"]
-    else:
-        os.environ["QVL_CACHE"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QVL_CACHE", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="package", autouse=True)
+def zygote(cache: Path) -> Iterator[Zygote]:
+    """Imports vLLM once for all servers that are started in this process."""
+    with Zygote() as started, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lifecycle, "_spawn", started.spawn(lifecycle._spawn))
+        yield started
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return the directory ``name`` that ``make`` writes, made once for all workers of a session."""
+    shared = factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shared = shared.parent
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes
+        if not (shared / name).exists():
+            make(shared / name)
+    return shared / name
 
 
 def free_port() -> int:
@@ -45,22 +69,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def awq_gemm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model in AWQ, GEMM layout."""
-    out: Path = quantize("demo", tmp_path_factory.mktemp("gemm") / "demo-awq", samples=32)
-    return out
+    """The embedded model in AWQ, GEMM layout; whichever worker needs it first makes it for all."""
+    return once(tmp_path_factory, "demo-awq", lambda out: quantize("demo", out, samples=32))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def awq_gemv(awq_gemm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights in GEMV layout."""
     return convert(awq_gemm, tmp_path_factory.mktemp("gemv") / "demo-awq-gemv", "gemv")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def served() -> Iterator[Served]:
-    """Boot models, each once; all are stopped when the session ends."""
+    """Boot models, each once; all are stopped at the end."""
     servers: dict[str, Server] = {}
 
     def boot(model: Path | str) -> Server:
@@ -84,7 +107,7 @@ class Guarded:
     key: str = "k-0123456789"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def guarded(awq_gemm: Path) -> Iterator[Guarded]:
     """The embedded model in AWQ and in fp16, as `qvl serve --play --play-beside` has them."""
     ends = Guarded(*(f"http://127.0.0.1:{free_port()}" for _ in range(2)))
@@ -118,7 +141,7 @@ class Public:
     keys: tuple[str, str]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def public(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Public]:
     """The embedded model behind the guard, with keys in a file."""
     keys = ("first-key-0123456789abcdef", "second-key-0123456789abcdef")
@@ -144,7 +167,7 @@ class Question:
     answers: list[str]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
     """Four held-out questions of every task."""
     file = write_tasks(tmp_path_factory.mktemp("tasks"), per_task=4)

@@ -13,7 +13,7 @@ from tests.conftest import TOLD
 from tests.e2e.conftest import Served
 from toolkit.paths import demo_checkpoint
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.release]
 
 
 def test_both_tools_measure_the_same(served: Served, request: pytest.FixtureRequest) -> None:

@@ -119,12 +119,21 @@ def test_every_query_of_dashboard_and_scaler_returns_data(guarded: Server, key_f
             found: list[Any] = answer["data"]["result"]
             return found
 
-        time.sleep(2.5)  # rates need a scrape before
+        def scraped(times: int) -> None:
+            """Wait until the server has been looked at so often more."""
+            counted = "sum(count_over_time(up[10m]))"
+            before = sum(int(sample["value"][1]) for sample in value(counted))
+            deadline = time.monotonic() + 60
+            while sum(int(sample["value"][1]) for sample in value(counted)) < before + times:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+
+        scraped(2)  # rates need one before
         for _ in range(4):
             assert client.ask(guarded.model_name).status_code == 200
             assert client.ask(guarded.model_name, n=1000).status_code == 400
-            time.sleep(1)
-        time.sleep(1.5)
+            scraped(1)
+        scraped(2)
         namespace = re.compile(r', namespace="qvl"')  # which a cluster adds
         queries = panel_queries() + [namespace.sub("", query) for query in scaling_queries()]
         empty = [query for query in queries if not value(query)]

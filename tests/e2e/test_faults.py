@@ -12,7 +12,7 @@ from bench.report.render.json_file import read
 from bench.studies.seeded_faults import SYSTEMS
 from tests.e2e.conftest import Served
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.release]
 
 
 def qvl(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.e2e
 TOKENS = 16
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def endpoint(request: pytest.FixtureRequest) -> Endpoint:
     """The server that is measured."""
     url = request.config.getoption("--endpoint")
@@ -49,7 +49,7 @@ class Measured:
 Measure = Callable[[int, int, ImageSize], Measured]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def latency(endpoint: Endpoint, request: pytest.FixtureRequest) -> Measure:
     """Warm up, measure with requests no cache knows, tell the figures at the end of the session."""
     run = secrets.token_hex(8)

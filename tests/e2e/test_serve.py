@@ -195,6 +195,21 @@ class Foreground:
         assert known is not None
         return state.group_members(known)
 
+    def members_with_an_engine(self) -> list[psutil.Process]:
+        """Return its processes once a second one has begun to import torch."""
+        deadline = time.monotonic() + 180
+        while sum(map(imports_torch, self.members())) < 2:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.printed
+            time.sleep(0.05)
+        return self.members()
+
+
+def imports_torch(process: psutil.Process) -> bool:
+    try:
+        return "/libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
 
 @contextlib.contextmanager
 def foreground(tmp_path: Path, *arguments: str) -> Iterator[Foreground]:
@@ -261,8 +276,7 @@ def test_ctrl_c_drains_and_leaves_no_process(tmp_path: Path) -> None:
 def test_terminated_while_booting_leaves_no_process(tmp_path: Path) -> None:
     with foreground(tmp_path) as server:
         server.wait_for("starting the engine")
-        time.sleep(2)  # the engine's process is importing by now
-        members = server.members()
+        members = server.members_with_an_engine()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=30) == 130
         assert len(members) >= 2
@@ -274,8 +288,7 @@ def test_terminated_while_booting_leaves_no_process(tmp_path: Path) -> None:
 def test_killed_while_booting_leaves_no_process(tmp_path: Path) -> None:
     with foreground(tmp_path) as server:
         server.wait_for("starting the engine")
-        time.sleep(2)
-        members = server.members()
+        members = server.members_with_an_engine()
         server.process.kill()
         assert len(members) >= 2
         assert gone(members, within=30)

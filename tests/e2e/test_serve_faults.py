@@ -1,17 +1,22 @@
 """The real vLLM breaks under load: clients get errors, not silence, and the server comes back. Or it gives up loudly.
 
-bench/chaos/faults.py measures the same faults at length.
+An engine that dies and one that hangs are always tried, the other faults before a release; bench/chaos/faults.py
+measures them at length. tests/integration/serve/process/test_supervisor.py has the supervisor's logic without vLLM.
 """
 
 from __future__ import annotations
 
 import _thread
+import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,13 +40,15 @@ from bench.chaos.faults import (
 )
 from bench.chaos.settable_clock import Clock
 from serve.process import memory, state
-from serve.process.supervisor import Policy, Supervised, supervisor
+from serve.process.supervisor import GaveUp, Policy, Supervised, supervisor
 from serve.settings.config import ServeOptions
+from serve.settings.limits import Limits
 from tests.e2e.conftest import free_port
 from toolkit.paths import demo_checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
+#: Seconds of requests before a fault and after it is over.
 SHORT = {"before": 2.0, "after": 2.0}
 
 
@@ -51,6 +58,52 @@ def came_back(result: Result) -> None:
     assert result.ready_again_after is not None and result.restarts == 1, result
 
 
+@contextlib.contextmanager
+def supervised(cache: Path, monkeypatch: pytest.MonkeyPatch, policy: Policy, said: list[str]) -> Iterator[Watched]:
+    """A server of the embedded model whose supervisor is a thread here, with short probes, as `detached` has them.
+
+    It ends only by giving up: the test must see to that.
+    """
+    cache.mkdir()
+    monkeypatch.setenv("QVL_CACHE", str(cache))
+    server = Watched(free_port(), cache, cache / "keys")
+    server.keys.write_text(f"{KEY}\n")
+    limits = Limits(api_key_file=str(server.keys))
+    options = ServeOptions(port=server.port, timeout=180, guard=limits, probe_every=2, probe_timeout=5)
+    own = supervisor("demo", options, policy, said.append, None)
+    up = threading.Event()
+    own.up = lambda booted: up.set()
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(own.run)
+        try:
+            while not up.wait(0.1):
+                assert not ended.done(), ended.exception()
+            yield server
+            with pytest.raises(GaveUp):
+                ended.result(timeout=60)
+        finally:
+            own.policy = replace(policy, restarts=0)
+            if own.server is not None and not ended.done():
+                own.server.stop(drain=False)
+
+
+def test_an_engine_that_dies_or_hangs_is_replaced_and_then_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    with supervised(tmp_path / "cache", monkeypatch, Policy(restarts=2), said) as server:
+        came_back(engine_killed(server, **SHORT))
+        hung = engine_hangs(server, **SHORT)
+        came_back(hung)
+        assert hung.not_ready_after is not None and hung.not_ready_after < 20
+        last = server.known
+        os.kill(last.pid, signal.SIGKILL)  # the third death is one too many
+    assert state.group_members(last) == []
+    downs = [text for text in said if "the server is down" in text]
+    assert len(downs) == 2 and "it hangs" in downs[1]
+
+
+@pytest.mark.release
 def test_a_server_that_breaks_comes_back_and_one_that_keeps_breaking_ends(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.symlink_to(demo_checkpoint())
@@ -90,19 +143,27 @@ def test_a_restart_waits_for_memory_that_others_hold(tmp_path: Path, monkeypatch
     """The real server, on a machine that says for a while that others have taken all memory."""
     monkeypatch.setenv("QVL_CACHE", str(tmp_path))
     held = threading.Event()
+    looks = itertools.count(1)
     available, gpus = memory.available_host_memory, memory.find_gpus
-    monkeypatch.setattr(memory, "available_host_memory", lambda: 0 if held.is_set() else available())
-    monkeypatch.setattr(
-        memory, "find_gpus", lambda: [replace(gpu, free=0) for gpu in gpus()] if held.is_set() else gpus()
-    )
+
+    def taken() -> bool:
+        if held.is_set() and next(looks) > 10:
+            held.clear()
+        return held.is_set()
+
+    monkeypatch.setattr(memory, "available_host_memory", lambda: 0 if taken() else available())
+    monkeypatch.setattr(memory, "find_gpus", lambda: [replace(gpu, free=0) for gpu in gpus()] if taken() else gpus())
     said: list[str] = []
 
     def say(text: str) -> None:
         said.append(text)
-        if "can't be started yet" in text:
-            threading.Timer(2, held.clear).start()  # ten looks later
         if "the server is back" in text:
-            threading.Timer(2, _thread.interrupt_main).start()
+            threading.Thread(target=interrupt, args=(own.server,)).start()
+
+    def interrupt(first: Supervised) -> None:
+        while own.server is first:
+            time.sleep(0.01)
+        _thread.interrupt_main()
 
     def up(server: Supervised) -> None:
         held.set()
@@ -124,6 +185,7 @@ def test_a_restart_waits_for_memory_that_others_hold(tmp_path: Path, monkeypatch
     assert "Stop what" in waits and "looking again every 0.2 s for 90 s" in waits
 
 
+@pytest.mark.release
 def test_a_clock_that_is_set_stops_no_answer(tmp_path: Path) -> None:
     clock = Clock(tmp_path / "clock")
     with detached("demo", tmp_path / "cache", **clock.environment) as server:
@@ -134,6 +196,7 @@ def test_a_clock_that_is_set_stops_no_answer(tmp_path: Path) -> None:
         came_back(engine_killed(server, **SHORT))
 
 
+@pytest.mark.release
 def test_a_full_disk_for_logs_stops_no_answer(tmp_path: Path) -> None:
     with tmpfs(tmp_path / "disk") as allowed:
         if not allowed:

@@ -9,7 +9,7 @@ import pytest
 from bench.chaos.soak import MIX, soak
 from tests.e2e.conftest import Public
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.release]
 
 
 def test_three_minutes_of_everything(public: Public) -> None:

@@ -36,6 +36,7 @@ def journal() -> list[dict[str, object]]:
     return trials
 
 
+@pytest.mark.release
 def test_killed_resumed_and_served(cache: Path) -> None:
     first = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 280

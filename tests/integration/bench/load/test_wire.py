@@ -71,8 +71,8 @@ def test_failures_are_those_of_httpxs_transport(behaviour: Behaviour, kind: str)
 
 
 @contextmanager
-def answering(*answers: bytes) -> Iterator[str]:
-    """Accept a connection for each answer, read a request, send the answer, close."""
+def answering(*answers: bytes, closed: threading.Event | None = None) -> Iterator[str]:
+    """Accept a connection for each answer, read a request, send the answer, close, and say so."""
     with create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -83,6 +83,8 @@ def answering(*answers: bytes) -> Iterator[str]:
                     while not received.endswith(BODY):
                         received += connection.recv(1 << 20)
                     connection.sendall(answer)
+                if closed is not None:
+                    closed.set()
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
@@ -96,13 +98,18 @@ STREAM = b'data: {"choices": [{"delta": {"content": "a"}}]}\n\ndata: [DONE]\n\n'
 def test_a_server_that_closes_idle_connections_is_connected_anew() -> None:
     whole = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(STREAM) + STREAM
 
+    closed = threading.Event()
+
     async def main(url: str) -> list[str]:
         async with http_client(url, transport=Wire()) as http:
             first = await ask(http, BODY, timeout_s=5)
-            await asyncio.sleep(0.1)
+            while not closed.is_set():
+                await asyncio.sleep(0.01)
+            for _ in range(3):  # the loop has looked at the connection since
+                await asyncio.sleep(0)
             return [first.text, (await ask(http, BODY, timeout_s=5)).text]
 
-    with answering(whole, whole) as url:
+    with answering(whole, whole, closed=closed) as url:
         assert asyncio.run(main(url)) == ["a", "a"]
 
 

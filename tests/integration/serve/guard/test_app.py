@@ -293,7 +293,9 @@ def test_nothing_is_held_back_longer_than_the_first_token() -> None:
         headers = [(b"authorization", f"Bearer {KEY}".encode()), (b"content-type", b"application/json")]
         scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers}
         task = asyncio.create_task(client.guard(scope, receive, send))
-        await asyncio.sleep(0.2)
+        while len(sent) < 2:
+            assert not task.done()
+            await asyncio.sleep(0.01)
         task.cancel()
         return sent
 

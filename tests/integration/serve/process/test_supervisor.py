@@ -264,9 +264,11 @@ def test_as_the_first_process_it_buries_orphans() -> None:
     code = """
 import os, subprocess, sys, time
 from serve.process.supervisor import _reap
-subprocess.run([sys.executable, "-c", "import os, sys, time\\nif os.fork() == 0: time.sleep(0.3)"])
-time.sleep(0.8)
+subprocess.run([sys.executable, "-c", "import os\\nif os.fork() == 0: os.execvp('sleep', ['sleep', '0.3'])"])
 zombies = lambda: subprocess.run(["ps", "-eo", "stat,comm"], capture_output=True, text=True).stdout.count("Z")
+deadline = time.monotonic() + 30
+while not zombies() and time.monotonic() < deadline:
+    time.sleep(0.05)
 before = zombies(); _reap(0)
 print(os.getpid(), before, zombies())
 """

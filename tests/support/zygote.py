@@ -1,0 +1,347 @@
+"""A process that has imported vLLM once, and becomes a server as often as tests boot one.
+
+Importing vLLM is most of what a boot costs, and it is paid twice: in the API server, and in the engine that it spawns.
+A zygote imports what both import, and forks at each boot: that server begins where `python -m serve.app.server` is
+after its imports. What the product does stays: `lifecycle` prepares, watches and ends the server as ever; arguments,
+environment, log and process group are what it asked for; the process runs the same module as "__main__"; its engine
+is its child, in its process group.
+
+    with Zygote() as zygote:
+        monkeypatch.setattr(lifecycle, "_spawn", zygote.spawn(lifecycle._spawn))
+
+- A server is forked twice, so that it is left to the tests' process, which is its parent then (a subreaper for that
+  moment): waiting, signals, /proc and the kernel's "die with your parent" are as with a child from Popen.
+- Nothing is forked that has threads. What vLLM spawns is forked early too: each server has children at hand from its
+  beginning, which wait until vLLM spawns a process, and become that one with all that a spawned process is sent.
+- vLLM, torch and others read some variables while they are imported. A server that is asked for with another
+  environment than the zygote's is started the real way. So is all that a test starts by a command (`qvl serve`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import io
+import json
+import os
+import random
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import (
+    context,
+    forkserver,
+    popen_fork,
+    popen_forkserver,
+    popen_spawn_posix,
+    reduction,
+    resource_tracker,
+    spawn,
+    util,
+)
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from serve.app.server import DIE_WITH
+from toolkit.paths import demo_checkpoint
+
+#: As `lifecycle._spawn`.
+Spawn = Callable[[list[str], dict[str, str], Path, bool], "subprocess.Popen[bytes]"]
+
+#: Imported beforehand, beside what they import: what an API server and its engine have imported when they answer.
+MODULES = """
+    serve.app.ready serve.app.requestlog serve.app.play serve.guard.app
+    vllm.entrypoints.cli.benchmark.main vllm.entrypoints.cli.collect_env vllm.entrypoints.cli.download_kernels
+    vllm.entrypoints.cli.launch vllm.entrypoints.cli.main vllm.entrypoints.cli.openai vllm.entrypoints.cli.preload
+    vllm.entrypoints.cli.run_batch vllm.entrypoints.cli.serve vllm.entrypoints.cli.snapshot
+    vllm.entrypoints.openai.api_server vllm.entrypoints.openai.models.api_router
+    vllm.entrypoints.openai.chat_completion.api_router vllm.entrypoints.openai.chat_completion.batch_serving
+    vllm.entrypoints.openai.completion.api_router vllm.entrypoints.openai.responses.api_router
+    vllm.entrypoints.anthropic.api_router vllm.entrypoints.cohere.api_router vllm.entrypoints.generate.api_router
+    vllm.entrypoints.generate.generative_scoring.api_router vllm.entrypoints.generate.structured_decisions.api_router
+    vllm.entrypoints.scale_out.derender.api_router vllm.entrypoints.scale_out.render.api_router
+    vllm.entrypoints.scale_out.token_in_token_out.api_router vllm.entrypoints.serve.elastic_ep.api_router
+    vllm.entrypoints.serve.instrumentator.metrics vllm.entrypoints.serve.lora.api_router
+    vllm.entrypoints.serve.profile.api_router vllm.entrypoints.serve.tokenize.api_router
+    vllm.plugins.lora_resolvers.filesystem_resolver vllm.plugins.lora_resolvers.hf_hub_resolver
+    vllm.renderers.hf vllm.transformers_utils.chat_templates vllm.utils.cpu_triton_utils
+    vllm.distributed.elastic_ep.elastic_execute vllm.v1.engine.async_llm vllm.v1.engine.core
+    vllm.v1.attention.backends.cpu_attn vllm.v1.core.sched.scheduler vllm.v1.metrics.loggers
+    vllm.v1.executor.multiproc_executor vllm.v1.worker.cpu_worker
+    vllm.model_executor.layers.quantization.online.base vllm.model_executor.models.qwen2_vl
+    compressed_tensors jsonschema mistral_common model_hosting_container_standards.sagemaker
+    prometheus_fastapi_instrumentator setproctitle transformers.models.qwen2_vl
+    transformers.tokenization_mistral_common uvicorn.lifespan.on uvicorn.protocols.http.auto
+    uvicorn.protocols.http.httptools_impl uvicorn.protocols.websockets.auto
+    uvicorn.protocols.websockets.websockets_sansio_impl
+"""
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def _read_late(name: str) -> bool:
+    """Whether this variable is read by a server when it runs, not while it is imported."""
+    return name.startswith("QVL_") or name in ("PYTEST_CURRENT_TEST", "VLLM_ENABLE_V1_MULTIPROCESSING")
+
+
+def _given_at_import(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if not _read_late(name)}
+
+
+class Forked(subprocess.Popen[bytes]):
+    """A child of this process that a zygote has forked."""
+
+    def __init__(self, arguments: list[str], pid: int) -> None:
+        # What Popen.__init__ sets, but for starting a process.
+        self.args = arguments
+        self.pid = pid
+        self.returncode = None
+        self.stdin = self.stdout = self.stderr = None
+        self._waitpid_lock = threading.Lock()
+        self._child_created = True
+        self._communication_started = False
+        self._sigint_wait_secs = 0.25
+
+
+class Zygote:
+    """The tests' end. It starts the process when the first server is asked for, with that one's environment."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._environment: dict[str, str] = {}
+        self._lock = threading.Lock()
+        #: What it prints.
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
+
+    def spawn(self, really: Spawn) -> Spawn:
+        """Return what takes the place of `lifecycle._spawn`, which is given as ``really``."""
+
+        def spawn(arguments: list[str], environment: dict[str, str], log: Path, attached: bool) -> Any:
+            with self._lock:
+                if sys.platform == "linux" and self._suits(environment):
+                    if attached:
+                        environment = {**environment, DIE_WITH: str(os.getpid())}
+                    return self._fork(arguments, environment, log)
+            return really(arguments, environment, log, attached)
+
+        return spawn
+
+    def _suits(self, environment: dict[str, str]) -> bool:
+        if self._process is None:
+            self._environment = _given_at_import(environment)
+            self._connection, theirs = socket.socketpair()
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", __name__, str(theirs.fileno())],
+                    env=self._environment,
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._said,
+                    stderr=self._said,
+                    start_new_session=True,
+                )
+        return _given_at_import(environment) == self._environment
+
+    def _fork(self, arguments: list[str], environment: dict[str, str], log: Path) -> Forked:
+        asked = {
+            "arguments": arguments,
+            "environment": environment,
+            "directory": str(Path.cwd()),
+            "parent": os.getpid(),
+        }
+        with log.open("ab") as stream, _adopting():
+            socket.send_fds(self._connection, [json.dumps(asked).encode() + b"\n"], [stream.fileno()])
+            said = self._connection.recv(64)
+            if not said:
+                self._said.seek(0)
+                raise RuntimeError(f"the zygote has ended: {self._said.read().decode(errors='replace')[-4000:]}")
+        return Forked(["serve.app.server", *arguments], int(said))
+
+    def close(self) -> None:
+        """End the zygote; its servers go on."""
+        if self._process is not None:
+            self._connection.close()
+            self._process.wait()
+        self._said.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def _adopting() -> Iterator[None]:
+    """Be the parent of descendants whose parent ends meanwhile."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        prctl(_PR_SET_CHILD_SUBREAPER, 0)
+
+
+# ---- in the zygote --------------------------------------------------------------------------------------------------
+
+
+def _import() -> None:
+    """Import what a server imports, mended as it mends itself."""
+    import importlib
+
+    from serve.app import server
+    from toolkit.compat import patch_torchvision
+
+    gc.set_threshold(100_000, 50, 50)
+    server._without_sklearn()
+    server.answer_for_vllm()
+    patch_torchvision()
+    for name in MODULES.split():
+        with contextlib.suppress(ModuleNotFoundError):  # where another release of vLLM has other modules
+            importlib.import_module(name)
+    import setproctitle
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    # It looks once where titles are kept, which it finds by the environment as the process was given it.
+    setproctitle.setproctitle(setproctitle.getproctitle())
+    Image.init()
+    AutoProcessor.from_pretrained(demo_checkpoint())  # asks dozens of modules whether the processor is theirs
+    gc.collect()
+    gc.freeze()  # so that no collection writes into pages that all servers share
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, "a fork would lose threads"
+
+
+def main(connection: socket.socket) -> None:
+    """Fork a server for each request, until the tests close the connection."""
+    _import()
+    while asked := _asked(connection):
+        request, log = asked
+        between = os.fork()
+        if between == 0:
+            if os.fork() > 0:
+                os._exit(0)
+            while os.getppid() != request["parent"]:
+                time.sleep(0.001)
+            with connection:
+                connection.sendall(b"%d" % os.getpid())
+            _become_server(request, log)
+            return
+        os.close(log)
+        os.waitpid(between, 0)
+
+
+def _asked(connection: socket.socket) -> tuple[dict[str, Any], int] | None:
+    """Return what is asked for and the log's file descriptor; None at the end."""
+    data, fds, _, _ = socket.recv_fds(connection, 1 << 16, 1)
+    while data and not data.endswith(b"\n"):
+        data += connection.recv(1 << 16)
+    return (json.loads(data), fds[0]) if data else None
+
+
+def _become_server(request: dict[str, Any], log: int) -> None:
+    """Be what `python -m serve.app.server ARGUMENTS` is; returns when that ends."""
+    os.setsid()
+    for target in (1, 2):
+        os.dup2(log, target)
+    os.close(log)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["directory"])
+    random.seed()
+    sys.argv = ["server", *request["arguments"]]
+    _spawn_from_spares(3 if _spread() else 1)
+    runpy.run_module("serve.app.server", run_name="__main__", alter_sys=True)
+
+
+def _spread() -> bool:
+    """Whether the server has more processes than its engine's: a coordinator and two engines, or two workers."""
+    return not {"--tensor-parallel-size", "--data-parallel-size"}.isdisjoint(sys.argv)
+
+
+def _spawn_from_spares(count: int) -> None:
+    """Fork children that become the processes which this one spawns later; when they are used up, it spawns."""
+    spares = [_spare() for _ in range(count)]
+
+    def spawn(process_obj: Any) -> Any:
+        return _Handed(process_obj, *spares.pop(0)) if spares else popen_spawn_posix.Popen(process_obj)
+
+    context.SpawnProcess._Popen = staticmethod(spawn)  # type: ignore[method-assign]
+
+
+def _spare() -> tuple[int, socket.socket]:
+    """Fork a child that waits; returns its id and how to reach it. It ends when this process does."""
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        os._exit(_become_spawned(theirs))
+    theirs.close()
+    return pid, ours
+
+
+class _Handed(popen_forkserver.Popen):
+    """A spawned process that a waiting child becomes. Sent as forkserver sends it; the child is ours, though."""
+
+    _fds: list[int]
+    poll = popen_fork.Popen.poll
+
+    def __init__(self, process_obj: Any, pid: int, connection: socket.socket) -> None:
+        self._spare, self._connection = pid, connection
+        super().__init__(process_obj)
+
+    def _launch(self, process_obj: Any) -> None:
+        tracker = resource_tracker.getfd()
+        assert tracker is not None
+        data = io.BytesIO()
+        context.set_spawning_popen(self)
+        try:
+            reduction.dump(spawn.get_preparation_data(process_obj._name), data)
+            reduction.dump(process_obj, data)
+        finally:
+            context.set_spawning_popen(None)
+        self.pid = self._spare
+        theirs, ours = os.pipe()
+        self.sentinel, alive = os.pipe()
+        with self._connection as connection:
+            reduction.sendfds(connection, [theirs, alive, tracker, *self._fds])
+            connection.sendall(json.dumps(dict(os.environ)).encode() + b"\n")  # to which vLLM has added since
+        os.close(theirs)
+        os.close(alive)
+        self.finalizer = util.Finalize(self, _close, (os.dup(ours), self.sentinel))
+        with os.fdopen(ours, "wb") as pipe:
+            pipe.write(data.getbuffer())
+
+
+def _close(*fds: int) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _become_spawned(connection: socket.socket) -> int:
+    """Wait until a process is spawned and be that one; returns its exit status."""
+    with connection:
+        _, fds, _, _ = socket.recv_fds(connection, 1, 64)
+        if not fds:
+            return 0  # nothing was
+        environment = connection.makefile("rb").readline()
+    os.environ.clear()
+    os.environ.update(json.loads(environment))
+    _spawn_from_spares(2 if _spread() else 0)
+    data, _, tracker, *inherited = fds
+    forkserver._forkserver._inherited_fds = inherited  # type: ignore[attr-defined]
+    resource_tracker._resource_tracker._fd = tracker  # type: ignore[attr-defined]
+    return spawn._main(data, os.dup(data))
+
+
+if __name__ == "__main__":
+    with socket.socket(fileno=int(sys.argv[1])) as end:
+        main(end)
