@@ -43,9 +43,7 @@ def first_logprobs(server: Server, question: Question, model: str) -> dict[str, 
     return {entry["token"]: entry["logprob"] for entry in first["top_logprobs"]}
 
 
-def test_an_adapter_answers_as_the_merged_model_does(
-    adapter: Path, awq_gemm: Path, questions: list[Question], tmp_path: Path
-) -> None:
+def test_an_adapter_answers_as_the_merged_model_does(adapter: Path, questions: list[Question], tmp_path: Path) -> None:
     sample = questions[::4]
     merged = merge(Checkpoint.open(demo_checkpoint()), adapter, tmp_path / "merged")
     with start(str(merged), ServeOptions(port=free_port(), timeout=180)) as server:
@@ -61,6 +59,10 @@ def test_an_adapter_answers_as_the_merged_model_does(
             assert seen[likeliest] == pytest.approx(wanted[likeliest], abs=2e-2), question
             changed += first_logprobs(server, question, "demo") != seen
         assert changed == len(sample)
+
+
+def test_an_adapter_changes_what_awq_weights_answer(adapter: Path, awq_gemm: Path, questions: list[Question]) -> None:
+    lora = Lora.parse(f"random={adapter}")
     with start(str(awq_gemm), ServeOptions(port=free_port(), timeout=180, loras=(lora,))) as server:
-        for question in sample:
+        for question in questions[::4]:
             assert first_logprobs(server, question, "random") != first_logprobs(server, question, server.model_name)

@@ -94,8 +94,8 @@ def test_the_layouts_of_others_answer_like_ours(
 
 
 @pytest.mark.parametrize("model", ["fp16", "awq"])
-def test_bfloat16_answers_as_well(model: str, awq_gemm: Path, questions: list[Question]) -> None:
-    directory = "demo" if model == "fp16" else str(awq_gemm)
+def test_bfloat16_answers_as_well(model: str, questions: list[Question], request: pytest.FixtureRequest) -> None:
+    directory = "demo" if model == "fp16" else str(request.getfixturevalue("awq_gemm"))
     with start(directory, ServeOptions(port=free_port(), timeout=180, dtype="bfloat16")) as server:
         given = answers(server, questions)
     assert share_right(questions, given) >= 0.75, list(zip([q.answers for q in questions], given, strict=True))

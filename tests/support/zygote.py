@@ -85,9 +85,14 @@ MODULES = """
 _PR_SET_CHILD_SUBREAPER = 36
 
 
+#: Variables that make no other server: vLLM reads the first when it starts an engine; scikit-learn sets the others for
+#: an OpenMP that torch does not use, wherever it is imported.
+_READ_LATE = {"VLLM_ENABLE_V1_MULTIPROCESSING", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "PYTEST_CURRENT_TEST"}
+
+
 def _read_late(name: str) -> bool:
-    """Whether this variable is read by a server when it runs, not while it is imported."""
-    return name.startswith("QVL_") or name in ("PYTEST_CURRENT_TEST", "VLLM_ENABLE_V1_MULTIPROCESSING")
+    """Whether this variable means nothing to a server while it is imported. Ours are all read when it runs."""
+    return name.startswith("QVL_") or name in _READ_LATE
 
 
 def _given_at_import(environment: Mapping[str, str]) -> dict[str, str]:
