@@ -21,8 +21,8 @@ import pytest
 
 from serve.http.images import image_url
 from serve.process import lifecycle
-from serve.process.backend import choose
 from serve.process.lifecycle import Server, start
+from serve.settings.backend import choose
 from serve.settings.config import ServeOptions
 from serve.settings.limits import Limits
 from tests.support.zygote import Zygote
@@ -72,7 +72,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="package")
 def awq_kernel() -> None:
-    """For what serves 4-bit weights. vLLM's CPU build lacks its kernel for them (cpu_gemm_wna16) in its AVX2 library."""
+    """For what serves 4-bit weights: vLLM's CPU build has a kernel for them (cpu_gemm_wna16) for AVX-512 alone."""
     words = set(Path("/proc/cpuinfo").read_text().split())
     if choose() == "cpu" and "avx2" in words and "avx512f" not in words:
         pytest.skip("vLLM's CPU build has no kernel for 4-bit weights on a CPU without AVX-512")
