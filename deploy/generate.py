@@ -1,7 +1,7 @@
 """Write the files of deploy/ that say at length what is said here or in prometheus/alerts.yml: `make deploy-files`.
 
 They are Grafana's dashboard and the alerts as prometheus-operator wants them. Both are committed, since they are what
-is deployed; tests/deploy checks that they are up to date.
+is deployed; tests/unit/deploy checks that they are up to date.
 """
 
 from __future__ import annotations

@@ -95,6 +95,8 @@ def test_connections_are_kept() -> None:
 def test_a_server_that_closes_idle_connections_is_connected_anew() -> None:
     closed = threading.Event()
 
+    closed = threading.Event()
+
     async def main(url: str) -> list[str]:
         async with http_client(url, transport=Wire()) as http:
             first = await ask(http, BODY, timeout_s=5)
