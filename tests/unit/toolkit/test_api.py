@@ -21,8 +21,11 @@ from toolkit import Inspection, QvlError, Recipe, convert, inspect, merge, quant
 made: Path = convert("awq", Path("gemv"), to="gemv", force=True)
 merged: Path = merge(Path("base"), "adapter", "out")
 found: Inspection = inspect("demo", deep=True)
+recipe = Recipe(samples=32, search="moments")
+quantized: Path = quantize("demo", "awq", recipe=recipe, force=True)
+again: Path = quantize("demo", Path("awq"), samples=32)
 if found.broken:
-    print([problem.message for problem in found.problems], QvlError, Recipe, quantize)
+    print([problem.message for problem in found.problems], QvlError)
 """
 
 
@@ -70,7 +73,13 @@ def test_a_users_script_is_type_checked(tmp_path: Path, monkeypatch: pytest.Monk
     api = pytest.importorskip("mypy.api")
     good, bad, config = tmp_path / "good.py", tmp_path / "bad.py", tmp_path / "mypy.ini"
     good.write_text(_SCRIPT)
-    bad.write_text(_SCRIPT.replace('to="gemv"', 'to="gemm2"').replace('"demo", deep=True', "7"))
+    wrong = {'to="gemv"': 'to="gemm2"', '"demo", deep=True': "7", "samples=32, search": "samples=[], search"}
+    wrong |= {'"awq", recipe=recipe': '"awq", recipe="fast"', 'Path("awq"), samples=32': 'Path("awq"), samples="32"'}
+    script = _SCRIPT
+    for right, not_right in wrong.items():
+        assert right in script
+        script = script.replace(right, not_right)
+    bad.write_text(script)
     # large packages that no signature needs are not read: that would take a minute
     config.write_text(
         "[mypy]\nstrict = True\nfollow_imports = silent\n"
@@ -80,7 +89,7 @@ def test_a_users_script_is_type_checked(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("MYPYPATH", str(source_root()))
     said, _, code = api.run(["--config-file", str(config), "--cache-dir", os.devnull, str(good), str(bad)])
     errors = [line for line in said.splitlines() if ": error:" in line]
-    assert code == 1 and len(errors) == 2, said
+    assert code == 1 and len(errors) == len(wrong), said
     assert all("[arg-type]" in line and "bad.py" in line for line in errors), said
 
 
