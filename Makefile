@@ -27,6 +27,7 @@ PY   := $(VENV)/bin/python
 DONE := $(VENV)/.installed-$(BACKEND)
 # A worker a core, a file a time, in the order of the tree: e2e first, since it is long.
 AT_ONCE := -n auto --dist loadfile --no-loadscope-reorder -p no:benchmark
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo quantize convert inspect serve stop status ask bench compare test test-all coverage lint format microbench \
@@ -129,7 +130,7 @@ deploy-files: setup ## the dashboard and the operator's alerts anew, from deploy
 	$(PY) deploy/generate.py
 
 image: ## the server's image from deploy/Dockerfile (docs/operating.md)
-	docker build -f deploy/Dockerfile -t qvl:0.1.0 .
+	docker build -f deploy/Dockerfile -t qvl:$(VERSION) .
 
 clean: ## remove out/ and caches of tools (.venv stays)
 	rm -rf out build .mypy_cache .ruff_cache .pytest_cache .benchmarks *.egg-info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
@@ -21,10 +22,28 @@ app = typer.Typer(
     name="qvl",
     help="Qwen2-VL from fp16 weights to a 4-bit AWQ server, with the report that says what it cost.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     cls=TyperGroup,
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from toolkit.version import __version__
+
+        typer.echo(f"qvl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which version this is.", is_eager=True, callback=_say_version)
+    ] = False,
+) -> None:
+    pass
+
+
 register_toolkit(app)
 register_serve(app)
 register_plan(app)

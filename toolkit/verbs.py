@@ -49,12 +49,10 @@ def merge(
     force: ForceOption = False,
 ) -> None:
     """Merge a LoRA adapter into its base model: the fp16 baseline of a fine-tuned model's benchmark."""
-    from toolkit.checkpoint.checkpoint import Checkpoint
+    from toolkit import api
     from toolkit.console import out as stdout
-    from toolkit.sources.adapter import merge as run
-    from toolkit.sources.directory import resolve
 
-    stdout.print(str(run(Checkpoint.open(resolve(model, revision)), adapter, out, force)), highlight=False)
+    stdout.print(str(api.merge(model, adapter, out, revision=revision, force=force)), highlight=False)
 
 
 def convert(
@@ -84,11 +82,10 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print JSON (sizes in bytes).")] = False,
 ) -> None:
     """Show what a checkpoint is, what it weighs, where it runs and what is wrong with it (then exit code 1)."""
-    from toolkit.checkpoint.inspection import inspect_checkpoint
+    from toolkit import api
     from toolkit.console import out as stdout
-    from toolkit.sources.directory import resolve
 
-    found = inspect_checkpoint(resolve(model, revision), deep)
+    found = api.inspect(model, deep=deep, revision=revision)
     if json:
         stdout.print_json(data=found.to_dict())
     else:

@@ -13,7 +13,7 @@ import pytest
 import typer.main
 
 from tests.support.paths import ROOT
-from toolkit.calibration.inputs import _read_line
+from toolkit.calibration.manifest import _read_line
 from toolkit.cli import app
 
 PAGES = [

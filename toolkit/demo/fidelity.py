@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from toolkit.calibration.inputs import PreparedSample, prepare, read_manifest
+from toolkit.calibration.inputs import PreparedSample, prepare
+from toolkit.calibration.manifest import read_manifest
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.compat import patch_torchvision
 from toolkit.errors import FormatError

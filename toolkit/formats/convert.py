@@ -6,12 +6,12 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit import __version__
 from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter, QuantizationInfo
 from toolkit.checkpoint.layouts import PACK, layer_shape, zeros_width
 from toolkit.checkpoint.weights import DTYPE_BYTES, read_json
 from toolkit.errors import FormatError
 from toolkit.formats.pad import WIDENED, check_padding, pad_quantized, pad_tensor, padded_shape, set_intermediate_size
+from toolkit.version import __version__
 
 if TYPE_CHECKING:
     from toolkit.formats.packing import PackedLinear

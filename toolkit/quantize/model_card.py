@@ -8,7 +8,7 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from toolkit import __version__
+from toolkit.version import __version__
 
 __all__ = ["model_card", "versions"]
 

@@ -13,7 +13,8 @@ from toolkit.console import note, warn
 from toolkit.errors import ManifestError
 
 if TYPE_CHECKING:
-    from toolkit.calibration.inputs import CalibrationSample, PreparedSample
+    from toolkit.calibration.inputs import PreparedSample
+    from toolkit.calibration.manifest import CalibrationSample
     from toolkit.checkpoint.checkpoint import Checkpoint
     from toolkit.quantize.progress import RunProgress
     from toolkit.quantize.recipe import Recipe
@@ -35,7 +36,8 @@ def prepare_samples(checkpoint: Checkpoint, recipe: Recipe, progress: RunProgres
     Raises:
         ManifestError: it can't be read, or no sample is short enough.
     """
-    from toolkit.calibration.inputs import digest, prepare, read_manifest
+    from toolkit.calibration.inputs import digest, prepare
+    from toolkit.calibration.manifest import read_manifest
     from toolkit.compat import patch_torchvision
 
     patch_torchvision()

@@ -42,6 +42,7 @@ def merge(checkpoint: Checkpoint, adapter: Path, out: Path, force: bool = False)
     Raises:
         CheckpointError: the adapter does not fit the model, or changes the shape of a tensor.
     """
+    check_adapter(adapter)
     from toolkit.compat import patch_torchvision
 
     patch_torchvision()
@@ -49,7 +50,6 @@ def merge(checkpoint: Checkpoint, adapter: Path, out: Path, force: bool = False)
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
-    check_adapter(adapter)
     with CheckpointWriter(out, force, source=checkpoint.path, expected_bytes=checkpoint.nbytes) as writer:
         base = AutoModelForImageTextToText.from_pretrained(checkpoint.path, dtype="auto")
         before = set(base.state_dict())

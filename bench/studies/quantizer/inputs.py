@@ -142,7 +142,8 @@ def image_manifest(settings: Settings, samples: int) -> Path:
 
 def prepared(model: Path, manifest: Path, samples: int | None = None) -> list[PreparedSample]:
     """Return a manifest's samples as the quantizer makes them into model inputs."""
-    from toolkit.calibration.inputs import prepare, read_manifest
+    from toolkit.calibration.inputs import prepare
+    from toolkit.calibration.manifest import read_manifest
 
     chats = read_manifest(manifest, samples)
     return list(prepare(chats, _processor(model), max_tokens=10**6, max_pixels=None))

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from toolkit.calibration.inputs import digest, prepare, read_manifest
+from toolkit.calibration.inputs import digest, prepare
+from toolkit.calibration.manifest import read_manifest
 from toolkit.errors import ManifestError, MediaError
 from toolkit.paths import demo_checkpoint
 

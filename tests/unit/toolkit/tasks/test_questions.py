@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.support.paths import ROOT
-from toolkit.calibration.inputs import read_manifest
+from toolkit.calibration.manifest import read_manifest
 from toolkit.demo import gallery
 from toolkit.demo.prompt import END, answer_text, pack
 from toolkit.demo.quiz import Score, is_right

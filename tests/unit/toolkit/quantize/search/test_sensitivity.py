@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.support.short import calibration, short_demo
-from toolkit.calibration.inputs import PreparedSample, prepare, read_manifest
+from toolkit.calibration.inputs import PreparedSample, prepare
+from toolkit.calibration.manifest import read_manifest
 from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
 from toolkit.compat import patch_torchvision
 from toolkit.errors import QvlError
