@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.judge.stats import mcnemar, paired_bootstrap
+from bench.judge.stats import mcnemar, mean_interval
 from bench.studies.quantizer.plots import draw
 from bench.studies.quantizer.results import later_layers, line
 from bench.studies.quantizer.settings import PARTS
@@ -266,7 +266,7 @@ def _quality(part: dict[str, Any]) -> list[str]:
         compared = ""
         if method is not ours:
             pairs = zip(ours["chat_kl"], method["chat_kl"], strict=True)
-            interval = paired_bootstrap([b - a for a, b in pairs], seed=0)
+            interval = mean_interval([b - a for a, b in pairs], seed=0)
             compared = f"{interval.low:+.5f} to {interval.high:+.5f}"
         drift.append([name, group, f"{method['kl']:.5f}", compared, f"{sum(method['layer_errors']):.4f}"])
     data = part["calibration"]
