@@ -100,28 +100,28 @@ gpu-bench: setup ## on a GPU: a Qwen2-VL-2B of random weights, quantized, served
 	$(QVL) gpu-bench $(ARGS)
 
 card-bench: setup ## on a GPU: 7B and 2B, 16 bits against 4, kernels and loads, all servers at once (docs/tuning.md)
-	$(PY) -m bench.studies.gpu_figures all $(ARGS)
+	$(PY) -m bench.studies gpu-figures all $(ARGS)
 
 tune-bench: setup ## on a GPU: the figures of docs/tuning.md; resumable (ARGS="--shape 7b --minutes 9")
-	$(PY) -m bench.studies.tuning $(ARGS)
+	$(PY) -m bench.studies tuning $(ARGS)
 
 quant-bench: setup ## on a GPU: the quantizer's time, memory and quality beside stock AutoAWQ (docs/quantizer-benchmark.md)
-	$(QVL) quant-bench $(ARGS)
+	$(PY) -m bench.studies quantizer $(ARGS)
 
 guard-cost: setup ## what the guard takes of throughput and latency (ARGS="--real" beside vLLM too)
-	$(PY) -m bench.studies.guard_cost --out out/guard $(ARGS)
+	$(PY) -m bench.studies guard-cost --out out/guard $(ARGS)
 
 cold-start: setup ## from the command to the first answer, by steps, first and second start
-	$(PY) -m bench.studies.cold_start --out out/cold-start $(ARGS)
+	$(PY) -m bench.studies cold-start --out out/cold-start $(ARGS)
 
 soak: setup ## 30 minutes of good, hostile and vanishing clients against a server (ARGS="--minutes 3")
-	$(PY) -m bench.chaos.soak --out out/soak $(ARGS)
+	$(PY) -m bench.chaos soak --out out/soak $(ARGS)
 
 serve-faults: setup ## what clients see when processes die or hang, keys change, the disk is full
-	$(PY) -m bench.chaos.faults --out out/serve-faults $(ARGS)
+	$(PY) -m bench.chaos faults --out out/serve-faults $(ARGS)
 
 seeded-faults: setup ## which faults in a checkpoint the verdicts tell (long on a CPU)
-	$(PY) -m bench.studies.seeded_faults --out out/seeded-faults $(ARGS)
+	$(PY) -m bench.studies seeded-faults --out out/seeded-faults $(ARGS)
 
 demo-model: setup ## train the embedded model anew into OUT
 	$(QVL) demo-model --out out/demo-model $(ARGS)

@@ -71,18 +71,17 @@ def status(
 
 
 def _table(found: list[Status]) -> Any:
-    from rich import box
-    from rich.table import Table
+    from toolkit.tables import table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("port", "state", "model", "backend", "pid", "up", "memory", "directory"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("port", "state", "pid", "up", "memory"))
+    names = ("port", "state", "model", "backend", "pid", "up", "memory", "directory")
+    long = [names.index(name) for name in ("model", "backend", "directory")]
+    shown = table(names, ruled=True, wrapped=long, fold=True)
     for server in found:
         up = "" if server.uptime is None else f"{server.uptime // 60:.0f}m{server.uptime % 60:02.0f}s"
         memory = "" if server.memory is None else f"{server.memory / (1 << 30):.1f} GiB"
         what = [str(server.port), server.state, server.model_name, server.backend, str(server.pid), up, memory]
-        table.add_row(*what, server.checkpoint + (f"\n{server.reason}" if server.reason else ""))
-    return table
+        shown.add_row(*what, server.checkpoint + (f"\n{server.reason}" if server.reason else ""))
+    return shown
 
 
 def stop(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Annotated
 
 import typer
@@ -12,7 +10,6 @@ from typer.core import TyperGroup
 from bench.cli.bench import register as register_bench
 from bench.cli.compare import register as register_compare
 from bench.cli.demo import register as register_tour
-from bench.studies.quantizer.cli import register as register_quant_bench
 from bench.tune.cli import register as register_tune
 from serve.cli import register as register_serve
 from serve.plan.cli import register as register_plan
@@ -51,25 +48,13 @@ register_bench(app)
 register_compare(app)
 register_tour(app)
 register_tune(app)
-register_quant_bench(app)
 
 
 def main() -> None:
     """Run `qvl`: a user's mistake prints one message and exits with 2, never a traceback (``QVL_DEBUG=1`` shows it)."""
-    from toolkit.console import fail
-    from toolkit.errors import QvlError
+    from toolkit.console import run
 
-    try:
-        app()
-    except QvlError as error:
-        if os.environ.get("QVL_DEBUG"):
-            raise
-        fail(str(error))
-        sys.exit(2)
-    except SystemExit as stop:
-        if stop.code == 130:  # what typer makes of Ctrl-C, in silence
-            fail("interrupted")
-        raise
+    run(app)
 
 
 if __name__ == "__main__":

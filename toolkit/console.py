@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    import typer
+
+__all__ = ["command_group", "err", "fail", "note", "out", "run", "warn"]
 
 #: Columns of what is piped or kept in a file, where tables need not be cut to a terminal's.
 _PIPED = 160
@@ -35,3 +42,36 @@ def fail(message: str) -> None:
     """Print an error to stderr. The caller exits with 2."""
     err.print(f"error: {message}", style="bold red", highlight=False, markup=False)
     sys.stderr.flush()
+
+
+def command_group(name: str, help: str) -> typer.Typer:
+    """Return an empty group of commands that looks as all of this project's do."""
+    import typer
+    from typer.core import TyperGroup
+
+    return typer.Typer(
+        name=name,
+        help=help,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        cls=TyperGroup,
+    )
+
+
+def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
+    """Run a command line, the process's own unless ``arguments`` are given, and exit: a user's mistake prints one
+    message and exits with 2, never a traceback (``QVL_DEBUG=1`` shows it)."""
+    from toolkit.errors import QvlError
+
+    try:
+        app(arguments)
+    except QvlError as error:
+        if os.environ.get("QVL_DEBUG"):
+            raise
+        fail(str(error))
+        sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Ctrl-C, in silence
+            fail("interrupted")
+        raise

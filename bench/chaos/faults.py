@@ -1,6 +1,6 @@
 """What clients see when something under a server breaks, and how long until it answers again.
 
-    python -m bench.chaos.faults --out docs/results/faults [--model demo] [--only engine_killed,...]
+    python -m bench.chaos faults --out docs/results/faults [--model demo] [--only engine_killed,...]
 
 Starts `qvl serve --detach` and keeps a few clients asking about pictures while one fault after the other is brought
 about; writes table.md and faults.json. Ends only processes that it has started. Runs on a GPU too, which alone has the
@@ -9,7 +9,6 @@ fault gpu_memory_exhausted.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -34,14 +33,16 @@ import psutil
 from bench.chaos.gpu_memory import neighbour
 from bench.chaos.hostile import chat_body, data_url, good_picture
 from bench.chaos.settable_clock import Clock
+from bench.chaos.settings import FaultsSettings
 from bench.load.client import is_whole
 from bench.run.boot import free_ports
 from serve.http.images import sample_picture
 from serve.process import state
 from serve.process.supervisor import WAITS, stopped_by_signals
 from serve.settings.config import ServerConfig
+from toolkit.errors import BenchError
 
-__all__ = ["FAULTS", "Result", "Watched", "detached", "measure", "observe", "table"]
+__all__ = ["FAULTS", "Result", "Watched", "detached", "measure", "observe", "run", "table"]
 
 #: Seconds that a client waits for the next bytes.
 _PATIENCE = 60.0
@@ -518,33 +519,32 @@ def _seconds(value: float | None) -> str:
     return "never" if value is None else f"{value:.1f}"
 
 
-def main() -> None:
-    """Measure and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--out", type=Path, required=True)
-    others = (worker_killed, clock_moved, memory_exhausted, gpu_memory_exhausted, disk_full)
-    names = [fault.__name__ for fault in (*FAULTS, *others)]
-    parser.add_argument("--only", default="", help=f"of {', '.join(names)}, with commas")
-    given = parser.parse_args()
-    wanted = set(filter(None, given.only.split(",")))
-    if not wanted <= set(names):
-        parser.error(f"--only: {', '.join(sorted(wanted - set(names)))} is none of {', '.join(names)}")
-    if gpu_memory_exhausted.__name__ in wanted and not ServerConfig().on_gpu:
-        parser.error(f"--only: {gpu_memory_exhausted.__name__} needs a GPU")
+def run(settings: FaultsSettings) -> None:
+    """Bring about the faults that are wanted and write the report after each.
+
+    Raises:
+        BenchError: no such fault, or it needs a GPU.
+    """
     from bench.machine.environment import cpu_name, gpu_names, system_name, versions
 
+    others = (worker_killed, clock_moved, memory_exhausted, gpu_memory_exhausted, disk_full)
+    names = [fault.__name__ for fault in (*FAULTS, *others)]
+    wanted = set(filter(None, settings.only.split(",")))
+    if not wanted <= set(names):
+        raise BenchError(f"--only: {', '.join(sorted(wanted - set(names)))} is none of {', '.join(names)}")
+    if gpu_memory_exhausted.__name__ in wanted and not ServerConfig().on_gpu:
+        raise BenchError(f"--only: {gpu_memory_exhausted.__name__} needs a GPU")
     environment = {"versions": versions(), "system": system_name(), "cpu": cpu_name(), "gpus": gpu_names()}
-    given.out.mkdir(parents=True, exist_ok=True)
-    file = given.out / "faults.json"
+    settings.out.mkdir(parents=True, exist_ok=True)
+    file = settings.out / "faults.json"
     results = [Result(**one) for one in json.loads(file.read_text())["results"]] if file.exists() else []
     with stopped_by_signals():
-        for new in measure(given.model, wanted):
+        for new in measure(settings.model, wanted):
             print(json.dumps(asdict(new)), flush=True)
             results = [one for one in results if one.fault != new.fault] + [new]
-            record = {"model": given.model, "environment": environment, "results": [asdict(one) for one in results]}
+            record = {"model": settings.model, "environment": environment, "results": [asdict(one) for one in results]}
             file.write_text(json.dumps(record, indent=1) + "\n")
-            (given.out / "table.md").write_text(table(results))
+            (settings.out / "table.md").write_text(table(results))
 
 
 def table(results: list[Result]) -> str:
@@ -560,7 +560,3 @@ def table(results: list[Result]) -> str:
     )
     told = [f"- **{one.fault}**: {one.how}.{f' Then: {one.note}.' if one.note else ''}" for one in results]
     return "\n".join([head, "|---|---|---|---|---|---|---|", *rows, "", *told, ""])
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """A program that takes what memory of a GPU is left, as another one on the same card would.
 
-    python -m bench.chaos.gpu_memory cuda      # until its standard input ends
+    python -m bench.chaos gpu-memory cuda      # until its standard input ends
 
 As a process of its own it takes blocks, halving their size where it gets none, and goes on taking whatever becomes
 free. The device "cpu" is for trying it out under a limit on memory; pages are not touched, so that takes none.
@@ -8,7 +8,6 @@ free. The device "cpu" is for trying it out under a limit on memory; pages are n
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import subprocess
 import sys
@@ -17,10 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from toolkit.errors import BenchError
+
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Neighbour", "neighbour"]
+__all__ = ["Neighbour", "neighbour", "run"]
 
 #: Bytes of a block, the largest and the smallest tried. PyTorch takes no less than 2 MiB of a GPU at once.
 _LARGEST = 1 << 30
@@ -46,7 +47,7 @@ def neighbour(device: str = "cuda", *, prefix: tuple[str, ...] = ()) -> Iterator
     Raises:
         RuntimeError: the program ended before it had taken anything.
     """
-    command = [*prefix, sys.executable, "-m", "bench.chaos.gpu_memory", device]
+    command = [*prefix, sys.executable, "-m", "bench.chaos", "gpu-memory", device]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         output = process.stdout
@@ -91,17 +92,18 @@ def _take(held: list[torch.Tensor], ended: threading.Event) -> None:
         ended.wait(0.1)
 
 
-def main() -> None:
-    """Take memory until the standard input ends, or whoever has it open is gone."""
+def run(device: str) -> None:
+    """Take memory of ``device`` until the standard input ends, or whoever has it open is gone.
+
+    Raises:
+        BenchError: no memory can be taken of it.
+    """
     import torch
 
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("device", help="cuda, cuda:1, ...; cpu to try it out")
-    device = parser.parse_args().device
     try:
         first = torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without CUDA
-        parser.error(f"no memory can be taken of {device}: {error}")
+        raise BenchError(f"no memory can be taken of {device}: {error}") from error
     ended = threading.Event()
 
     def wait() -> None:
@@ -110,7 +112,3 @@ def main() -> None:
 
     threading.Thread(target=wait, daemon=True).start()
     _take([first], ended)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Good, bad and hostile requests for a long time, from clients of which some vanish: `python -m bench.chaos.soak`.
+"""Good, bad and hostile requests for a long time, from clients of which some vanish: `python -m bench.chaos soak`.
 
 Looks for what only time shows: memory that grows, requests that get lost, slots that are never given back. A client's
 own count of answers, by status and by reason, must equal what the server counted at /metrics.
@@ -6,7 +6,6 @@ own count of answers, by status and by reason, must equal what the server counte
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -29,10 +28,11 @@ import httpx
 import psutil
 
 from bench.chaos.hostile import CHAT, Hostile, catalogue, chat_body, data_url, good_picture
+from bench.chaos.settings import SoakSettings
 from bench.load.client import is_whole
 from bench.machine.environment import command_line, cpu_name, gpu_names, system_name, versions
 
-__all__ = ["Report", "soak"]
+__all__ = ["Report", "run", "soak"]
 
 #: Kinds of requests and how many of a hundred.
 MIX = {"good": 60, "hostile": 25, "leaves while answered": 6, "leaves before the answer": 5, "leaves while sending": 4}
@@ -348,53 +348,41 @@ def _text(report: Report) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line; returns 1 when something was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m bench.chaos.soak", description=__doc__)
-    parser.add_argument("--url", help="root of the server; without, one with the embedded model is started")
-    parser.add_argument("--model", default="demo", help="what requests call it")
-    parser.add_argument("--api-key", default=os.environ.get("QVL_API_KEY"), help="(QVL_API_KEY)")
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--workers", type=int, default=4, help="clients at one time")
-    parser.add_argument("--pause", type=float, default=0.2, help="mean seconds between a client's requests")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pid", type=int, help="the server's process, to watch its group's memory")
-    parser.add_argument("--out", type=Path, help="directory for report.json and README.md")
-    given = parser.parse_args(arguments)
+def run(settings: SoakSettings) -> int:
+    """Soak a server, print what came of it, write it where that is asked for; returns 1 when something was wrong."""
     began = datetime.now(UTC)
     with contextlib.ExitStack() as stack:
-        if given.url is None:
+        url, key, pid = settings.url, settings.api_key, settings.pid
+        if url is None:
             from bench.chaos.faults import KEY, detached
 
             cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qvl-soak-")))
             server = stack.enter_context(detached("demo", cache))
-            given.url, given.api_key, given.pid = server.url, KEY, server.known.pid
+            url, key, pid = server.url, KEY, server.known.pid
         report = asyncio.run(
             soak(
-                given.url, given.model, given.api_key, given.minutes,
-                pid=given.pid, workers=given.workers, pause=given.pause, seed=given.seed,
+                url, settings.model, key, settings.minutes,
+                pid=pid, workers=settings.workers, pause=settings.pause, seed=settings.seed,
             )
         )  # fmt: skip
-    text = _text(report)
-    print(text)
-    if given.out is not None:
-        given.out.mkdir(parents=True, exist_ok=True)
-        device = "; ".join(gpu_names()) or cpu_name()
-        shown = ["python", "-m", "bench.chaos.soak", *(sys.argv[1:] if arguments is None else arguments)]
-        about = {
-            "command": command_line(shown).removeprefix("qvl "),
-            "began": began.isoformat(timespec="seconds"),
-            "device": device,
-            "system": system_name(),
-            "versions": versions(),
-        }
-        data = about | {"problems": report.problems(), "growth": report.growth, **vars(report)}
-        (given.out / "report.json").write_text(json.dumps(data, indent=1) + "\n")
-        head = f"# Soak of {given.minutes:g} minutes\n\n    {about['command']}\n\n{device}, {about['system']}. "
-        head += ", ".join(f"{name} {version}" for name, version in versions().items())
-        (given.out / "README.md").write_text(f"{head}\n\n{text}")
+    print(_text(report))
+    if settings.out is not None:
+        _write(report, began, settings.out)
     return 1 if report.problems() else 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _write(report: Report, began: datetime, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    device = "; ".join(gpu_names()) or cpu_name()
+    about = {
+        "command": command_line(["python", "-m", "bench.chaos", *sys.argv[1:]]).removeprefix("qvl "),
+        "began": began.isoformat(timespec="seconds"),
+        "device": device,
+        "system": system_name(),
+        "versions": versions(),
+    }
+    data = about | {"problems": report.problems(), "growth": report.growth, **vars(report)}
+    (out / "report.json").write_text(json.dumps(data, indent=1) + "\n")
+    head = f"# Soak of {report.minutes:g} minutes\n\n    {about['command']}\n\n{device}, {about['system']}. "
+    head += ", ".join(f"{name} {version}" for name, version in versions().items())
+    (out / "README.md").write_text(f"{head}\n\n{_text(report)}")

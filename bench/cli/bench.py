@@ -14,7 +14,7 @@ from toolkit.options import settings_as_options
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from bench.report.compare.figures import Condition
+    from bench.report.compare.conditions import Condition
     from bench.report.schema import Report
 
 __all__ = ["register"]
@@ -39,7 +39,7 @@ def bench(
     no figures; 130 after Ctrl-C.
     """
     from bench import report as reports
-    from bench.report.compare.figures import parse_condition
+    from bench.report.compare.conditions import parse_condition
 
     conditions = [parse_condition(text) for text in fail_if or []]
     if not config.resume:
@@ -73,15 +73,14 @@ def _run(config: BenchConfig) -> tuple[Report, list[Path]]:
 def _tell(report: Report, config: BenchConfig, logs: list[Path]) -> None:
     """Show the report, or say why it has no figures."""
     from bench import report as reports
-    from bench.report.render import json_file as json
-    from bench.report.render import terminal
+    from bench.report.render import json_file, terminal
     from toolkit.console import err, out, warn
     from toolkit.errors import BenchError
 
     if report.status == "failed":
         seen = f"; logs of the servers: {', '.join(map(str, logs))}" if logs else ""
         kept = " What was measured before is kept: the same command with --resume goes on." * reports.kept(config.out)
-        raise BenchError(f"{report.verdict.sentence} (all of them in {config.out / json.FILE}{seen}).{kept}")
+        raise BenchError(f"{report.verdict.sentence} (all of them in {config.out / json_file.FILE}{seen}).{kept}")
     for warning in report.warnings:
         warn(warning)
     terminal.show(report, out)
@@ -93,7 +92,8 @@ def _tell(report: Report, config: BenchConfig, logs: list[Path]) -> None:
 
 def _judge(report: Report, conditions: list[Condition]) -> None:
     """Exit with 1 when the candidate meets a condition."""
-    from bench.report.compare.figures import Side, compare
+    from bench.report.compare.comparison import compare
+    from bench.report.compare.figures import Side
     from toolkit.console import warn
 
     if not conditions:

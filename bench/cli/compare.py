@@ -51,8 +51,10 @@ def compare(
     from bench.report.compare import html_file as compare_html
     from bench.report.compare import markdown as compare_markdown
     from bench.report.compare import terminal as compare_terminal
-    from bench.report.compare.figures import Side, compare_all, parse_condition
-    from bench.report.render import json_file as json
+    from bench.report.compare.comparison import compare_all
+    from bench.report.compare.conditions import parse_condition
+    from bench.report.compare.figures import Side
+    from bench.report.render import json_file
     from toolkit.console import note, warn
     from toolkit.console import out as stdout
     from toolkit.errors import BenchError
@@ -62,9 +64,9 @@ def compare(
     conditions = [parse_condition(text) for text in fail_if or []]
     sides = []
     for path in reports:
-        report = json.read(path)
-        if json.UPGRADED in report.warnings:
-            warn(f"{path}: {json.UPGRADED}")
+        report = json_file.read(path)
+        if json_file.UPGRADED in report.warnings:
+            warn(f"{path}: {json_file.UPGRADED}")
         sides.append(Side(report, "candidate", _name(path, report.systems["candidate"].label, reports)))
     found = compare_all(sides, conditions, anyway=anyway)
     for comparison in found:
@@ -106,9 +108,9 @@ def _write(file: Path, text: str) -> None:
 
 def schema() -> None:
     """Print the JSON schema of report.json."""
-    from bench.report.render import json_file as json
+    from bench.report.render import json_file
 
-    typer.echo(json.schema(), nl=False)
+    typer.echo(json_file.schema(), nl=False)
 
 
 def exit_on(regressions: list[str]) -> None:

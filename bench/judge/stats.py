@@ -24,10 +24,8 @@ __all__ = [
     "holm",
     "mcnemar",
     "mean_interval",
-    "paired_bootstrap",
     "paired_proportions",
     "ratio_of_means",
-    "ratio_of_medians",
     "sign_flip",
     "smallest_detectable",
     "wilson",
@@ -256,19 +254,6 @@ def bounded_mean(
     return Interval(mean, min(mean, root(z, -edge)), max(mean, root(-z, edge)))
 
 
-def paired_bootstrap(
-    differences: Sequence[float],
-    *,
-    seed: int,
-    clusters: Clusters = None,
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-) -> Interval:
-    """Bootstrap interval of the mean paired difference: items, or whole clusters, are resampled and pairs stay
-    together. See `mean_interval`."""
-    return mean_interval(differences, seed=seed, clusters=clusters, confidence=confidence, resamples=resamples)
-
-
 def mean_interval(
     values: Sequence[float],
     *,
@@ -280,7 +265,8 @@ def mean_interval(
     """Expanded percentile bootstrap interval of a mean over items (Efron & Tibshirani 1993; expanded for few items as
     in Hesterberg, "What teachers should know about the bootstrap", The American Statistician 69, 2015).
 
-    With ``clusters``, whole clusters are drawn (Davison & Hinkley 1997, section 3.8) and the mean stays one over items.
+    Of paired differences, pairs stay together. With ``clusters``, whole clusters are drawn (Davison & Hinkley 1997,
+    section 3.8) and the mean stays one over items.
     A single or constant sample has no spread to resample: its interval is the value.
     """
     array: Floats = np.asarray(values, dtype=np.float64)
@@ -359,33 +345,6 @@ def _ends(draws: Floats, units: int, confidence: float) -> tuple[float, float]:
     tail = float(stats.norm.cdf(math.sqrt(units / (units - 1)) * t))
     low, high = np.quantile(draws, [tail, 1.0 - tail])
     return float(low), float(high)
-
-
-def ratio_of_medians(
-    candidate: Sequence[float],
-    baseline: Sequence[float],
-    *,
-    seed: int,
-    confidence: float = CONFIDENCE,
-    resamples: int = 2000,
-) -> Interval | None:
-    """median(candidate) / median(baseline) with a percentile bootstrap interval; both sides resampled on their own.
-    None without samples."""
-    above: Floats = np.asarray(candidate, dtype=np.float64)
-    below: Floats = np.asarray(baseline, dtype=np.float64)
-    if above.size == 0 or below.size == 0 or float(np.median(below)) <= 0.0:
-        return None
-    rng = np.random.default_rng(seed)
-    ratios: list[Floats] = []
-    step = max(1, 2_000_000 // max(above.size, below.size))
-    for done in range(0, resamples, step):
-        rows = min(step, resamples - done)
-        top = np.median(above[rng.integers(0, above.size, (rows, above.size))], axis=1)
-        bottom = np.median(below[rng.integers(0, below.size, (rows, below.size))], axis=1)
-        ratios.append(top / np.maximum(bottom, 1e-12))
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(np.concatenate(ratios), [tail, 1.0 - tail])
-    return Interval(float(np.median(above) / np.median(below)), float(low), float(high))
 
 
 def smallest_detectable(n: float, flip_rate: float, *, alpha: float = 1.0 - CONFIDENCE, power: float = 0.8) -> float:

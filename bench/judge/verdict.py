@@ -102,7 +102,7 @@ def compare(
         difference = replace(tango, value=(flips.won - flips.lost) / flips.n)
     else:
         score = stats.bounded_mean(differences, effective)
-        drawn = stats.paired_bootstrap(list(differences), seed=seed, clusters=clusters, resamples=resamples)
+        drawn = stats.mean_interval(list(differences), seed=seed, clusters=clusters, resamples=resamples)
         difference = Interval(score.value, min(score.low, drawn.low), max(score.high, drawn.high))
     discordance = float((differences**2).mean())
     recovery = stats.ratio_of_means(after, before, seed=seed, clusters=clusters, resamples=resamples)

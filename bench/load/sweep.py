@@ -7,7 +7,7 @@ costs at a share of it. The server is warm, and inputs are made before each poin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from bench.load.client import Trace
@@ -101,20 +101,9 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """The points in the order measured.
+    """The points in the order measured."""
 
-    Attributes:
-        saturated_per_s: requests a second at saturation; None when it was not reached.
-        skipped: open-loop rates that were not tried after a point was stopped, as shares of the saturated rate.
-    """
-
-    points: list[Point] = field(default_factory=list)
-    saturated_per_s: float | None = None
-    skipped: tuple[float, ...] = ()
-
-
-def _ignore_point(point: Point) -> None:
-    pass
+    points: list[Point]
 
 
 def _ignore(trace: Trace) -> None:
@@ -126,7 +115,6 @@ async def sweep(
     make: Callable[[str, int], Sequence[T]],
     plan: SweepPlan,
     *,
-    on_point: Callable[[Point], None] = _ignore_point,
     on_done: Callable[[Trace], None] = _ignore,
 ) -> Sweep:
     """Measure the curve; it ends early at a point where too many requests fail or the queue keeps growing.
@@ -134,7 +122,6 @@ async def sweep(
     Args:
         send: (item, due moment) -> trace.
         make: (name of a point, count) -> so many items, other ones for every name.
-        on_point: called after each point.
         on_done: called after each request.
 
     Raises:
@@ -144,7 +131,6 @@ async def sweep(
 
     def add(point: Point) -> Point:
         points.append(point)
-        on_point(point)
         return point
 
     def failures(count: int) -> int:
@@ -153,7 +139,7 @@ async def sweep(
     count = plan.single_requests
     block = await closed_loop(send, make("single", count), 1, failures=failures(count), on_done=on_done)
     if add(_point("single", block, plan, concurrency=1)).stopped:
-        return Sweep(points, skipped=plan.fractions)
+        return Sweep(points)
 
     count = max(plan.requests, 4 * plan.concurrency)
     block = await closed_loop(
@@ -167,7 +153,7 @@ async def sweep(
     saturation = add(_point("saturation", block, plan, concurrency=plan.concurrency))
     most = saturation.steady.requests_per_s if saturation.steady else saturation.summary.requests_per_s
     if saturation.stopped or not most:
-        return Sweep(points, skipped=plan.fractions)
+        return Sweep(points)
 
     for step, fraction in enumerate(plan.fractions):
         rate = fraction * most
@@ -188,8 +174,8 @@ async def sweep(
             on_done=on_done,
         )
         if add(_point("rate", block, plan, offered_per_s=rate, fraction=fraction)).stopped:
-            return Sweep(points, most, plan.fractions[step + 1 :])
-    return Sweep(points, most)
+            break
+    return Sweep(points)
 
 
 def _point(

@@ -42,7 +42,6 @@ COUNTERS = {
     "queued": "vllm:request_queue_time_seconds_count",
     "queue_s": "vllm:request_queue_time_seconds_sum",
 }
-GAUGES = {"running": "vllm:num_requests_running", "waiting": "vllm:num_requests_waiting"}
 CACHE = "vllm:cache_config_info"
 
 
@@ -61,8 +60,6 @@ class Snapshot:
         finished: requests that ended, for whatever reason.
         queued: requests whose time in the queue is in ``queue_s``.
         queue_s: seconds, summed over them.
-        running: requests in the engine's batch now.
-        waiting: requests in its queue now.
         kv_blocks: of the KV cache, all of them.
         kv_tokens: that fit into it.
     """
@@ -77,8 +74,6 @@ class Snapshot:
     finished: float | None = None
     queued: float | None = None
     queue_s: float | None = None
-    running: float | None = None
-    waiting: float | None = None
     kv_blocks: int | None = None
     kv_tokens: int | None = None
 
@@ -97,7 +92,6 @@ class ServerPoint:
         output_tokens: generated.
         finished: requests that ended; more than were sent here were sent by others too.
         queue_mean_s: mean seconds in the queue of those that ended; None when none did.
-        busy_before: requests that were in the server already.
         kv_blocks: of the KV cache.
         kv_tokens: that fit into it.
     """
@@ -111,7 +105,6 @@ class ServerPoint:
     output_tokens: int | None
     finished: int | None
     queue_mean_s: float | None
-    busy_before: int | None
     kv_blocks: int | None
     kv_tokens: int | None
 
@@ -127,11 +120,9 @@ class ServerPoint:
             if (change := changes[name]) is not None and change < 0:
                 return None
         queued, queue_s = changes.pop("queued"), changes.pop("queue_s")
-        known = [value for value in (before.running, before.waiting) if value is not None]
         return cls(
             **{name: None if change is None else round(change) for name, change in changes.items()},
             queue_mean_s=queue_s / queued if queued and queue_s is not None else None,
-            busy_before=round(sum(known)) if known else None,
             kv_blocks=after.kv_blocks,
             kv_tokens=after.kv_tokens,
         )
@@ -146,7 +137,7 @@ def parse(page: str) -> Snapshot | None:
                 found[sample.name].append(sample)
     except (ValueError, IndexError):
         return None
-    sums = {name: sum(s.value for s in found[metric]) for name, metric in (COUNTERS | GAUGES).items() if found[metric]}
+    sums = {name: sum(s.value for s in found[metric]) for name, metric in COUNTERS.items() if found[metric]}
     blocks, tokens = _kv_cache(found[CACHE])
     snapshot = Snapshot(**sums, kv_blocks=blocks, kv_tokens=tokens)
     known = any(getattr(snapshot, field.name) is not None for field in fields(snapshot))

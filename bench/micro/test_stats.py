@@ -30,17 +30,17 @@ def graded() -> tuple[list[float], list[float], list[int]]:
     return list(before), list(after), list(rng.integers(0, 1200, 5000))
 
 
-def test_paired_bootstrap(benchmark: BenchmarkFixture, graded: tuple[list[float], list[float], list[int]]) -> None:
+def test_mean_interval(benchmark: BenchmarkFixture, graded: tuple[list[float], list[float], list[int]]) -> None:
     """5,000 graded items, 10,000 resamples."""
     differences = list(np.subtract(graded[1], graded[0]))
-    found = benchmark(stats.paired_bootstrap, differences, seed=0, resamples=10_000)
+    found = benchmark(stats.mean_interval, differences, seed=0, resamples=10_000)
     assert found.low < found.value < found.high
 
 
 def test_cluster_bootstrap(benchmark: BenchmarkFixture, graded: tuple[list[float], list[float], list[int]]) -> None:
     """The same by picture."""
     differences = list(np.subtract(graded[1], graded[0]))
-    found = benchmark(stats.paired_bootstrap, differences, seed=0, clusters=graded[2], resamples=10_000)
+    found = benchmark(stats.mean_interval, differences, seed=0, clusters=graded[2], resamples=10_000)
     assert found.low < found.value < found.high
 
 

@@ -8,6 +8,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rapidfuzz.distance import Levenshtein
+
 __all__ = [
     "METRICS",
     "RIGHT",
@@ -85,18 +87,8 @@ def anls(answer: str, gold: str) -> float:
         return 1.0
     if abs(len(said) - len(right)) >= 0.5 * longest:  # so far apart in length alone
         return 0.0
-    distance = levenshtein(said, right) / longest
+    distance = Levenshtein.distance(said, right) / longest
     return 1.0 - distance if distance < 0.5 else 0.0
-
-
-def levenshtein(a: str, b: str) -> int:
-    """Return how many characters must be inserted, removed or replaced to turn ``a`` into ``b``."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        previous, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
-    return row[-1]
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

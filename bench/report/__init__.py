@@ -54,9 +54,7 @@ def kept(out: Path) -> bool:
 def write(report: Report, out: Path, *, force: bool = False) -> None:
     """Write report.json, report.md and report.html to the directory ``out``, all of them or nothing. What a run has
     kept there stays until its report is ``ok``."""
-    from bench.report.render import html_file as html
-    from bench.report.render import json_file as json
-    from bench.report.render import markdown
+    from bench.report.render import html_file, json_file, markdown
 
     if not kept(out):
         check_target(out, force)
@@ -64,7 +62,7 @@ def write(report: Report, out: Path, *, force: bool = False) -> None:
     draft = out.parent / f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}"
     draft.mkdir()
     try:
-        for name, render in (("json", json.render), ("md", markdown.render), ("html", html.render)):
+        for name, render in (("json", json_file.render), ("md", markdown.render), ("html", html_file.render)):
             (draft / f"report.{name}").write_text(render(report), encoding="utf-8")
         if report.status != "ok" and kept(out):
             shutil.copyfile(out / JOURNAL, draft / JOURNAL)

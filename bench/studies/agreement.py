@@ -1,6 +1,6 @@
 """Do `vllm bench serve` and this benchmark measure the same? Both ask one server, in turns, requests made alike.
 
-    python -m bench.studies.agreement --url http://127.0.0.1:8000 --tokenizer DIR --concurrency 1,8 --out agreement.json
+    python -m bench.studies agreement --url http://127.0.0.1:8000 --tokenizer DIR --concurrency 1,8 --out agreement.json
 
 Equal are the number of requests, their prompts' and answers' lengths in tokens, the size of their pictures, requests in
 flight, temperature 0, ``ignore_eos``, and that special tokens are shown. No two requests are equal, over both tools and
@@ -9,12 +9,11 @@ all rounds, so that no cache answers. Needs vLLM in this environment, whose comm
 Both define alike: TTFT is the first chunk of a request, counted from when it was sent; TPOT is per request, over the
 tokens after the first; throughput is output tokens over the time from the first request to the last answer. Where they
 differ in detail is told in docs/compare.md. What a server's unsteadiness hides shows against one that answers by the
-clock (`python -m bench.studies.timed_server`).
+clock (`python -m bench.studies timed-server`).
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -37,10 +36,11 @@ from bench.load.inputs import SpeedInputs
 from bench.load.loops import Block, closed_loop
 from bench.load.workload import ImageSize, Lengths, parse_sizes
 from bench.machine import environment
+from bench.studies.settings import AgreementSettings
 from toolkit.errors import BenchError, QvlError
 from toolkit.paths import source_root
 
-__all__ = ["Agreement", "Figures", "Load", "measure", "table"]
+__all__ = ["Agreement", "Figures", "Load", "measure", "run", "table"]
 
 METRICS = ("ttft_ms", "tpot_ms", "output_tokens_per_s")
 
@@ -219,49 +219,28 @@ def table(found: Sequence[Agreement]) -> str:
     return "\n".join(lines)
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.studies.agreement", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--url", required=True, help="of a vLLM server that runs")
-    parser.add_argument("--tokenizer", required=True, help="directory or hub id, which vllm bench serve loads")
-    parser.add_argument("--concurrency", default="1,8", help="requests in flight, a load each")
-    parser.add_argument("--requests", type=int, default=64, help="of each round; 3 for each in flight at least")
-    parser.add_argument("--rounds", type=int, default=3, help="of each tool")
-    parser.add_argument("--image-sizes", default="text,448x448", help="WIDTHxHEIGHT,... or text: a load each")
-    parser.add_argument("--prompt-words", type=int, default=64, help="of each prompt")
-    parser.add_argument("--output-tokens", type=int, default=128, help="of each answer")
-    parser.add_argument("--api-key", help="of the server")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``python -m bench.studies.agreement``."""
-    given = _parse(arguments)
+def run(settings: AgreementSettings) -> None:
+    """Measure both tools and print the table; with ``settings.out`` write all that was found. Exits with 1 where it
+    can't be measured."""
     try:
-        endpoint = asyncio.run(discover(given.url, given.api_key))
+        endpoint = asyncio.run(discover(settings.url, settings.api_key))
         loads = [
-            Load(flight, max(given.requests, 3 * flight), size, given.prompt_words, given.output_tokens)
-            for size in parse_sizes(given.image_sizes)
-            for flight in map(int, given.concurrency.split(","))
+            Load(flight, max(settings.requests, 3 * flight), size, settings.prompt_words, settings.output_tokens)
+            for size in parse_sizes(settings.image_sizes)
+            for flight in map(int, settings.concurrency.split(","))
         ]
-        found = measure(endpoint, given.tokenizer, loads, given.rounds)
+        found = measure(endpoint, settings.tokenizer, loads, settings.rounds)
     except QvlError as error:
         sys.exit(str(error))
     print(table(found))
-    if given.out:
+    if settings.out:
         facts = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "bench.studies.agreement", *sys.argv[1:]]),
+            "command": shlex.join(["python", "-m", "bench.studies", *sys.argv[1:]]),
             "device": environment.gpu_names() or environment.cpu_name(),
             "versions": environment.versions(),
             "server_version": endpoint.version,
             "loads": [asdict(one) | {"ratios": {m: one.ratio(m) for m in METRICS}} for one in found],
         }
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(facts, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        settings.out.write_text(json.dumps(facts, indent=1) + "\n")

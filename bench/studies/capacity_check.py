@@ -1,7 +1,6 @@
 """Holds `qvl plan` against real boots: what vLLM reports, what was estimated, and the difference.
 
-    python -m bench.studies.capacity_check out/2b-bf16 out/2b-awq out/7b-bf16 out/7b-awq --cards 16,24 --out
-    out/capacity.json
+    python -m bench.studies capacity-check out/2b-bf16 out/2b-awq --cards 16,24 --out out/capacity.json
 
 A card of 16 or 24 GiB is a share of the real one: ``--gpu-memory-utilization`` is scaled, and the batch sizes are those
 that vLLM would choose for the smaller card. Every boot is written down at once; run again, the script goes on. On a CPU
@@ -10,16 +9,16 @@ that vLLM would choose for the smaller card. Every boot is written down at once;
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.studies.settings import CapacitySettings
 from toolkit.errors import QvlError
 
-__all__ = ["compare", "read_log"]
+__all__ = ["compare", "read_log", "run"]
 
 _GIB = 1 << 30
 _PATTERNS = {
@@ -82,30 +81,24 @@ def check(model: str, card: int | None, context: int) -> dict[str, Any]:
     return {**row, "booted": True, "reported": reported, "difference_percent": compare(estimated, reported)}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def run(models: Sequence[str], settings: CapacitySettings) -> None:
     """Boot each model on each card and write the comparison."""
     from bench.machine.environment import gpu_names, versions
     from serve.settings.config import ServerConfig
     from toolkit.console import note
 
-    parser = argparse.ArgumentParser(prog="python -m bench.studies.capacity_check", description=__doc__)
-    parser.add_argument("models", nargs="+", help="directories, hub ids or demo")
-    parser.add_argument("--cards", default="16,24", help="sizes to simulate, in GiB")
-    parser.add_argument("--context", type=int, default=4096, help="longest sequence in tokens")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; what it has is not booted again")
-    given = parser.parse_args(arguments)
-    rows: list[dict[str, Any]] = json.loads(given.out.read_text())["boots"] if given.out.exists() else []
+    rows: list[dict[str, Any]] = json.loads(settings.out.read_text())["boots"] if settings.out.exists() else []
     done = {(row["model"], row["card_bytes"]) for row in rows}
-    cards = [int(float(size) * _GIB) for size in given.cards.split(",")] if ServerConfig().on_gpu else [None]
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    for model in given.models:
+    cards = [int(float(size) * _GIB) for size in settings.cards.split(",")] if ServerConfig().on_gpu else [None]
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    for model in models:
         for card in cards:
             if (Path(model).name, card) in done:
                 continue
-            row = check(model, card, given.context)
+            row = check(model, card, settings.context)
             rows.append(row)
             report = {"gpus": gpu_names(), "versions": versions(), "boots": rows}
-            given.out.write_text(json.dumps(report, indent=1) + "\n")
+            settings.out.write_text(json.dumps(report, indent=1) + "\n")
             note(f"{row['model']} on {'this CPU' if card is None else f'{card / _GIB:g} GiB'}: {_said(row)}")
 
 
@@ -114,7 +107,3 @@ def _said(row: dict[str, Any]) -> str:
         expected = "as estimated" if not row.get("estimated_fits", True) else "though it was estimated to fit"
         return f"does not boot, {expected}"
     return ", ".join(f"{name} {value:+.1f}%" for name, value in row["difference_percent"].items()) or "nothing reported"
-
-
-if __name__ == "__main__":
-    main()

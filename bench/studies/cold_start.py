@@ -1,6 +1,6 @@
 """How long a start takes, from the command to the first answer, and where the time goes.
 
-    python -m bench.studies.cold_start --out docs/results/cold-start [--model demo] [--repeat 3]
+    python -m bench.studies cold-start --out docs/results/cold-start [--model demo] [--repeat 3]
 
 Starts `qvl serve --detach` with and without compiling, each first with an empty compile cache, then with the one that
 was kept. Times come from the time stamps of the server's own JSON log. Runs on a GPU unchanged.
@@ -8,7 +8,6 @@ was kept. Times come from the time stamps of the server's own JSON log. Runs on 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -25,11 +24,12 @@ import httpx
 
 from bench.machine.environment import cpu_name, gpu_names, system_name, versions
 from bench.run.boot import free_ports
+from bench.studies.settings import ColdStartSettings
 from serve.http.images import sample_picture
 from serve.process import state
 from serve.process.supervisor import stopped_by_signals
 
-__all__ = ["STEPS", "Start", "split"]
+__all__ = ["STEPS", "Start", "run", "split"]
 
 #: What is over when a line of the log says so for the first time. Steps that do not occur take no time.
 STEPS = (
@@ -144,22 +144,12 @@ def table(starts: list[Start]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def run(settings: ColdStartSettings) -> None:
     """Measure and write cold-start.json and table.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--modes", default="not compiled,compiled")
-    given = parser.parse_args()
     with stopped_by_signals():
-        starts = measure(given.model, given.modes.split(","), given.repeat)
-    given.out.mkdir(parents=True, exist_ok=True)
+        starts = measure(settings.model, settings.modes.split(","), settings.repeat)
+    settings.out.mkdir(parents=True, exist_ok=True)
     environment = {"versions": versions(), "system": system_name(), "cpu": cpu_name(), "gpus": gpu_names()}
-    record = {"model": given.model, "environment": environment, "starts": [asdict(one) for one in starts]}
-    (given.out / "cold-start.json").write_text(json.dumps(record, indent=1) + "\n")
-    (given.out / "table.md").write_text(table(starts) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    record = {"model": settings.model, "environment": environment, "starts": [asdict(one) for one in starts]}
+    (settings.out / "cold-start.json").write_text(json.dumps(record, indent=1) + "\n")
+    (settings.out / "table.md").write_text(table(starts) + "\n")

@@ -1,8 +1,8 @@
 """Checkpoints with a known fault, to see whether a benchmark finds it: faults as a broken quantizer would leave them.
 
-    python -m bench.studies.faulty_checkpoints scales   AWQ OUT --layer 2 --by 0.05
-    python -m bench.studies.faulty_checkpoints unfolded AWQ OUT --source FP16 [--layer 2]
-    python -m bench.studies.faulty_checkpoints rounded  AWQ OUT --source FP16
+    python -m bench.studies faulty-checkpoints scales   AWQ OUT --layer 2 --by 0.05
+    python -m bench.studies faulty-checkpoints unfolded AWQ OUT --source FP16 [--layer 2]
+    python -m bench.studies faulty-checkpoints rounded  AWQ OUT --source FP16
 
 ``scales``: every scale of one layer is off by 5%, up or down. ``unfolded``: AWQ multiplied a layer's weights by scales
 and the norms before them were not divided by these. ``rounded`` is no fault but what AWQ has to beat: the same linears
@@ -11,22 +11,24 @@ rounded to nearest.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.studies.settings import FaultSettings
 from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
-from toolkit.errors import CheckpointError, FormatError, QvlError
+from toolkit.errors import BenchError, CheckpointError, FormatError, QvlError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["folded_scales", "perturb_scales", "round_linears", "unfold"]
+__all__ = ["folded_scales", "perturb_scales", "round_linears", "run", "unfold"]
 
 #: The norms that AWQ's scales are folded into, and what reads them: q/k/v and gate/up.
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+#: That can be written.
+FAULTS = ("scales", "unfolded", "rounded")
 #: Of a packed linear.
 PARTS = ("qweight", "qzeros", "scales")
 
@@ -147,31 +149,27 @@ def _write(checkpoint: Checkpoint, out: Path, change: Callable[[str, Tensor], Te
     return out
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``python -m bench.studies.faulty_checkpoints``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.studies.faulty_checkpoints", description="Write a checkpoint with a fault."
-    )
-    parser.add_argument("fault", choices=("scales", "unfolded", "rounded"))
-    parser.add_argument("awq", type=Path, help="AWQ checkpoint")
-    parser.add_argument("out", type=Path, help="directory to write")
-    parser.add_argument("--source", type=Path, help="the 16-bit checkpoint it was made of (unfolded, rounded)")
-    parser.add_argument("--layer", type=int, help="decoder layer (scales: 0 unless given; unfolded: the most scaled)")
-    parser.add_argument("--by", type=float, default=0.05, help="how far scales are off, relative")
-    parser.add_argument("--seed", type=int, default=0, help="of the signs")
-    given = parser.parse_args(arguments)
-    if given.fault != "scales" and given.source is None:
-        parser.error(f"{given.fault} needs --source")
+def run(fault: str, awq: Path, out: Path, settings: FaultSettings) -> None:
+    """Write a checkpoint with a fault. Exits with 1 where it can't be written.
+
+    Args:
+        fault: ``scales``, ``unfolded`` or ``rounded``.
+        awq: the checkpoint it is made of.
+        out: directory to write.
+
+    Raises:
+        BenchError: no such fault, or it needs a source.
+    """
+    if fault not in FAULTS:
+        raise BenchError(f"{fault!r} is no fault: choose among {', '.join(FAULTS)}")
+    if fault != "scales" and settings.source is None:
+        raise BenchError(f"{fault} needs --source")
     try:
-        if given.fault == "scales":
-            perturb_scales(given.awq, given.out, given.layer or 0, given.by, seed=given.seed)
-        elif given.fault == "unfolded":
-            print(f"layer {unfold(given.awq, given.out, given.source, given.layer)}")
-        else:
-            round_linears(given.awq, given.out, given.source)
+        if fault == "scales":
+            perturb_scales(awq, out, settings.layer or 0, settings.by, seed=settings.seed)
+        elif settings.source is not None and fault == "unfolded":
+            print(f"layer {unfold(awq, out, settings.source, settings.layer)}")
+        elif settings.source is not None:
+            round_linears(awq, out, settings.source)
     except QvlError as error:
         sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,10 @@
 """The figures of one card: 16 bits against 4, and vLLM's kernel against another, all servers up at once.
 
-    python -m bench.studies.gpu_figures prepare --shapes 7b,2b    # random weights in these shapes, and their AWQ
-    python -m bench.studies.gpu_figures up                        # all servers, side by side, each with its KV cache
-    python -m bench.studies.gpu_figures measure                   # `qvl bench` over pairs of them; then the agreement
-    python -m bench.studies.gpu_figures down
-    python -m bench.studies.gpu_figures profile --profiles DIR    # what was measured of the kernels, for `qvl serve`
+    python -m bench.studies gpu-figures prepare --shapes 7b,2b    # random weights in these shapes, and their AWQ
+    python -m bench.studies gpu-figures up                        # all servers, side by side, each with its KV cache
+    python -m bench.studies gpu-figures measure                   # `qvl bench` over pairs of them; then the agreement
+    python -m bench.studies gpu-figures down
+    python -m bench.studies gpu-figures profile --profiles DIR    # what was measured of the kernels, for `qvl serve`
 
 `all` is the first four in a row; each can be called again, and does what is left. Speed and memory depend on the shape
 of weights alone, so random ones will do; nothing here is said about answers. A shape `tiny`, two layers of the 2B's,
@@ -13,7 +13,6 @@ shows on a CPU that it all runs.
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -21,10 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.cli.commands import run
-from toolkit.errors import QvlError
+from bench.cli import commands
+from bench.studies.settings import CardSettings
+from toolkit.errors import BenchError
 
-__all__ = ["Pair", "Shape", "main", "pairs"]
+__all__ = ["Pair", "Shape", "pairs", "run"]
 
 #: vLLM's own choice of kernel on Hopper is Machete; Marlin is faster there under a low load.
 _MARLIN = "awq-marlin"
@@ -96,12 +96,21 @@ def pairs(shapes: Sequence[Shape]) -> list[Pair]:
     return found + [Pair(shape, "awq", _MARLIN, False) for shape in shapes if _MARLIN in shape.systems]
 
 
+class Given:
+    """What was asked for, its directories whole and its minutes running."""
+
+    def __init__(self, settings: CardSettings) -> None:
+        self.settings = settings
+        self.work, self.out = settings.work.resolve(), settings.out.resolve()
+        self.end = time.monotonic() + 60 * settings.minutes
+
+
 def _must(command: Sequence[object]) -> None:
-    if code := run(command):
+    if code := commands.run(command):
         raise SystemExit(code)
 
 
-def prepare(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+def prepare(given: Given, shapes: Sequence[Shape]) -> None:
     """Make the checkpoints that are not there yet. A kernel is no other checkpoint: its name is a link."""
     import torch
 
@@ -111,9 +120,9 @@ def prepare(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
         if not source.exists():
             made: list[object] = ["random-model", "--shape", shape.base, "--out", source, "--device", device]
             made += ["--layers", shape.layers] if shape.layers else []
-            _must(made + (["--tokenizer", given.tokenizer] if given.tokenizer else []))
+            _must(made + (["--tokenizer", given.settings.tokenizer] if given.settings.tokenizer else []))
         if not awq.exists():
-            _must(["quantize", "--model", source, "--out", awq, "--samples", given.samples])
+            _must(["quantize", "--model", source, "--out", awq, "--samples", given.settings.samples])
         for system in shape.systems:
             directory = shape.directory(given.work, system)
             if not directory.exists():
@@ -125,7 +134,7 @@ def _all(shapes: Sequence[Shape]) -> Iterator[tuple[int, Shape, str]]:
         yield number, shape, system
 
 
-def up(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+def up(given: Given, shapes: Sequence[Shape]) -> None:
     """Start every server that does not run, all at once, and wait until the last is ready."""
     from serve.process import memory, state
     from serve.process.lifecycle import start
@@ -138,7 +147,7 @@ def up(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
     card = max((gpu.total for gpu in find_gpus()), default=0)
 
     def boot(number: int, shape: Shape, system: str) -> str:
-        directory, port = shape.directory(given.work, system), given.port + number
+        directory, port = shape.directory(given.work, system), given.settings.port + number
         known = state.load(port)
         if known is not None and known.alive and known.ready:
             return f"{directory.name}: runs on {known.url}"
@@ -169,11 +178,14 @@ def up(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
             note(booted.result())
 
 
-def measure(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+def measure(given: Given, shapes: Sequence[Shape]) -> None:
     """Make the reports that are not there yet, then hold our figures against those of `vllm bench serve`."""
     from toolkit.console import note, warn
 
-    urls = {(shape.name, system): f"http://127.0.0.1:{given.port + number}" for number, shape, system in _all(shapes)}
+    urls = {
+        (shape.name, system): f"http://127.0.0.1:{given.settings.port + number}"
+        for number, shape, system in _all(shapes)
+    }
     for pair in pairs(shapes):
         out, shape = given.out / pair.name, pair.shape
         begun = out.exists()
@@ -188,15 +200,15 @@ def measure(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
         command += ["--image-sizes", shape.sizes, "--output-tokens", 128]
         command += ["--prompt-tokens", 64, "--slo", "ttft=500ms,tpot=15ms"]
         command += ["--resume"] if begun else []
-        if code := run(command + (["--rate", shape.rates] if pair.rates else [])):
+        if code := commands.run(command + (["--rate", shape.rates] if pair.rates else [])):
             warn(f"{pair.name} ended with {code}; going on")
     shape = shapes[-1]
     agreement = given.out / "agreement.json"
     if time.monotonic() > given.end or agreement.exists():
         return
     url, tokenizer = urls[shape.name, "awq"], str(shape.directory(given.work, "awq"))
-    command = ["--url", url, "--tokenizer", tokenizer, "--out", agreement, *shape.agreement]
-    if code := run(command, "bench.studies.agreement"):
+    command = ["agreement", "--url", url, "--tokenizer", tokenizer, "--out", agreement, *shape.agreement]
+    if code := commands.run(command, "bench.studies"):
         warn(f"the agreement ended with {code}")
 
 
@@ -208,16 +220,16 @@ def _whole(out: Path) -> bool:
     return path.exists() and read(path).status == "ok"
 
 
-def down(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+def down(given: Given, shapes: Sequence[Shape]) -> None:
     """Stop the servers that run."""
     from serve.process import state
 
     for number, _, _ in _all(shapes):
-        if state.load(given.port + number) is not None:
-            run(["stop", "--port", given.port + number])
+        if state.load(given.settings.port + number) is not None:
+            commands.run(["stop", "--port", given.settings.port + number])
 
 
-def profile(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+def profile(given: Given, shapes: Sequence[Shape]) -> None:
     """Write a profile of each shape's kernels, at each load of its reports."""
     from bench.report.render.json_file import read
     from serve.plan.capacity import shape as published
@@ -262,52 +274,34 @@ def profile(given: argparse.Namespace, shapes: Sequence[Shape]) -> None:
                 "reports": reports,
             },
         )
-        note(str(save(made, given.profiles)))
+        note(str(save(made, given.settings.profiles)))
 
 
 STEPS = {"prepare": prepare, "up": up, "measure": measure, "down": down, "profile": profile}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``python -m bench.studies.gpu_figures``."""
-    from toolkit.console import fail
+def run(step: str, settings: CardSettings) -> None:
+    """Take a step, or with ``all`` the first four in a row.
 
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.studies.gpu_figures", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("step", choices=[*STEPS, "all"])
-    parser.add_argument("--shapes", default="7b,2b", help=f"of {', '.join(SHAPES)}, the most important first")
-    parser.add_argument("--work", type=Path, default=Path("out/card"), help="directory of the checkpoints")
-    parser.add_argument("--out", type=Path, default=Path("out/card/results"), help="directory of the reports")
-    parser.add_argument("--tokenizer", type=Path, help="directory with a Qwen2 tokenizer.json")
-    parser.add_argument("--samples", type=int, default=16, help="calibration chats: speed does not depend on them")
-    parser.add_argument("--profiles", type=Path, help="directory of profiles (where `qvl serve` looks for yours)")
-    parser.add_argument("--port", type=int, default=18000, help="of the first server")
-    parser.add_argument("--minutes", type=float, default=1e6, help="begin no report after so long")
-    given = parser.parse_args(arguments)
-    given.end = time.monotonic() + 60 * given.minutes
-    given.work, given.out = given.work.resolve(), given.out.resolve()
+    Raises:
+        BenchError: no such step or shape.
+        QvlError: a server does not boot.
+    """
+    if step not in (*STEPS, "all"):
+        raise BenchError(f"{step!r} is no step: choose among {', '.join((*STEPS, 'all'))}")
+    given = Given(settings)
     for directory in (given.work, given.out):
         directory.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("QVL_CACHE", str(given.work / "cache"))
     try:
-        shapes = [SHAPES[name] for name in given.shapes.split(",")]
+        shapes = [SHAPES[name] for name in settings.shapes.split(",")]
     except KeyError as error:
-        fail(f"--shapes: {error.args[0]!r} is none of {', '.join(SHAPES)}")
-        raise SystemExit(2) from None
+        raise BenchError(f"--shapes: {error.args[0]!r} is none of {', '.join(SHAPES)}") from None
+    if step != "all":
+        STEPS[step](given, shapes)
+        return
     try:
-        if given.step != "all":
-            STEPS[given.step](given, shapes)
-            return
-        try:
-            for step in (prepare, up, measure):
-                step(given, shapes)
-        finally:
-            down(given, shapes)
-    except QvlError as error:
-        fail(str(error))
-        raise SystemExit(2) from error
-
-
-if __name__ == "__main__":
-    main()
+        for first in (prepare, up, measure):
+            first(given, shapes)
+    finally:
+        down(given, shapes)

@@ -1,4 +1,4 @@
-"""What the guard costs: the same server with and without it, in turns. `python -m bench.studies.guard_cost --out DIR`.
+"""What the guard costs: the same server with and without it, in turns. `python -m bench.studies guard-cost --out DIR`.
 
 Three engines, each behind the guard and bare: one that answers at once, so that nothing but the HTTP server and the
 guard takes time; one as fast as a 7B model on a data-centre GPU; and, with --real, vLLM itself with the embedded model.
@@ -7,7 +7,6 @@ guard takes time; one as fast as a 7B model on a data-centre GPU; and, with --re
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import io
 import json
@@ -32,8 +31,9 @@ from PIL import Image
 from bench.chaos.hostile import CHAT, chat_body, data_url
 from bench.machine.environment import command_line, cpu_name, gpu_names, system_name, versions
 from bench.run.boot import free_ports
+from bench.studies.settings import GuardCostSettings
 
-__all__ = ["Comparison", "compare", "measure"]
+__all__ = ["Comparison", "compare", "measure", "run", "serve"]
 
 KEY = "key-of-the-bench-0123456789"
 #: Seconds to the first token, seconds between tokens, tokens.
@@ -202,7 +202,7 @@ def _engine(first: float, between: float, tokens: int) -> Callable[..., Any]:
     return app
 
 
-def _serve(engine: str, guarded: bool, port: int) -> None:
+def serve(engine: str, guarded: bool, port: int) -> None:
     """Be the server of an engine that is made up."""
     import uvicorn
 
@@ -217,8 +217,8 @@ def _serve(engine: str, guarded: bool, port: int) -> None:
 
 @contextmanager
 def _served(engine: str, guarded: bool, port: int) -> Iterator[tuple[str, int]]:
-    arguments = ["--serve", engine, "--port", str(port), *(["--guarded"] if guarded else [])]
-    process = subprocess.Popen([sys.executable, "-m", "bench.studies.guard_cost", *arguments])
+    arguments = ["guard-cost-engine", engine, "--port", str(port), *(["--guarded"] if guarded else [])]
+    process = subprocess.Popen([sys.executable, "-m", "bench.studies", *arguments])
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(200):
@@ -256,68 +256,55 @@ def _row(found: Comparison) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.studies.guard_cost", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20, help="pairs of rounds")
-    parser.add_argument("--requests", type=int, default=600, help="requests in a round")
-    parser.add_argument("--real", action="store_true", help="vLLM with the embedded model too")
-    parser.add_argument("--real-requests", type=int, default=64, help="requests in a round of vLLM")
-    parser.add_argument("--real-rounds", type=int, default=8)
-    parser.add_argument("--out", type=Path, help="directory for report.json and README.md")
-    parser.add_argument("--serve", choices=[*ENGINES], help=argparse.SUPPRESS)
-    parser.add_argument("--guarded", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if given.serve:
-        _serve(given.serve, given.guarded, given.port)
-        return
+HEAD = [
+    "| engine | request | requests/s bare | lost | TTFT p50 bare, ms | added | CPU a request bare, ms | added |",
+    "|---|---|---|---|---|---|---|---|",
+]
+
+
+def run(settings: GuardCostSettings) -> None:
+    """Measure every engine with and without the guard, print a table, and write the report where one is asked for."""
     bodies = {
         "text": chat_body("demo", max_tokens=16, stream=True),
         "a picture of 112 x 112": chat_body("demo", data_url(picture()), max_tokens=16, stream=True),
     }
     found: list[Comparison] = []
-    lines = [
-        "| engine | request | requests/s bare | lost | TTFT p50 bare, ms | added | CPU a request bare, ms | added |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines), flush=True)
-    engines = [*ENGINES, *(["vLLM, embedded model"] if given.real else [])]
-    for engine in engines:
+    print("\n".join(HEAD), flush=True)
+    for engine in [*ENGINES, *(["vLLM, embedded model"] if settings.real else [])]:
         real = engine not in ENGINES
+        rounds, requests = (
+            (settings.real_rounds, settings.real_requests) if real else (settings.rounds, settings.requests)
+        )
         with ExitStack() as stack:
-            ports = free_ports(2)
             bare, guarded = (
                 stack.enter_context(_vllm(on, port) if real else _served(engine, on, port))
-                for on, port in zip((False, True), ports, strict=True)
+                for on, port in zip((False, True), free_ports(2), strict=True)
             )
             for request, body in bodies.items():
-                rounds, requests = (
-                    (given.real_rounds, given.real_requests) if real else (given.rounds, given.requests)
-                )  # fmt: skip
                 found.append(compare(engine, request, bare, guarded, body, rounds=rounds, requests=requests))
-                lines.append(_row(found[-1]))
-                print(lines[-1], flush=True)
-    if given.out is not None:
-        given.out.mkdir(parents=True, exist_ok=True)
-        shown = ["python", "-m", "bench.studies.guard_cost", *(sys.argv[1:] if arguments is None else arguments)]
-        about = {
-            "command": command_line(shown).removeprefix("qvl "),
-            "device": "; ".join(gpu_names()) or cpu_name(),
-            "system": system_name(),
-            "load_average": os.getloadavg(),
-            "versions": versions(),
-        }
-        (given.out / "report.json").write_text(
-            json.dumps(about | {"found": [asdict(f) for f in found]}, indent=1) + "\n"
-        )
-        head = [
-            "# What the guard costs", "", f"    {about['command']}", "",
-            f"{about['device']}, {about['system']}. " + ", ".join(f"{n} {v}" for n, v in versions().items()), "",
-            f"{CONCURRENCY} clients. Intervals: 95% of the median over pairs of rounds, by bootstrap.", "",
-        ]  # fmt: skip
-        (given.out / "README.md").write_text("\n".join([*head, *lines, ""]))
+                print(_row(found[-1]), flush=True)
+    if settings.out is not None:
+        _write(found, settings.out)
 
 
-if __name__ == "__main__":
-    main()
+def _write(found: list[Comparison], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    about = {
+        "command": command_line(["python", "-m", "bench.studies", *sys.argv[1:]]).removeprefix("qvl "),
+        "device": "; ".join(gpu_names()) or cpu_name(),
+        "system": system_name(),
+        "load_average": os.getloadavg(),
+        "versions": versions(),
+    }
+    (out / "report.json").write_text(json.dumps(about | {"found": [asdict(f) for f in found]}, indent=1) + "\n")
+    head = [
+        "# What the guard costs",
+        "",
+        f"    {about['command']}",
+        "",
+        f"{about['device']}, {about['system']}. " + ", ".join(f"{n} {v}" for n, v in versions().items()),
+        "",
+        f"{CONCURRENCY} clients. Intervals: 95% of the median over pairs of rounds, by bootstrap.",
+        "",
+    ]
+    (out / "README.md").write_text("\n".join([*head, *HEAD, *map(_row, found), ""]))

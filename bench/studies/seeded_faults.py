@@ -1,7 +1,7 @@
 """Are faults that are known to be there found? The embedded model, quantized well and with faults, each against fp16:
 accuracy on thousands of held-out questions and drift from fp16, judged by what judges reports (`bench.judge.verdict`).
 
-    python -m bench.studies.seeded_faults --work out/seeded --out docs/results/seeded-faults --per-task 500
+    python -m bench.studies seeded-faults --work out/seeded --out docs/results/seeded-faults --per-task 500
 
 No server: weights are read back to float32 and each right answer goes through the model once. A question counts as
 right when every token of the right answer, its end included, is the likeliest after those before it, which is when
@@ -15,12 +15,10 @@ spoils the weights while it searches (docs/awq-on-cpu.md); this toolkit's mend i
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -38,12 +36,13 @@ from bench.report import words
 from bench.report.accuracy import Pair, rows
 from bench.report.schema import TaskAccuracy
 from bench.studies.faulty_checkpoints import perturb_scales, round_linears, unfold
-from toolkit.errors import QvlError
+from bench.studies.settings import SeededFaultsSettings
+from toolkit.errors import BenchError, QvlError
 from toolkit.paths import demo_checkpoint
 from toolkit.quantize import quantize
 from toolkit.tasks.manifests import write_tasks
 
-__all__ = ["SYSTEMS", "Found", "Read", "System", "make", "read", "table"]
+__all__ = ["SYSTEMS", "Found", "Read", "System", "make", "read", "run", "table"]
 
 FP16 = "fp16"
 #: Scales of this layer of the embedded model's five are perturbed: the one in the middle.
@@ -299,16 +298,17 @@ def table(found: Sequence[Found]) -> str:
     return "\n".join(lines)
 
 
-def _report(work: Path, out: Path, given: argparse.Namespace) -> str:
-    margin = given.margin / 100.0
-    questions = _questions(work, given.per_task)
-    fp16 = read(work, FP16, given.per_task)
-    known = {system.name: read(work, system.name, given.per_task) for system in SYSTEMS}
+def _report(settings: SeededFaultsSettings) -> str:
+    work, out = settings.work, settings.out
+    margin = settings.margin / 100.0
+    questions = _questions(work, settings.per_task)
+    fp16 = read(work, FP16, settings.per_task)
+    known = {system.name: read(work, system.name, settings.per_task) for system in SYSTEMS}
     found = [
         judge(system, questions, fp16, known[system.name], known[system.sound] if system.sound else None, margin)
         for system in SYSTEMS
     ]
-    command = shlex.join(["python", "-m", "bench.studies.seeded_faults", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "bench.studies", *sys.argv[1:]])
     created = datetime.now(UTC).isoformat(timespec="seconds")
     facts = {
         "created": created,
@@ -319,7 +319,7 @@ def _report(work: Path, out: Path, given: argparse.Namespace) -> str:
         "questions": len(questions),
         "questions_sha256": tasks.digest(questions),
         "answer_tokens": sum(fp16.tokens),
-        "calibration_samples": given.samples,
+        "calibration_samples": settings.samples,
         "margin": margin,
         "systems": [
             {
@@ -341,36 +341,28 @@ def _report(work: Path, out: Path, given: argparse.Namespace) -> str:
     shown = table(found)
     (out / "table.md").write_text(
         f"{shown}\n\n{len(questions):,} held-out questions, {sum(fp16.tokens):,} tokens of right answers, "
-        f"{given.samples} calibration chats; verdicts against a margin of {words.limit(margin)}; KL: mean "
+        f"{settings.samples} calibration chats; verdicts against a margin of {words.limit(margin)}; KL: mean "
         f"divergence from fp16, nats a token. {environment.cpu_name()}; {versions}; {created[:10]}.\n\n    {command}\n"
     )
     return shown
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``python -m bench.studies.seeded_faults``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.studies.seeded_faults", description=(__doc__ or "").split("\n")[0]
-    )
+def run(settings: SeededFaultsSettings) -> None:
+    """Make, read and judge every system and write the report, or read one alone. Exits with 1 where one can't be made.
+
+    Raises:
+        BenchError: no such system.
+    """
     names = [FP16, *(system.name for system in SYSTEMS)]
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "qvl-seeded", help="kept files")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/seeded-faults"), help="table.md, results.json")
-    parser.add_argument("--per-task", type=int, default=500, help="questions of each of the eight tasks")
-    parser.add_argument("--samples", type=int, default=48, help="calibration chats")
-    parser.add_argument("--margin", type=float, default=1.0, help="loss, in points, that would not matter")
-    parser.add_argument("--system", choices=names, help="read this one and write no report")
-    given = parser.parse_args(arguments)
-    given.work.mkdir(parents=True, exist_ok=True)
+    if settings.system is not None and settings.system not in names:
+        raise BenchError(f"--system: {settings.system!r} is none of {', '.join(names)}")
+    settings.work.mkdir(parents=True, exist_ok=True)
     try:
-        make(given.work, given.samples)
-        for name in [given.system] if given.system else names:
-            read(given.work, name, given.per_task)
+        make(settings.work, settings.samples)
+        for name in [settings.system] if settings.system else names:
+            read(settings.work, name, settings.per_task)
             print(f"{name}: read", file=sys.stderr, flush=True)
-        if given.system is None:
-            print(_report(given.work, given.out, given))
+        if settings.system is None:
+            print(_report(settings))
     except QvlError as error:
         sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Where the time of a decode step goes under vLLM: kernels, the gaps between them, the host's launches.
 
-    python -m bench.studies.step_profile out/2b-awq --concurrency 1 --steps 64 --out out/profile-2b-awq
+    python -m bench.studies step-profile out/2b-awq --concurrency 1 --steps 64 --out out/profile-2b-awq
 
 A server is booted with vLLM's torch profiler, kept busy by as many streamed answers as are asked for, and profiled for
 some steps in the middle of them, when all only decode. The trace stays in OUT beside step.json and step.md. On a GPU
@@ -10,7 +10,6 @@ than one that is not, the host more so than kernels: compare profiles with profi
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gzip
 import itertools
@@ -26,9 +25,10 @@ from typing import Any
 
 import httpx
 
-from toolkit.errors import BenchError, QvlError
+from bench.studies.settings import StepSettings
+from toolkit.errors import BenchError
 
-__all__ = ["Operation", "StepProfile", "analyse", "markdown"]
+__all__ = ["Operation", "StepProfile", "analyse", "markdown", "run"]
 
 #: Categories of a trace's events: what the device does, and what the host does to have it done.
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -289,32 +289,14 @@ def profile(
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Profile a model's decode step and print the page."""
-    from toolkit.console import fail
-
-    parser = argparse.ArgumentParser(prog="python -m bench.studies.step_profile", description=__doc__)
-    parser.add_argument("model", help="directory, hub id or demo")
-    parser.add_argument("--out", type=Path, required=True, help="directory for trace, step.json and step.md")
-    parser.add_argument("--concurrency", type=int, default=1, help="answers under way")
-    parser.add_argument("--steps", type=int, default=64, help="steps to profile")
-    parser.add_argument("--image-sizes", default="448x448", help="pictures, WIDTHxHEIGHT or text")
-    parser.add_argument("--serve-arg", action="append", default=[], help="argument for vLLM; repeatable")
-    given = parser.parse_args(arguments)
-    try:
-        profile(
-            given.model,
-            given.out,
-            concurrency=given.concurrency,
-            steps=given.steps,
-            sizes=given.image_sizes,
-            arguments=given.serve_arg,
-        )
-    except QvlError as error:
-        fail(str(error))
-        raise SystemExit(2) from error
-    print((given.out / "step.md").read_text())
-
-
-if __name__ == "__main__":
-    main()
+def run(model: str, settings: StepSettings) -> None:
+    """Profile a model's decode step and print the page. Raises as `profile`."""
+    profile(
+        model,
+        settings.out,
+        concurrency=settings.concurrency,
+        steps=settings.steps,
+        sizes=settings.image_sizes,
+        arguments=settings.serve_arg,
+    )
+    print((settings.out / "step.md").read_text())

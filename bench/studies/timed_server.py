@@ -1,6 +1,6 @@
 """A server that answers by the clock: every token comes when it is due, so what a client measures is known beforehand.
 
-    python -m bench.studies.timed_server --port 8900 --first 30 --between 6
+    python -m bench.studies timed-server --port 8900 --first 30 --between 6
 
 It speaks as much of OpenAI's API as `qvl bench` and `vllm bench serve` ask of a server, computes nothing, and says
 nothing of any model. What a client adds to a due time is the client's, and the event loop's of this process.
@@ -8,13 +8,13 @@ nothing of any model. What a client adds to a due time is the client's, and the 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
-from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["app", "main"]
+from bench.studies.settings import TimedServerSettings
+
+__all__ = ["app", "run"]
 
 MODEL = "paced"
 _STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -73,20 +73,9 @@ def app(first: float, between: float) -> Any:
     return application
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def run(settings: TimedServerSettings) -> None:
     """Serve until told to end."""
     import uvicorn
 
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.studies.timed_server", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--port", type=int, default=8900)
-    parser.add_argument("--first", type=float, default=30.0, help="ms to the first token")
-    parser.add_argument("--between", type=float, default=6.0, help="ms between tokens")
-    given = parser.parse_args(arguments)
-    served = app(given.first / 1000, given.between / 1000)
-    uvicorn.run(served, host="127.0.0.1", port=given.port, log_level="warning", access_log=False)
-
-
-if __name__ == "__main__":
-    main()
+    served = app(settings.first / 1000, settings.between / 1000)
+    uvicorn.run(served, host="127.0.0.1", port=settings.port, log_level="warning", access_log=False)

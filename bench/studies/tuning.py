@@ -1,7 +1,7 @@
 """The figures of docs/tuning.md and docs/multi-gpu.md, in steps that can each be killed and called again.
 
     make tune-bench ARGS="--shape 7b --minutes 9"      # again until it says that nothing is left
-    python -m bench.studies.tuning --shape demo            # the dry run, on a CPU too
+    python -m bench.studies tuning --shape demo            # the dry run, on a CPU too
 
 Makes a model of the shape with random weights (speed and memory depend on shapes alone), its AWQ, then: `qvl tune`
 with fp16 beside it, a decode step's profile of both, `qvl plan` against boots on cards of 16 and 24 GiB, and, where
@@ -10,20 +10,19 @@ there are two GPUs, tensor and data parallel over two against one. All results l
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.cli import commands
+from bench.studies.settings import TuningSettings
 from bench.tune.config import TuneConfig
 from bench.tune.journal import Journal
 from bench.tune.measure import tune
 from bench.tune.profile import table_rows
-from toolkit.errors import QvlError
 
-__all__ = ["main", "spreads"]
+__all__ = ["run", "spreads"]
 
 #: Loads, requests, output tokens and pictures: of a published shape on a GPU, and of the dry run.
 _REAL = {"loads": "1,8,32,128", "requests": 64, "tokens": 128, "sizes": "448x448", "steps": 64, "only": None}
@@ -97,55 +96,25 @@ def _parallel(model: str, results: Path, config: TuneConfig, minutes: float) -> 
     return tune(settings, config, lambda name: server_of(model, options(name)), journal, seconds=60 * minutes)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is left, until the minutes are up."""
+def run(settings: TuningSettings) -> None:
+    """Run what is left, until the minutes are up; exits with 3 then."""
     from bench.load.workload import parse_sizes
     from bench.run.config import parse_concurrencies
-    from serve.settings.backend import choose
-    from toolkit.console import fail, note
+    from toolkit.console import note
 
-    parser = argparse.ArgumentParser(prog="python -m bench.studies.tuning", description=__doc__)
-    parser.add_argument("--shape", default="7b", choices=("2b", "7b", "72b", "demo"))
-    parser.add_argument("--out", type=Path, default=Path("out/tune-bench"))
-    parser.add_argument("--minutes", type=float, default=1e6, help="begin nothing after so long")
-    parser.add_argument("--only", help="candidates of qvl tune to try, with commas")
-    given = parser.parse_args(arguments)
-    dry, gpu = given.shape == "demo", choose() == "gpu"
-    size = _DRY if dry else _REAL
-    source = "demo" if dry else str(given.out / f"{given.shape}-bf16")
-    awq = given.out / f"{given.shape}-awq"
-    results = given.out / f"{given.shape}-results"
-    steps = _Steps(results, given.minutes)
-    load = ["--image-sizes", str(size["sizes"])]
+    size = _DRY if settings.shape == "demo" else _REAL
+    results = settings.out / f"{settings.shape}-results"
+    config = TuneConfig(
+        concurrencies=parse_concurrencies(str(size["loads"])),
+        requests=int(str(size["requests"])),
+        output_tokens=int(str(size["tokens"])),
+        image_sizes=parse_sizes(str(size["sizes"])),
+    )
     try:
-        if not dry:
-            made = ["random-model", "--shape", given.shape, "--out", source, "--device", "cuda" if gpu else "cpu"]
-            steps.run("weights", made, made=Path(source))
-        steps.run("awq", ["quantize", "--model", source, "--out", awq, "--samples", 16], made=awq)
-        for name, model in (("awq", str(awq)), ("fp16", source)):
-            out = results / f"step-{name}"
-            profiled = [model, "--out", out, "--steps", size["steps"], *load]
-            steps.run(f"step-{name}", profiled, "bench.studies.step_profile", made=out / "step.json")
-        steps.run("capacity", [source, awq, "--out", results / "capacity.json"], "bench.studies.capacity_check")
-        config = TuneConfig(
-            concurrencies=parse_concurrencies(str(size["loads"])),
-            requests=int(str(size["requests"])),
-            output_tokens=int(str(size["tokens"])),
-            image_sizes=parse_sizes(str(size["sizes"])),
-        )
-        if not _parallel(str(awq), results, config, steps.minutes_left):
-            raise OutOfTime("parallel")
-        command: list[object] = ["tune", awq, "--fp16", source, "--concurrency", size["loads"], *load]
-        command += ["--requests", size["requests"], "--output-tokens", size["tokens"]]
-        command += ["--minutes", f"{steps.minutes_left:.1f}", "--out", results / "profile", "--fail-if-left"]
-        only = given.only or size["only"]
-        steps.run("tune", [*command, *(["--only", only] if only else [])])
+        _all(settings, size, config, _Steps(results, settings.minutes))
     except OutOfTime as late:
         note(f"the time is up before or in the step {late}: the same command goes on")
         raise SystemExit(_TIME_UP) from None
-    except QvlError as error:
-        fail(str(error))
-        raise SystemExit(2) from error
     told = json.loads((results / "parallel.json").read_text())
     for name, cells in table_rows(
         list(Journal(results / "parallel.json", told["about"]).trials.values()), config.concurrencies
@@ -154,5 +123,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     note(f"nothing is left; results are in {results}")
 
 
-if __name__ == "__main__":
-    main()
+def _all(settings: TuningSettings, size: Mapping[str, object], config: TuneConfig, steps: _Steps) -> None:
+    """Take every step that is left, in order."""
+    from serve.settings.backend import choose
+
+    dry, results = settings.shape == "demo", steps.results
+    source = "demo" if dry else str(settings.out / f"{settings.shape}-bf16")
+    awq = settings.out / f"{settings.shape}-awq"
+    load = ["--image-sizes", str(size["sizes"])]
+    if not dry:
+        device = "cuda" if choose() == "gpu" else "cpu"
+        made = ["random-model", "--shape", settings.shape, "--out", source, "--device", device]
+        steps.run("weights", made, made=Path(source))
+    steps.run("awq", ["quantize", "--model", source, "--out", awq, "--samples", 16], made=awq)
+    for name, model in (("awq", str(awq)), ("fp16", source)):
+        out = results / f"step-{name}"
+        profiled = ["step-profile", model, "--out", out, "--steps", size["steps"], *load]
+        steps.run(f"step-{name}", profiled, "bench.studies", made=out / "step.json")
+    steps.run("capacity", ["capacity-check", source, awq, "--out", results / "capacity.json"], "bench.studies")
+    if not _parallel(str(awq), results, config, steps.minutes_left):
+        raise OutOfTime("parallel")
+    command: list[object] = ["tune", awq, "--fp16", source, "--concurrency", size["loads"], *load]
+    command += ["--requests", size["requests"], "--output-tokens", size["tokens"]]
+    command += ["--minutes", f"{steps.minutes_left:.1f}", "--out", results / "profile", "--fail-if-left"]
+    only = settings.only or size["only"]
+    steps.run("tune", [*command, *(["--only", only] if only else [])])

@@ -5,29 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from bench.tune.config import TuneConfig
 from bench.tune.journal import Journal
 from bench.tune.profile import recommendation, table_rows
 from serve.settings.profiles import Profile
 from toolkit.console import err, note, out
+from toolkit.tables import table
 
 __all__ = ["progress", "show"]
 
 
 def show(journal: Journal, config: TuneConfig, profile: Profile) -> None:
     """Print the table, and what to conclude."""
-    table = Table("candidate", box=box.SIMPLE_HEAD, pad_edge=False)
-    for load in config.concurrencies:
-        table.add_column(f"{load} in flight", justify="right")
-    table.add_column("")
+    names = ["candidate", *(f"{load} in flight" for load in config.concurrencies), ""]
+    shown = table(names, range(1, len(names) - 1), ruled=True, wrapped=range(len(names)))
     for name, cells in table_rows(list(journal.trials.values()), config.concurrencies):
-        table.add_row(name, *cells)
-    table.caption = "output tokens/s, * the most"
-    out.print(table)
+        shown.add_row(name, *cells)
+    shown.caption = "output tokens/s, * the most"
+    out.print(shown)
     for line in recommendation(profile):
         out.print(line, highlight=False, markup=False)
 

@@ -15,7 +15,7 @@ graphs, and gives what is left to the KV cache (``determine_available_memory`` i
     KV cache     2 x layers x KV heads x head size x 2 bytes a token
 
 Weights are within 3% of what vLLM reported for 2B and 7B, and the KV cache is exact (docs/tuning.md). The activations
-follow from vLLM's source and the overhead is an allowance: `python -m bench.studies.capacity_check` holds both
+follow from vLLM's source and the overhead is an allowance: `python -m bench.studies capacity-check` holds both
 against boots.
 """
 

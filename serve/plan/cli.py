@@ -106,17 +106,16 @@ def _quantizing(checkpoint: Any, card: int) -> dict[str, Any]:
 
 
 def _table(rows: list[tuple[Capacity, dict[str, Any] | None]]) -> Table:
-    from rich import box
-    from rich.table import Table
+    from toolkit.tables import table
 
     columns = ("card", "model", "format", "weights", "beside", "tokens", "context", "at once", "picture", "to make")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))  # 80 columns are enough
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("model", "format", "to make") else "right", no_wrap=True)
+    figures = [at for at, name in enumerate(columns) if name not in ("model", "format", "to make")]
+    shown = table(columns, figures, ruled=True)
+    shown.padding = (0, 0)  # 80 columns are enough
     last = None
     for found, work in rows:
         if last not in (None, found.card):
-            table.add_section()
+            shown.add_section()
         last = found.card
         made = ""
         if work is not None:
@@ -130,11 +129,11 @@ def _table(rows: list[tuple[Capacity, dict[str, Any] | None]]) -> Table:
             fits = [f"{found.kv_tokens:,}", f"{found.context:,}", f"{found.concurrency:,}", f"{side}²"]
         else:
             fits = ["[red]no[/red]", "", "", ""]
-        table.add_row(*cells, *fits, made)
-    table.caption = (
+        shown.add_row(*cells, *fits, made)
+    shown.caption = (
         "card, weights, what is beside them: GiB. tokens: of the KV cache; at once: sequences of the whole context. "
         "picture: side in pixels that is read unscaled. to make: GB of GPU + host memory to quantize. "
         "An estimate: docs/tuning.md says how near"
     )
-    table.caption_justify = "left"
-    return table
+    shown.caption_justify = "left"
+    return shown

@@ -6,15 +6,19 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import click
 import pytest
 import typer.main
 
+from bench.chaos.cli import app as chaos
+from bench.studies.cli import app as studies
 from tests.support.paths import ROOT
 from toolkit.calibration.manifest import _read_line
 from toolkit.cli import app
+from toolkit.demo.cli import app as demo
 
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
@@ -45,17 +49,32 @@ ISSUE_TARGETS = [
 ]
 
 
-def commands(page: Path) -> list[str]:
-    return re.findall(r"^ {4}(qvl .+)$", page.read_text(), re.MULTILINE)
+#: What a page may show, and the group of commands that it calls.
+PROGRAMS = {
+    "qvl": app,
+    "python -m bench.studies": studies,
+    "python -m bench.chaos": chaos,
+    "python -m toolkit.demo": demo,
+}
+
+
+def commands(page: Path) -> list[tuple[str, str]]:
+    """Return the program and the rest of each command that a page shows, in a block or in a sentence."""
+    shown = page.read_text()
+    programs = "|".join(map(re.escape, PROGRAMS))
+    blocks = re.findall(rf"^ {{4}}({programs}) (.+)$", shown, re.MULTILINE)
+    return blocks + re.findall(r"`(python -m [a-z]+\.[a-z]+) ([a-z-]+)[^`]*`", shown)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_command_shown_is_one_that_qvl_takes(page: Path) -> None:
-    group = typer.main.get_command(app)
-    assert isinstance(group, click.Group) or hasattr(group, "commands")
-    for line in commands(page):
-        verb, *words = shlex.split(line.split("  #")[0])[1:]
+    for program, line in commands(page):
+        group = typer.main.get_command(PROGRAMS[program])
+        assert isinstance(group, click.Group) or hasattr(group, "commands")
+        verb, *words = shlex.split(line.split("  #")[0])
         command = group.commands[verb]
+        if not words and program != "qvl":
+            continue  # it is named, not called
         command.make_context(verb, list(words))  # raises on an unknown option or a missing one
 
 
@@ -89,13 +108,15 @@ def test_the_manifest_shown_in_the_guide_can_be_read() -> None:
         _read_line(line, "guide", ROOT)
 
 
-def test_help_is_complete_and_needs_no_torch() -> None:
-    group = typer.main.get_command(app)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_is_complete_and_needs_no_torch(program: str) -> None:
+    group = typer.main.get_command(PROGRAMS[program])
     for name, command in group.commands.items():
         assert command.help, name
         for parameter in command.params:
-            assert getattr(parameter, "help", None), f"qvl {name}: {parameter.name} has no help"
-    import sys
-
-    code = "import sys, toolkit.cli; sys.exit(bool({'torch', 'transformers', 'vllm', 'matplotlib'} & set(sys.modules)))"
+            if not command.hidden:
+                assert getattr(parameter, "help", None), f"{program} {name}: {parameter.name} has no help"
+    module = "toolkit.cli" if program == "qvl" else f"{program.split()[-1]}.cli"
+    heavy = "{'torch', 'transformers', 'vllm', 'matplotlib'}"
+    code = f"import sys, {module}; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from toolkit.checkpoint.engines import Engine
 from toolkit.checkpoint.inspection import Inspection, Part, Problem
 from toolkit.checkpoint.left_out import describe
 from toolkit.models.families import family_of
+from toolkit.tables import table
 from toolkit.units import human_bytes, human_count
 
 __all__ = ["render"]
@@ -33,7 +34,7 @@ def render(inspection: Inspection) -> RenderableType:
 
 
 def _facts(inspection: Inspection) -> Table:
-    table = Table.grid(padding=(0, 2))
+    facts = Table.grid(padding=(0, 2))
     model = inspection.model
     heads = f"{model['num_attention_heads']} heads ({model['num_key_value_heads']} key-value)"
     rows = {
@@ -58,8 +59,8 @@ def _facts(inspection: Inspection) -> Table:
         rows["made"] = _made(inspection.made)
     for key, value in rows.items():
         if value:
-            table.add_row(Text(key, style="dim"), Text(value))
-    return table
+            facts.add_row(Text(key, style="dim"), Text(value))
+    return facts
 
 
 def _left(inspection: Inspection, layers: int) -> str:
@@ -101,27 +102,26 @@ def _conversion(done: dict[str, object]) -> str:
 
 
 def _parts(inspection: Inspection) -> Table:
-    numbers = [Column(name, justify="right") for name in ("parameters", "size", "share")]
-    table = Table("part", *numbers, box=None, pad_edge=False)
+    shown = table(["part", "parameters", "size", "share"], (1, 2, 3), wrapped=range(4))
     for part in [*inspection.parts, Part("total", inspection.parameters, inspection.nbytes)]:
         style = "bold" if part.name == "total" else ""
         share = f"{100 * part.nbytes / max(inspection.nbytes, 1):.1f} %"
         name = part.name if part.name != "total" else f"total, {inspection.files} file" + "s" * (inspection.files > 1)
-        table.add_row(name, human_count(part.parameters), human_bytes(part.nbytes), share, style=style)
-    return table
+        shown.add_row(name, human_count(part.parameters), human_bytes(part.nbytes), share, style=style)
+    return shown
 
 
 def _engines(engines: list[Engine]) -> RenderableType:
-    table = Table("engine", "runs it", "GPUs", "how", box=None, pad_edge=False)
+    shown = table(["engine", "runs it", "GPUs", "how"], wrapped=range(4))
     for engine in engines:
         verdict, style = _VERDICTS[engine.runs]
         sizes = ", ".join(map(str, engine.tensor_parallel)) if engine.limit or len(engine.tensor_parallel) > 1 else ""
-        table.add_row(engine.name, Text(verdict, style=style), sizes, Text(engine.detail))
+        shown.add_row(engine.name, Text(verdict, style=style), sizes, Text(engine.detail))
     limits = [
         Text(f"{engine.name}: can't be split over {engine.limit}", style="dim") for engine in engines if engine.limit
     ]
     advice = [Text(f"{engine.name}: {engine.advice}", style="dim") for engine in engines if engine.advice]
-    return Group(table, *limits, *advice)
+    return Group(shown, *limits, *advice)
 
 
 def _problems(problems: list[Problem]) -> RenderableType:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.errors import CheckpointError, ManifestError, QvlError
-from toolkit.paths import demo_checkpoint
+from toolkit.errors import CheckpointError, ManifestError
 from toolkit.tasks.questions import TASKS, Picture, question
 
 if TYPE_CHECKING:
@@ -114,21 +112,3 @@ def record_accuracy(model: Path, per_task: int, device: str = "auto") -> dict[st
     write_record(model / ACCURACY, facts)
     write_card(model)
     return facts
-
-
-def main() -> None:
-    """Run ``python -m toolkit.demo.evaluate``."""
-    parser = argparse.ArgumentParser(description="Measure a demo checkpoint; write its accuracy.json and README.md.")
-    parser.add_argument("--model", type=Path, default=demo_checkpoint(), help="directory that qvl demo-model wrote")
-    parser.add_argument("--per-task", type=int, default=200, help="questions a task")
-    parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
-    given = parser.parse_args()
-    try:
-        facts = record_accuracy(given.model, given.per_task, given.device)
-    except QvlError as error:
-        parser.error(str(error))
-    print(facts["accuracy"], f"{facts['seconds']} s")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,12 +2,11 @@
 
 Accuracy is too coarse to rank good quantizations of a model this small; the divergence is not.
 
-    python -m toolkit.demo.fidelity --per-task 1000 CHECKPOINT...
+    python -m toolkit.demo fidelity --per-task 1000 CHECKPOINT...
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
@@ -142,28 +141,26 @@ def told(reference: Sequence[torch.Tensor], candidate: Sequence[torch.Tensor]) -
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the divergence of plain rounding and of each checkpoint from fp16."""
-    parser = argparse.ArgumentParser(prog="python -m toolkit.demo.fidelity", description=__doc__)
-    parser.add_argument("checkpoints", nargs="*", help="AWQ checkpoints of the embedded model")
-    parser.add_argument("--per-task", type=int, default=40, help="held-out questions of each of the eight tasks")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    settings = parser.parse_args(arguments)
+def compare(checkpoints: Sequence[str], per_task: int, device: str | None = None) -> None:
+    """Print the divergence of plain rounding and of each checkpoint from fp16.
+
+    Args:
+        checkpoints: AWQ checkpoints of the embedded model.
+        per_task: held-out questions of each of the eight tasks.
+        device: as torch names it; None takes a GPU where there is one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     patch_torchvision()
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(demo_checkpoint())
-    chats = held_out_chats(processor, settings.per_task)
+    chats = held_out_chats(processor, per_task)
     opening = processor.tokenizer.encode("<|im_start|>assistant\n")
     end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    reference = answer_logits(load(None).to(settings.device), chats, opening, end)
+    reference = answer_logits(load(None).to(device), chats, opening, end)
     print(f"{len(chats)} held-out answers, {sum(len(r) for r in reference)} tokens; KL from fp16, nats a token")
     print("mean and standard error    median    worst 1%  changed")
-    candidates = [("round to nearest, groups of 128", None, 128), *((c, Path(c), None) for c in settings.checkpoints)]
+    candidates = [("round to nearest, groups of 128", None, 128), *((c, Path(c), None) for c in checkpoints)]
     for name, path, nearest in candidates:
-        model = load(path, nearest).to(settings.device)
+        model = load(path, nearest).to(device)
         print(f"{told(reference, answer_logits(model, chats, opening, end))}   {name}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

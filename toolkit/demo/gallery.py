@@ -1,12 +1,11 @@
 """The README's pictures, drawn from held-out questions and the embedded model's own answers to them.
 
-``python -m toolkit.demo.gallery`` writes shapes.png, which ``make ask`` shows, and tasks.png: the first question of
+``python -m toolkit.demo gallery`` writes shapes.png, which ``make ask`` shows, and tasks.png: the first question of
 each task, then the first ones that the model gets wrong.
 """
 
 from __future__ import annotations
 
-import argparse
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,17 +72,10 @@ def _entries(reader: Reader) -> list[tuple[Picture, str]]:
     return first + wrong[:_COLUMNS]
 
 
-def main() -> None:
-    """Run ``python -m toolkit.demo.gallery``."""
-    parser = argparse.ArgumentParser(description="Draw the README's pictures.")
-    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="directory to write")
-    out: Path = parser.parse_args().out
+def draw(out: Path) -> None:
+    """Draw shapes.png and tasks.png into ``out`` and print what the embedded model says of the first."""
     out.mkdir(parents=True, exist_ok=True)
     shapes_picture().image.save(out / "shapes.png", optimize=True)
     reader = Reader(demo_checkpoint())
     print("shapes.png:", *reader.ask([shapes_picture()]))
     draw_gallery(_entries(reader), out / "tasks.png")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from toolkit.demo.record import ACCURACY, TRAINING, read_record
-from toolkit.paths import demo_checkpoint
 from toolkit.tasks import questions as pictures
 
 __all__ = ["card", "write_card"]
@@ -138,14 +136,3 @@ def write_card(model: Path) -> Path:
     path = model / "README.md"
     path.write_text(card(model), encoding="utf-8")
     return path
-
-
-def main() -> None:
-    """Run ``python -m toolkit.demo.model_card``."""
-    parser = argparse.ArgumentParser(description="Write a demo checkpoint's model card from its records.")
-    parser.add_argument("--model", type=Path, default=demo_checkpoint(), help="directory that qvl demo-model wrote")
-    print(write_card(parser.parse_args().model))
-
-
-if __name__ == "__main__":
-    main()

@@ -6,12 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from bench.report import words
 from bench.report.compare import view
-from bench.report.compare.figures import Comparison, Row
-from bench.report.schema import Item
+from bench.report.compare.changes import Row
+from bench.report.compare.comparison import Comparison
+from bench.report.render.pages import page
 
 __all__ = ["render"]
 
@@ -63,39 +61,18 @@ def bars(rows: Sequence[Row]) -> dict[str, Bar]:
     return found
 
 
-def _picture(comparison: Comparison, item: Item) -> str | None:
-    """A picture of the item that either report holds; they hold those of questions that flipped there."""
-    held = [side.report.accuracy.thumbnails for side in (comparison.a, comparison.b) if side.report.accuracy]
-    return next((known[sha] for known in held for sha in item.pictures if sha in known), None)
-
-
 def render(found: Sequence[Comparison]) -> str:
     """Return the page."""
-    jinja = Environment(
-        loader=PackageLoader("bench.report.render", ""),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    jinja.filters |= {
-        "percent": words.percent,
-        "points": words.points,
-        "interval": words.interval,
-        "p_value": words.p_value,
-        "questions": words.questions,
-        "golds": words.golds,
-    }
-    return jinja.get_template("compare.html.j2").render(
+    return page(
+        "compare.html.j2",
         found=found,
         columns=view.columns(found),
         bars=[bars(comparison.rows) for comparison in found],
         headlines=[view.headline(comparison) for comparison in found],
-        differences=list(dict.fromkeys(line for comparison in found for line in comparison.differences)),
-        notes=list(dict.fromkeys(line for comparison in found for line in comparison.notes)),
+        differences=view.differences(found),
+        notes=view.notes(found),
         view=view,
         badges=BADGES,
         tones=TONES,
-        picture=_picture,
         most=FLIPS,
     )

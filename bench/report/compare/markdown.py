@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.report import words
 from bench.report.compare import view
-from bench.report.compare.figures import Comparison
+from bench.report.compare.comparison import Comparison
+from toolkit.tables import markdown as table
 
 __all__ = ["render"]
 
 #: Rows of flipped answers and characters a cell: a comment holds 65,536.
 FLIPS, BRIEF = 40, 120
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        # An answer may hold anything; it must neither end a cell nor be taken for a tag.
-        plain = (" ".join(cell.replace("|", "\\|").replace("<", "&lt;").split()) for cell in cells)
-        return "| " + " | ".join(plain) + " |"
-
-    return "\n".join([line(head), line(["---", *["---:"] * (len(head) - 1)]), *map(line, rows)])
 
 
 def render(found: Sequence[Comparison]) -> str:
@@ -32,9 +23,9 @@ def render(found: Sequence[Comparison]) -> str:
         parts.append(f"**{judged}**: {sentence}" if judged else sentence)
         parts += [f"> **regression**: {line}" for line in comparison.regressions]
         parts += [f"> can't tell: {line}" for line in comparison.undecided]
-    said = list(dict.fromkeys(line for comparison in found for line in comparison.differences))
+    said = view.differences(found)
     parts += ["Compared although it differs: " + "; ".join(said) + "."] if said else []
-    noted = list(dict.fromkeys(line for comparison in found for line in comparison.notes))
+    noted = view.notes(found)
     parts += ["\n".join(f"- Note: {line}." for line in noted)] if noted else []
     head = ["", f"{columns[0].letter}: {columns[0].label}"]
     for column in columns[1:]:
@@ -59,21 +50,21 @@ def render(found: Sequence[Comparison]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose cells are each one line without runs of spaces."""
+    return table(_squeezed(head), list(map(_squeezed, rows)))
+
+
+def _squeezed(cells: Sequence[str]) -> list[str]:
+    return [" ".join(cell.split()) for cell in cells]
+
+
 def _flips(found: Comparison) -> str:
     a, b = found.a, found.b
-    rows = [
-        [
-            after.task,
-            after.question,
-            words.golds(after),
-            getattr(before, a.role).text,
-            getattr(after, b.role).text,
-        ]
-        for before, after in found.flips[:FLIPS]
-    ]
+    rows = [[flip.task, flip.question, flip.right, flip.before, flip.after] for flip in view.flips(found, FLIPS)]
     short = [[cell if len(cell) <= BRIEF else f"{cell[: BRIEF - 1]}…" for cell in row] for row in rows]
     shown = "" if len(found.flips) <= FLIPS else f", {FLIPS} of them shown"
-    table = _table(["task", "question", "right", a.label, b.label], short)
     title = f"{len(found.flips)} answers changed between right and wrong, {a.label} to {b.label}{shown}"
     title = title.replace("<", "&lt;")
-    return f"<details><summary>{title}</summary>\n\n{table}\n\n</details>"
+    rows_shown = _table(["task", "question", "right", a.label, b.label], short)
+    return f"<details><summary>{title}</summary>\n\n{rows_shown}\n\n</details>"

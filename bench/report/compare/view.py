@@ -5,10 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.questions.scoring import RIGHT
 from bench.report import words
-from bench.report.compare.figures import COUNTED, LATENCIES, Comparison, Figure, Metric, Row
+from bench.report.compare.changes import Row
+from bench.report.compare.comparison import Comparison
+from bench.report.compare.figures import COUNTED, LATENCIES, Figure, Metric
+from bench.report.schema import Item
+from bench.report.view import AccuracyRow, accuracy_row
 
-__all__ = ["Column", "Line", "change", "columns", "figure", "headline", "lines", "verdict"]
+__all__ = [
+    "Column",
+    "Flip",
+    "Line",
+    "accuracy",
+    "change",
+    "columns",
+    "differences",
+    "figure",
+    "flips",
+    "headline",
+    "lines",
+    "notes",
+    "verdict",
+]
 
 NAMES = {
     "ttft": "TTFT",
@@ -152,3 +171,57 @@ def headline(found: Comparison) -> tuple[str, str]:
     if found.regressions:
         judged = "worse"
     return judged, " ".join(parts)
+
+
+def differences(found: Sequence[Comparison]) -> list[str]:
+    """Why they can't be compared, each reason once."""
+    return list(dict.fromkeys(line for comparison in found for line in comparison.differences))
+
+
+def notes(found: Sequence[Comparison]) -> list[str]:
+    """What else a reader should know, each thing once."""
+    return list(dict.fromkeys(line for comparison in found for line in comparison.notes))
+
+
+def accuracy(found: Comparison) -> list[AccuracyRow]:
+    """Accuracy question by question, a row a task, all of them together last; none where it was not compared."""
+    if found.accuracy is None:
+        return []
+    return [*map(accuracy_row, found.tasks), accuracy_row(found.accuracy, total=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """A question that went from right to wrong (``lost``) or back.
+
+    Attributes:
+        right: the right answer.
+        before: what A said.
+        after: what B said.
+        image: data URL of one of its pictures; None where neither report holds any.
+    """
+
+    task: str
+    question: str
+    right: str
+    before: str
+    after: str
+    lost: bool
+    image: str | None
+
+
+def flips(found: Comparison, most: int) -> list[Flip]:
+    """The questions that flipped, the first so many."""
+    shown = []
+    for before, after in found.flips[:most]:
+        one, two = getattr(before, found.a.role), getattr(after, found.b.role)
+        image = _image(found, after)
+        lost = one.score >= RIGHT
+        shown.append(Flip(after.task, after.question, words.golds(after), one.text, two.text, lost, image))
+    return shown
+
+
+def _image(found: Comparison, item: Item) -> str | None:
+    """A picture of the item that either report holds; they hold those of questions that flipped there."""
+    held = [side.report.accuracy.thumbnails for side in (found.a, found.b) if side.report.accuracy]
+    return next((known[sha] for known in held for sha in item.pictures if sha in known), None)

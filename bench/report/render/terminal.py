@@ -3,78 +3,55 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
 
-from bench.report import words
+from bench.report import view
 from bench.report.schema import Report
-from bench.roles import ROLES
+from bench.report.view import HEADINGS, View
+from toolkit.tables import table
 
 __all__ = ["show"]
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-    return table
-
-
 def show(report: Report, console: Console) -> None:
     """Print accuracy and verdict by task, fidelity, speed by load, size, and the verdict over all."""
-    base, cand = (report.systems[role].label for role in ROLES)
-    if report.accuracy:
-        table = _table("Accuracy", "task", "n", base, cand, "points", "95% interval", "lost/won", "verdict")
-        for row in [*report.accuracy.tasks, report.accuracy.overall]:
-            d = row.difference
-            table.add_row(
-                row.task,
-                str(row.n),
-                words.percent(row.baseline.value),
-                words.percent(row.candidate.value),
-                words.points(d.value),
-                words.interval(d),
-                f"{d.lost}/{d.won}",
-                row.verdict,
-                style="bold" if row is report.accuracy.overall else None,
-            )
-        console.print(table, "")
+    shown = view.view(report)
+    if shown.accuracy:
+        _accuracy(shown, console)
     if report.fidelity:
-        table = _table("Fidelity", "", cand, f"{base}, asked again")
-        for name, values in words.drift_rows(report.fidelity):
-            table.add_row(name, *values)
-        console.print(table, "")
-    if report.speed:
-        table = _table(
-            "Speed (p50)", "load", "system", "TTFT ms", "TPOT ms", "ITL ms", "E2E ms", "tokens/s", "req/s", ""
-        )
-        for point in report.speed:
-            table.add_row(
-                point.load.name,
-                report.systems[point.role].label,
-                *(
-                    words.number(latency.p50) if latency else "–"
-                    for latency in (point.ttft_ms, point.tpot_ms, point.itl_ms, point.e2e_ms)
-                ),
-                words.number(point.output_tokens_per_s) if point.output_tokens_per_s else "–",
-                words.number(point.requests_per_s),
-                words.marks(point),
-            )
-        console.print(table, "")
-    systems = [report.systems[role] for role in ROLES]
-    if any(system.disk_bytes for system in systems):
-        table = _table("Size", "", base, cand)
-        table.add_row("stored as", *(system.quantization or "–" for system in systems))
-        table.add_row("on disk", *(words.gib(system.disk_bytes) for system in systems))
-        table.add_row("host memory", *(words.gib(system.memory.host_bytes) for system in systems))
-        if any(system.memory.gpu_bytes for system in systems):
-            table.add_row("GPU memory", *(words.gib(system.memory.gpu_bytes) for system in systems))
-        if any(system.memory.weights_bytes for system in systems):
-            table.add_row("weights in memory", *(words.gib(system.memory.weights_bytes) for system in systems))
-        if any(system.memory.kv_cache_tokens for system in systems):
-            table.add_row("KV cache, tokens", *(words.count(system.memory.kv_cache_tokens) for system in systems))
-        console.print(table, "")
-    if report.verdict.accuracy:
-        console.print(f"{report.verdict.accuracy}: ", style="bold", end="", markup=False)
-    console.print(report.verdict.sentence, markup=False, highlight=False)
-    if report.verdict.speed:
-        console.print(report.verdict.speed, markup=False, highlight=False)
+        names = ["", shown.labels[1], f"{shown.labels[0]}, asked again"]
+        drift = table(names, (1, 2), title=HEADINGS["fidelity"])
+        for name, values in shown.drift:
+            drift.add_row(name, *values)
+        console.print(drift, "")
+    if shown.speed:
+        _speed(shown, console)
+    if any(system.disk_bytes for system in report.systems.values()):
+        sizes = table(["", *shown.labels], (1, 2), title="Size")
+        for size in shown.sizes:
+            if size.short and (size.known or size.always):
+                sizes.add_row(size.short, *size.values)
+        console.print(sizes, "")
+    if shown.verdict.word:
+        console.print(f"{shown.verdict.word}: ", style="bold", end="", markup=False)
+    console.print(shown.verdict.sentence, markup=False, highlight=False)
+    if shown.verdict.speed:
+        console.print(shown.verdict.speed, markup=False, highlight=False)
+
+
+def _accuracy(shown: View, console: Console) -> None:
+    names = ["task", "n", *shown.labels, "points", "95% interval", "lost/won", "verdict"]
+    accuracy = table(names, range(1, len(names)), title=HEADINGS["accuracy"])
+    for row in shown.accuracy:
+        cells = [row.task, str(row.n), row.baseline.value, row.candidate.value]
+        cells += [row.difference.value, row.difference.interval, f"{row.lost}/{row.won}", row.verdict]
+        accuracy.add_row(*cells, style="bold" if row.total else None)
+    console.print(accuracy, "")
+
+
+def _speed(shown: View, console: Console) -> None:
+    names = ["load", "system", "TTFT ms", "TPOT ms", "ITL ms", "E2E ms", "tokens/s", "req/s", ""]
+    speed = table(names, range(1, len(names)), title=f"{HEADINGS['speed']} (p50)")
+    for row in shown.speed:
+        latencies = [latency.p50 if latency else "–" for latency in row.latencies]
+        speed.add_row(row.load, row.system, *latencies, row.tokens_per_s, row.requests_per_s, row.marks)
+    console.print(speed, "")

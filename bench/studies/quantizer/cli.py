@@ -1,4 +1,4 @@
-"""The verb `qvl quant-bench`: runs the parts one after the other, keeps what each found, writes the page."""
+"""``python -m bench.studies quantizer``: runs the parts one after the other, keeps what each found, writes the page."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["register"]
 
 
 def register(app: typer.Typer) -> None:
-    """Add this module's verb to ``app``."""
-    app.command("quant-bench", rich_help_panel="Measurement")(quant_bench)
+    """Add this module's command to ``app``."""
+    app.command("quantizer")(quantizer)
 
 
-def quant_bench(
+def quantizer(
     out: Annotated[Path, typer.Option(help="Directory of results.json and README.md; models go to OUT/work.")] = Path(
         "out/quantizer"
     ),

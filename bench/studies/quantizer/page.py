@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.judge.stats import mcnemar, paired_bootstrap
+from bench.judge.stats import mcnemar, mean_interval
 from bench.studies.quantizer.plots import draw
 from bench.studies.quantizer.results import later_layers, line
 from bench.studies.quantizer.settings import PARTS
@@ -25,8 +25,8 @@ def render(parts: dict[str, Any], out: Path) -> Path:
     lines = [
         "# The quantizer beside stock AutoAWQ",
         "",
-        "Written by `qvl quant-bench` (`make quant-bench`) from [results.json](results.json). GB are 10^9 bytes. A "
-        "first layer warms up, so a layer's time is the median of the later ones.",
+        "Written by `python -m bench.studies quantizer` (`make quant-bench`) from [results.json](results.json). GB are "
+        "10^9 bytes. A first layer warms up, so a layer's time is the median of the later ones.",
     ]
     if any(parts[part]["about"]["tiny"] for part in parts):
         lines += ["", "**Made with `--tiny`: these figures show that the script runs, and nothing else.**"]
@@ -36,7 +36,7 @@ def render(parts: dict[str, Any], out: Path) -> Path:
         title, write = _SECTIONS[part]
         lines += ["", f"## {title}", ""]
         if part not in parts:
-            lines += [f"Not measured yet (`qvl quant-bench --parts {part}`)."]
+            lines += [f"Not measured yet (`python -m bench.studies quantizer --parts {part}`)."]
             continue
         lines += [_made(part, parts[part]["about"]), "", *write(parts[part])]
         if part in plots:
@@ -52,7 +52,8 @@ def _made(part: str, about: dict[str, Any]) -> str:
     wanted = ("qvl", "python", "torch", "transformers", "autoawq")
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in wanted if name in about["versions"])
     note = f" {about['note']}" if about.get("note") else ""
-    return f"`qvl quant-bench --parts {part}{stock}{tiny}`, {about['date']}, {about['device']}; {versions}.{note}"
+    command = f"python -m bench.studies quantizer --parts {part}{stock}{tiny}"
+    return f"`{command}`, {about['date']}, {about['device']}; {versions}.{note}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -265,7 +266,7 @@ def _quality(part: dict[str, Any]) -> list[str]:
         compared = ""
         if method is not ours:
             pairs = zip(ours["chat_kl"], method["chat_kl"], strict=True)
-            interval = paired_bootstrap([b - a for a, b in pairs], seed=0)
+            interval = mean_interval([b - a for a, b in pairs], seed=0)
             compared = f"{interval.low:+.5f} to {interval.high:+.5f}"
         drift.append([name, group, f"{method['kl']:.5f}", compared, f"{sum(method['layer_errors']):.4f}"])
     data = part["calibration"]

@@ -24,7 +24,8 @@ def url() -> Iterator[str]:
     command = [
         sys.executable,
         "-m",
-        "bench.studies.timed_server",
+        "bench.studies",
+        "timed-server",
         "--port",
         str(port),
         "--first",

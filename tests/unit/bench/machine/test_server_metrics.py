@@ -50,7 +50,6 @@ def test_a_point_is_the_difference_of_two_pages() -> None:
         output_tokens=6,
         finished=3,
         queue_mean_s=pytest.approx((0.000233 - 0.000079) / 3, abs=1e-6),
-        busy_before=0,
         kv_blocks=257,
         kv_tokens=32896,
     )
@@ -70,14 +69,6 @@ def test_engines_are_summed() -> None:
     assert both is not None and one is not None
     for field in dataclasses.fields(Snapshot):
         assert getattr(both, field.name) == 2 * getattr(one, field.name), field.name
-
-
-def test_what_was_in_the_server_already_is_told() -> None:
-    busy = BEFORE.replace(
-        'num_requests_running{engine="0",model_name="demo"} 0.0', 'num_requests_running{model_name="demo"} 3.0'
-    ).replace('num_requests_waiting{engine="0",model_name="demo"} 0.0', 'num_requests_waiting{model_name="demo"} 2.0')
-    found = point(busy, AFTER)
-    assert found is not None and found.busy_before == 5
 
 
 def test_a_server_that_started_anew_has_no_difference() -> None:

@@ -16,8 +16,7 @@ from bench.questions import scoring
 from bench.questions.tasks import Question
 from bench.report import speed, words
 from bench.report.build import build
-from bench.report.render import html_file as html
-from bench.report.render import markdown
+from bench.report.render import html_file, markdown
 from bench.report.schema import Judgement, Load, Report, SpeedFigure, SpeedRatio
 from bench.roles import ROLES, Role
 from bench.run.config import BenchConfig
@@ -251,7 +250,7 @@ def test_speed_is_judged_in_words_by_its_interval(scales: list[float], said: str
     found = built(measured(config, {"baseline": [1.0, 1.0, 1.0], "candidate": scales}), config)
     assert found.verdict.speed and said in found.verdict.speed
     assert ("lower" in found.verdict.speed) == ("longer" in said)
-    for text in (html.render(found), markdown.render(found)):
+    for text in (html_file.render(found), markdown.render(found)):
         assert said in text
 
 
@@ -261,7 +260,7 @@ def test_one_round_has_no_interval() -> None:
     ratio = found.ratio("tpot", "1 in flight")
     assert ratio and (ratio.low, ratio.high) == (None, None)
     assert "one round: speed has no intervals" in found.warnings
-    assert "–" in html.render(found)
+    assert "–" in html_file.render(found)
 
 
 def test_goodput_counts_requests_that_met_every_objective() -> None:
@@ -301,7 +300,7 @@ def test_a_point_that_measures_the_client_is_invalid_and_compared_with_nothing()
     assert point and point.invalid and "20.0 ms late (p50)" in point.invalid
     assert out.speed_ratios == []
     assert any("candidate, 1 in flight: invalid" in warning for warning in out.warnings)
-    for text in (html.render(out), markdown.render(out)):
+    for text in (html_file.render(out), markdown.render(out)):
         assert "invalid" in text
 
 
@@ -349,7 +348,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_judges_nothing_over_all() -> N
     assert out.accuracy and out.accuracy.overall.n == 12
     assert out.ratio("tpot", "1 in flight")
     assert "interrupted and is not complete: 8 of 20 questions" in out.verdict.sentence
-    page = html.render(out)
+    page = html_file.render(out)
     assert page.index("Not complete") < page.index("<h2")
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import json as stdlib_json
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,9 +13,7 @@ from bench import report as reports
 from bench.load.client import Failure
 from bench.questions.tasks import Question
 from bench.report import words
-from bench.report.render import html_file as html
-from bench.report.render import json_file as json
-from bench.report.render import markdown, terminal
+from bench.report.render import html_file, json_file, markdown, terminal
 from bench.report.render.json_file import read
 from bench.report.render.plots import speed_curves
 from bench.report.schema import SCHEMA_VERSION, Report
@@ -27,29 +25,29 @@ from toolkit.errors import BenchError
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return html.render(report({"candidate": {"red-1"}}, speed={"candidate": 0.8}))
+    return html_file.render(report({"candidate": {"red-1"}}, speed={"candidate": 0.8}))
 
 
 def test_json_survives_a_round_trip(tmp_path: Path) -> None:
     found = report({"candidate": {"red-1"}})
-    (tmp_path / "report.json").write_text(json.render(found))
-    assert json.read(tmp_path) == json.read(tmp_path / "report.json") == found
+    (tmp_path / "report.json").write_text(json_file.render(found))
+    assert json_file.read(tmp_path) == json_file.read(tmp_path / "report.json") == found
 
 
 def test_the_schema_has_a_version() -> None:
-    assert stdlib_json.loads(json.render(report()))["schema_version"] == SCHEMA_VERSION == 3
+    assert json.loads(json_file.render(report()))["schema_version"] == SCHEMA_VERSION == 3
 
 
 def test_the_printed_schema_describes_what_is_written() -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    check = jsonschema.Draft202012Validator(stdlib_json.loads(json.schema()))
+    check = jsonschema.Draft202012Validator(json.loads(json_file.schema()))
     asked = pictured(4, each=2)
     for found in (
         report({"candidate": {"scans-1"}}, asked=asked),
         report(failure=Failure("http", "no")),
         report(asked=[]),
     ):
-        data = stdlib_json.loads(json.render(found))
+        data = json.loads(json_file.render(found))
         assert list(check.iter_errors(data)) == []
     data["accuracy"] = {"overall": "fine"}
     assert list(check.iter_errors(data))
@@ -60,11 +58,11 @@ REPORTS = [file for file in sorted(RESULTS.glob("*/report.json")) if "schema_ver
 
 @pytest.mark.parametrize("file", REPORTS, ids=lambda file: file.parent.name)
 def test_the_committed_reports_can_be_read(file: Path) -> None:
-    data = stdlib_json.loads(file.read_text())
-    found = json.read(file)
-    assert (json.UPGRADED in found.warnings) == (data["schema_version"] == 1)
+    data = json.loads(file.read_text())
+    found = json_file.read(file)
+    assert (json_file.UPGRADED in found.warnings) == (data["schema_version"] == 1)
     if data["schema_version"] == SCHEMA_VERSION:
-        assert stdlib_json.loads(json.render(found)) == data
+        assert json.loads(json_file.render(found)) == data
 
 
 def test_a_report_of_the_first_version_is_judged_anew(tmp_path: Path) -> None:
@@ -72,18 +70,18 @@ def test_a_report_of_the_first_version_is_judged_anew(tmp_path: Path) -> None:
     old = first_version(new)
     old["accuracy"]["items"][30]["candidate"]["score"] = 0.0  # the rules of that day, not today's
     old["verdict"]["accuracy"] = "no worse"
-    (tmp_path / "report.json").write_text(stdlib_json.dumps(old))
-    found = json.read(tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps(old))
+    found = json_file.read(tmp_path)
     assert found.accuracy is not None and new.accuracy is not None
     assert found.accuracy.model_dump() == new.accuracy.model_dump()
     assert found.verdict == new.verdict.model_copy(update={"speed": None})
-    assert found.warnings == [*new.warnings, json.UPGRADED]
+    assert found.warnings == [*new.warnings, json_file.UPGRADED]
 
 
 def test_a_report_of_the_second_version_has_its_loads(tmp_path: Path) -> None:
     new = report({"candidate": {"red-1"}}, speed={"candidate": 0.8})
-    (tmp_path / "report.json").write_text(stdlib_json.dumps(second_version(new)))
-    found = json.read(tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps(second_version(new)))
+    found = json_file.read(tmp_path)
     assert [(point.role, point.concurrency, point.rounds) for point in found.speed] == [
         (point.role, point.concurrency, 2) for point in new.speed
     ]
@@ -96,15 +94,15 @@ def test_a_report_of_the_second_version_has_its_loads(tmp_path: Path) -> None:
     assert found.workload.output_tokens == "5" and found.workload.prompt_tokens is None
     assert found.verdict == new.verdict.model_copy(update={"speed": None})
     assert (found.accuracy, found.warnings) == (new.accuracy, new.warnings)
-    parsed(html.render(found))
+    parsed(html_file.render(found))
     markdown.render(found)
 
 
 @pytest.mark.parametrize("damage", [{"accuracy": 7}, {"accuracy": {"items": [{"id": "x"}]}}, {"verdict": None}])
 def test_a_damaged_report_of_the_first_version_is_said(tmp_path: Path, damage: dict[str, Any]) -> None:
-    (tmp_path / "report.json").write_text(stdlib_json.dumps(first_version(report()) | damage))
+    (tmp_path / "report.json").write_text(json.dumps(first_version(report()) | damage))
     with pytest.raises(BenchError, match="not a valid report of schema version 1"):
-        json.read(tmp_path)
+        json_file.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -124,11 +122,11 @@ def test_what_is_no_report_is_said(tmp_path: Path, text: str | None, words: str)
     if text is not None:
         (tmp_path / "report.json").write_text(text)
     with pytest.raises(BenchError, match=words):
-        json.read(tmp_path)
+        json_file.read(tmp_path)
 
 
 def test_unknown_keys_are_refused() -> None:
-    data = stdlib_json.loads(json.render(report())) | {"extra": 1}
+    data = json.loads(json_file.render(report())) | {"extra": 1}
     with pytest.raises(ValueError, match="extra"):
         Report.model_validate(data)
 
@@ -146,7 +144,7 @@ def test_an_existing_report_is_kept_unless_forced(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="--force"):
         reports.check_target(out, force=False)
     reports.write(report(per_task=3), out, force=True)
-    assert json.read(out).workload.questions == 6
+    assert json_file.read(out).workload.questions == 6
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -257,7 +255,7 @@ def flipping() -> tuple[Report, set[str], set[str]]:
 
 def test_the_page_shows_every_flip_with_its_picture() -> None:
     found, lost, won = flipping()
-    page = html.render(found)
+    page = html_file.render(found)
     shown = re.findall(
         r'<article class="card flip (lost|won) .*?<img src="(.*?)" alt="Picture 1 of (.*?)"', page, re.DOTALL
     )
@@ -273,7 +271,7 @@ def test_the_page_shows_every_flip_with_its_picture() -> None:
 
 
 def test_flips_can_be_told_apart_without_colour_and_filtered_without_a_script() -> None:
-    page = html.render(flipping()[0])
+    page = html_file.render(flipping()[0])
     for article in re.findall(r"<article.*?</article>", page, re.DOTALL):
         word = "Lost" if "flip lost" in article else "Won"
         assert f"</span> {word}</b>" in article and "· right" in article and "· wrong" in article
@@ -287,7 +285,7 @@ def test_a_flip_says_what_there_is_to_know() -> None:
         Question("c", "quiz", "Which?\nA. x\nB. yes", ("B",), "choice", choices=("x", "yes")),
         Question("v", "people", "What?", ("yes",) * 7 + ("yeah",) * 3, "vqa"),
     ]
-    page = html.render(report({"candidate": {"c", "v"}}, asked=asked))
+    page = html_file.render(report({"candidate": {"c", "v"}}, asked=asked))
     assert "wrong; names none of the options" in page
     assert "yes (×7), yeah (×3)" in page
     assert "wrong; names none of the options" not in markdown.render(report(asked=asked))
@@ -331,7 +329,7 @@ def test_each_verdict_stands_in_all_formats() -> None:
     console = Console(record=True, width=120)
     terminal.show(found, console)
     lines = console.export_text().splitlines()
-    page, text = html.render(found).replace("&#39;", "'"), markdown.render(found)
+    page, text = html_file.render(found).replace("&#39;", "'"), markdown.render(found)
     for task, word in verdicts.items():
         assert any(line.startswith(task) and line.rstrip().endswith(f" {word}") for line in lines)
         assert re.search(rf'<th scope="row">{task}<.*?</span> <b>{word}</b>', page, re.DOTALL)
@@ -340,7 +338,7 @@ def test_each_verdict_stands_in_all_formats() -> None:
 
 def test_a_task_that_is_worse_is_said_first() -> None:
     asked = [*questions(20, tasks=["red"]), *questions(600, tasks=["blue"])]
-    page = html.render(report({"candidate": {f"red-{i}" for i in range(10)}}, asked=asked, margin=5.0))
+    page = html_file.render(report({"candidate": {f"red-{i}" for i in range(10)}}, asked=asked, margin=5.0))
     assert "<strong>No worse over all, worse in red</strong>" in page
 
 
@@ -357,7 +355,7 @@ def test_markdown_lists_the_flips() -> None:
 def test_what_is_printed_is_escaped() -> None:
     asked = [Question("<b>id", "<i>task", "<script>alert(1)</script>", ("yes",))]
     found = report({"candidate": {"<b>id"}}, asked=asked)
-    page = html.render(found)
+    page = html_file.render(found)
     assert "<script" not in page and "<i>task" not in page
     parsed(page)
     assert "<script" not in markdown.render(found)
@@ -374,14 +372,14 @@ def test_what_is_printed_is_escaped() -> None:
     ids=["failed", "speed only", "no counts", "one question"],
 )
 def test_every_kind_of_report_renders(found: Report) -> None:
-    parsed(html.render(found))
+    parsed(html_file.render(found))
     assert found.verdict.sentence in markdown.render(found)
     console = Console(record=True, width=100)
     terminal.show(found, console)
 
 
 def test_a_failed_report_says_so_first() -> None:
-    page = html.render(report(failure=Failure("http", "HTTP 500: gone")))
+    page = html_file.render(report(failure=Failure("http", "HTTP 500: gone")))
     assert page.index("Run failed") < page.index("<h2")
     assert 'class="cards"' not in page
 

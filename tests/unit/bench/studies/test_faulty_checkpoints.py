@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.studies.faulty_checkpoints import NORMS, folded_scales, main, perturb_scales, round_linears, unfold
+from bench.studies.cli import app
+from bench.studies.faulty_checkpoints import NORMS, folded_scales, perturb_scales, round_linears, unfold
 from tests.support import rounded, tiny
+from tests.support.command import exit_code
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import CheckpointError, FormatError
 from toolkit.paths import demo_checkpoint
@@ -81,17 +83,15 @@ def test_rounded_is_plain_rounding(awq: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_writes_a_checkpoint(awq: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["scales", str(awq), str(tmp_path / "a"), "--layer", "1"])
+    write = "faulty-checkpoints"
+    assert exit_code(app, write, "scales", awq, tmp_path / "a", "--layer", 1) == 0
     assert changed(awq, tmp_path / "a")
     scaled(awq, 2, 0.1)
-    main(["unfolded", str(awq), str(tmp_path / "b"), "--source", str(demo_checkpoint())])
+    assert exit_code(app, write, "unfolded", awq, tmp_path / "b", "--source", demo_checkpoint()) == 0
     assert capsys.readouterr().out == "layer 2\n"
-    with pytest.raises(SystemExit) as caught:
-        main(["scales", str(awq), str(tmp_path / "a")])
-    assert str(tmp_path / "a") in str(caught.value)  # exists
-    with pytest.raises(SystemExit) as caught:
-        main(["unfolded", str(awq), str(tmp_path / "c")])
-    assert caught.value.code == 2
+    assert str(tmp_path / "a") in str(exit_code(app, write, "scales", awq, tmp_path / "a"))  # exists
+    assert exit_code(app, write, "unfolded", awq, tmp_path / "c") == 2
+    assert exit_code(app, write, "folded", awq, tmp_path / "c") == 2
 
 
 def test_what_has_no_such_fault_is_refused(awq: Path, tmp_path: Path) -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from bench.cli import commands
 from bench.studies import gpu_figures as card
+from bench.studies.cli import app
 from serve.settings import profiles
+from tests.support.command import exit_code
 from tests.support.paths import RESULTS
 
 H100 = RESULTS / "h100"
@@ -17,7 +20,8 @@ SHIPPED = Path(profiles.__file__).parent / "profiles"
 
 
 def test_a_shipped_profile_is_what_the_reports_say(tmp_path: Path) -> None:
-    card.main(["profile", "--work", str(tmp_path / "w"), "--out", str(H100), "--profiles", str(tmp_path / "p")])
+    where = ("--work", tmp_path / "w", "--out", H100, "--profiles", tmp_path / "p")
+    assert exit_code(app, "gpu-figures", "profile", *where) == 0
     made = sorted((tmp_path / "p").iterdir())
     assert [path.name for path in made] == [path.name for path in sorted(SHIPPED.glob("*.json"))]
     path = next(path for path in made if "3584" in path.name)  # the 2B's is qvl tune's, which knows Marlin too
@@ -54,8 +58,8 @@ def test_a_run_that_was_interrupted_is_gone_on_with(tmp_path: Path, monkeypatch:
         asked[Path(words[words.index("--out") + 1]).name] = words
         return 0
 
-    monkeypatch.setattr(card, "run", run)
-    card.main(["measure", "--work", str(tmp_path / "work"), "--out", str(tmp_path)])
+    monkeypatch.setattr(commands, "run", run)
+    assert exit_code(app, "gpu-figures", "measure", "--work", tmp_path / "work", "--out", tmp_path) == 0
     resumed = {name: "--resume" in words for name, words in asked.items()}
     assert resumed == {
         "2b-awq-against-bf16": True,
@@ -66,14 +70,10 @@ def test_a_run_that_was_interrupted_is_gone_on_with(tmp_path: Path, monkeypatch:
 
 
 def test_an_unknown_shape_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        card.main(["up", "--shapes", "7b,9b", "--work", str(tmp_path), "--out", str(tmp_path)])
-    assert ended.value.code == 2
+    assert exit_code(app, "gpu-figures", "up", "--shapes", "7b,9b", "--work", tmp_path, "--out", tmp_path) == 2
     assert "'9b' is none of 7b, 2b" in capsys.readouterr().err
 
 
 def test_a_step_without_its_checkpoints_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        card.main(["up", "--shapes", "tiny", "--work", str(tmp_path), "--out", str(tmp_path)])
-    assert ended.value.code == 2
+    assert exit_code(app, "gpu-figures", "up", "--shapes", "tiny", "--work", tmp_path, "--out", tmp_path) == 2
     assert "no such directory" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from bench.studies.cli import app
 from bench.studies.quantizer import results
 from bench.studies.quantizer.errors import Call, awq_layer, relative_error, rounded_layer
 from bench.studies.quantizer.inputs import padded_batch, prepared, text_manifest, with_channels
 from bench.studies.quantizer.page import render
 from bench.studies.quantizer.settings import Settings
+from tests.support.command import exit_code
 from tests.support.short import short_demo
-from toolkit import cli
 from toolkit.calibration.inputs import PreparedSample
 from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
 from toolkit.errors import BenchError
@@ -247,12 +247,7 @@ def test_channels_are_made_to_differ(tmp_path: Path) -> None:
     assert rows.log().std() == pytest.approx(0.7, abs=0.15)
 
 
-def test_an_unknown_part_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_part_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in ((["--parts", "sped"], "choose among"), (["--render"], "no results")):
-        monkeypatch.setattr(sys, "argv", ["qvl", "quant-bench", "--out", str(tmp_path), *arguments])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        assert caught.value.code == 2
+        assert exit_code(app, "quantizer", "--out", tmp_path, *arguments) == 2
         assert words in " ".join(capsys.readouterr().err.split())

@@ -14,21 +14,10 @@ from bench.report.compare import html_file as compare_html
 from bench.report.compare import markdown as compare_markdown
 from bench.report.compare import terminal as compare_terminal
 from bench.report.compare import view as compare_view
-from bench.report.compare.figures import (
-    KNOWN,
-    Change,
-    Comparison,
-    Figure,
-    Metric,
-    Row,
-    Side,
-    _between,
-    _mover,
-    compare,
-    compare_all,
-    figures,
-    parse_condition,
-)
+from bench.report.compare.changes import Change, Row, _between, _mover
+from bench.report.compare.comparison import Comparison, compare, compare_all
+from bench.report.compare.conditions import parse_condition
+from bench.report.compare.figures import KNOWN, Figure, Metric, Side, figures
 from bench.report.render.json_file import read
 from bench.report.schema import Estimate, Report
 from tests.support.factory import first_version, pictured, questions, report, system

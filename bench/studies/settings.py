@@ -1,0 +1,131 @@
+"""What each study is asked for: one model of settings a study, from which its command line is made too."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+from toolkit.options import Option, Settings
+
+__all__ = [
+    "AgreementSettings",
+    "CapacitySettings",
+    "CardSettings",
+    "ColdStartSettings",
+    "FaultSettings",
+    "GuardCostSettings",
+    "SeededFaultsSettings",
+    "StepSettings",
+    "TimedServerSettings",
+    "TuningSettings",
+]
+
+
+class AgreementSettings(Settings):
+    """Of `bench.studies.agreement`."""
+
+    url: Annotated[str, Option("Of a vLLM server that runs.")]
+    tokenizer: Annotated[str, Option("Directory or hub id, which vllm bench serve loads.")]
+    concurrency: Annotated[str, Option("Requests in flight, a load each.")] = "1,8"
+    requests: Annotated[int, Option("Of each round; 3 for each in flight at least.")] = 64
+    rounds: Annotated[int, Option("Of each tool.")] = 3
+    image_sizes: Annotated[str, Option("WIDTHxHEIGHT,... or text: a load each.")] = "text,448x448"
+    prompt_words: Annotated[int, Option("Of each prompt.")] = 64
+    output_tokens: Annotated[int, Option("Of each answer.")] = 128
+    api_key: Annotated[str | None, Option("Of the server.")] = None
+    out: Annotated[Path | None, Option("JSON file to write.")] = None
+
+
+class CapacitySettings(Settings):
+    """Of `bench.studies.capacity_check`."""
+
+    out: Annotated[Path, Option("JSON file to write; what it has is not booted again.")]
+    cards: Annotated[str, Option("Sizes to simulate, in GiB.")] = "16,24"
+    context: Annotated[int, Option("Longest sequence in tokens.")] = 4096
+
+
+class CardSettings(Settings):
+    """Of `bench.studies.gpu_figures`."""
+
+    shapes: Annotated[str, Option("Of 7b, 2b, tiny, the most important first.")] = "7b,2b"
+    work: Annotated[Path, Option("Directory of the checkpoints.")] = Path("out/card")
+    out: Annotated[Path, Option("Directory of the reports.")] = Path("out/card/results")
+    tokenizer: Annotated[Path | None, Option("Directory with a Qwen2 tokenizer.json.")] = None
+    samples: Annotated[int, Option("Calibration chats: speed does not depend on them.")] = 16
+    profiles: Annotated[Path | None, Option("Directory of profiles (where `qvl serve` looks for yours).")] = None
+    port: Annotated[int, Option("Of the first server.")] = 18000
+    minutes: Annotated[float, Option("Begin no report after so long.")] = 1e6
+
+
+class ColdStartSettings(Settings):
+    """Of `bench.studies.cold_start`."""
+
+    out: Annotated[Path, Option("Directory for cold-start.json and table.md.")]
+    model: Annotated[str, Option("Directory, hub id or demo.")] = "demo"
+    repeat: Annotated[int, Option("First and second starts of each mode.")] = 3
+    modes: Annotated[str, Option("Which to measure, with commas.")] = "not compiled,compiled"
+
+
+class FaultSettings(Settings):
+    """Of `bench.studies.faulty_checkpoints`."""
+
+    source: Annotated[Path | None, Option("The 16-bit checkpoint it was made of (unfolded, rounded).")] = None
+    layer: Annotated[
+        int | None, Option("Decoder layer (scales: 0 unless given; unfolded: the most scaled unless given).")
+    ] = None
+    by: Annotated[float, Option("How far scales are off, relative.")] = 0.05
+    seed: Annotated[int, Option("Of the signs.")] = 0
+
+
+class GuardCostSettings(Settings):
+    """Of `bench.studies.guard_cost`."""
+
+    rounds: Annotated[int, Option("Pairs of rounds.")] = 20
+    requests: Annotated[int, Option("Requests in a round.")] = 600
+    real: Annotated[bool, Option("vLLM with the embedded model too.")] = False
+    real_requests: Annotated[int, Option("Requests in a round of vLLM.")] = 64
+    real_rounds: Annotated[int, Option("Pairs of rounds of vLLM.")] = 8
+    out: Annotated[Path | None, Option("Directory for report.json and README.md.")] = None
+
+
+class SeededFaultsSettings(Settings):
+    """Of `bench.studies.seeded_faults`."""
+
+    work: Annotated[Path, Option("Kept files.", show_default="qvl-seeded among temporary files")] = (
+        Path(tempfile.gettempdir()) / "qvl-seeded"
+    )
+    out: Annotated[Path, Option("Directory for table.md and results.json.")] = Path("docs/results/seeded-faults")
+    per_task: Annotated[int, Option("Questions of each of the eight tasks.")] = 500
+    samples: Annotated[int, Option("Calibration chats.")] = 48
+    margin: Annotated[float, Option("Loss, in points, that would not matter.")] = 1.0
+    system: Annotated[str | None, Option("Read this one and write no report.")] = None
+
+
+class StepSettings(Settings):
+    """Of `bench.studies.step_profile`."""
+
+    out: Annotated[Path, Option("Directory for trace, step.json and step.md.")]
+    concurrency: Annotated[int, Option("Answers under way.")] = 1
+    steps: Annotated[int, Option("Steps to profile.")] = 64
+    image_sizes: Annotated[str, Option("Pictures, WIDTHxHEIGHT or text.")] = "448x448"
+    serve_arg: Annotated[tuple[str, ...], Option("Argument for vLLM; repeatable.")] = ()
+
+
+class TimedServerSettings(Settings):
+    """Of `bench.studies.timed_server`."""
+
+    port: Annotated[int, Option("Where it listens.")] = 8900
+    first: Annotated[float, Option("Ms to the first token.")] = 30.0
+    between: Annotated[float, Option("Ms between tokens.")] = 6.0
+
+
+class TuningSettings(Settings):
+    """Of `bench.studies.tuning`."""
+
+    shape: Annotated[Literal["2b", "7b", "72b", "demo"], Option("Of the model: 2b, 7b, 72b; demo is the dry run.")] = (
+        "7b"
+    )
+    out: Annotated[Path, Option("Directory of checkpoints and results.")] = Path("out/tune-bench")
+    minutes: Annotated[float, Option("Begin nothing after so long.")] = 1e6
+    only: Annotated[str | None, Option("Candidates of qvl tune to try, with commas.")] = None
