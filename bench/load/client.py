@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import httpx
 
+from bench.load.answer import Answer, MalformedError, ServerSaidError, error_text
 from serve.http.sse import EventDecoder
 
 __all__ = ["STALL_S", "ChatRequest", "Failure", "Trace", "ask", "is_whole"]
 
 #: Seconds on a clock that only goes forward; the zero is arbitrary.
 Clock = Callable[[], float]
-N = TypeVar("N", int, float)
 
 #: Seconds of silence in the middle of an answer that no healthy server shows.
 STALL_S = 30.0
@@ -136,101 +135,10 @@ def is_whole(received: bytes, stream: bool) -> bool:
     return any(choice.get("finish_reason") for each in parsed for choice in each.get("choices", []))
 
 
-class _MalformedError(Exception):
-    """An event that is not a chat chunk."""
-
-
-class _ServerSaidError(Exception):
-    """An error the server sent inside the stream."""
-
-
-#: The key before a chunk's text, up to the text's first byte. Inside a string its quotes would be escaped.
-CONTENT = re.compile(rb'"content": ?"((?:[^"\\]|\\.)+)"', re.DOTALL)
-
-
-@dataclass(slots=True)
-class _Answer:
-    """What has arrived so far.
-
-    The chunks of one stream differ in their text alone, nearly always. The bytes around it, ``head`` and ``tail``, are
-    remembered from the last chunk that was parsed, and a chunk that has the same ones is known without parsing: its
-    text, which must not contain quotes or backslashes, is the rest. Anything else is parsed.
-    """
-
-    pieces: list[str] = field(default_factory=list)
-    chunks: list[float] = field(default_factory=list)
-    head: bytes = b""
-    tail: bytes = b""
-    ended: float | None = None
-    done: bool = False
-    finish_reason: str | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    cached_tokens: int | None = None
-    queue_s: float | None = None
-
-    def add(self, event: bytes, now: float) -> None:
-        """Take the data of one event that arrived at ``now``."""
-        self.ended = now
-        try:
-            if self.head and event.startswith(self.head) and event.endswith(self.tail):
-                raw = event[len(self.head) : len(event) - len(self.tail)]
-                if raw and b'"' not in raw and b"\\" not in raw:
-                    self.pieces.append(raw.decode())
-                    self.chunks.append(now)
-                    return
-            if event == b"[DONE]":
-                self.done = True
-            else:
-                self._parse(event, now)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise _MalformedError(f"not a chat chunk: {event[:120].decode(errors='replace')}") from error
-
-    def _parse(self, event: bytes, now: float) -> None:
-        chunk = json.loads(event)
-        if error := chunk.get("error"):
-            raise _ServerSaidError(_error_text(error))
-        choices, usage = chunk["choices"], chunk.get("usage")
-        for choice in choices:
-            text = (choice["delta"] or {}).get("content")
-            if text:
-                self.pieces.append(text)
-                self.chunks.append(now)
-            if reason := choice.get("finish_reason"):
-                self.finish_reason = reason
-            if text and not reason and not usage and len(choices) == 1:
-                self._learn(event, text)
-        if usage:
-            self._count(usage)
-
-    def _learn(self, event: bytes, text: str) -> None:
-        """Remember the bytes around the text, if the text is where it seems to be."""
-        found = CONTENT.search(event)
-        if found and event.count(b'"content":') == 1 and json.loads(b'"%s"' % found[1]) == text:
-            self.head, self.tail = event[: found.start(1)], event[found.end(1) :]
-
-    def _count(self, usage: dict[str, Any]) -> None:
-        """Take the server's counts; what it leaves out stays unknown."""
-        self.prompt_tokens = _number(int, usage.get("prompt_tokens"))
-        self.completion_tokens = _number(int, usage.get("completion_tokens"))
-        self.cached_tokens = _number(int, (usage.get("prompt_tokens_details") or {}).get("cached_tokens"))
-        self.queue_s = _number(float, usage.get("queue_time"))
-
-
-def _number(kind: Callable[[Any], N], value: Any) -> N | None:
-    return None if value is None else kind(value)
-
-
-def _error_text(error: Any) -> str:
-    if isinstance(error, dict):
-        error = error.get("message") or error
-    return " ".join(str(error).split())[:300]
-
-
 def _status_failure(status: int, body: bytes) -> Failure:
     try:
         answer = json.loads(body)
-        text = _error_text(answer.get("error") or answer.get("detail") or answer)
+        text = error_text(answer.get("error") or answer.get("detail") or answer)
     except (ValueError, AttributeError, RecursionError):
         text = " ".join(body.decode(errors="replace").split())[:300]
     return Failure("http", f"HTTP {status}: {text}" if text else f"HTTP {status}", status)
@@ -257,55 +165,10 @@ async def ask(
         scheduled: when the request was due on ``clock``; now when None.
     """
     started = clock()
-    answer = _Answer()
-    failure: Failure | None = None
+    answer = Answer()
     watch = _Watch(stall_s)
-    opened = False
     try:
-        async with (
-            asyncio.timeout(timeout_s) as limit,
-            http.stream(
-                "POST",
-                "/v1/chat/completions",
-                content=body,
-                headers=HEADERS,
-                # Reads are timed here, for the whole request, and not once more for every chunk.
-                timeout=httpx.Timeout(None, connect=min(timeout_s, CONNECT_S)),
-            ) as response,
-        ):
-            opened = True
-            if response.status_code != 200:
-                failure = _status_failure(response.status_code, await response.aread())
-            else:
-                decoder = EventDecoder()
-                first = b""
-                packed = "content-encoding" in response.headers
-                async for received in response.aiter_bytes() if packed else response.aiter_raw():
-                    now = clock()
-                    for event in decoder.feed(received):
-                        answer.add(event, now)
-                    if answer.chunks:
-                        watch.seen(limit)
-                    first = first or received
-                failure = _unfinished(answer, first)
-    except TimeoutError:
-        if watch.stalled:
-            failure = Failure("stalled", f"silent for {stall_s:g} s after {len(answer.chunks)} chunks of its answer")
-        else:
-            seen = f"after {len(answer.chunks)} chunks" if answer.chunks else "before the first token"
-            failure = Failure("timeout", f"no complete answer within {timeout_s:g} s ({seen})")
-    except _MalformedError as error:
-        failure = Failure("malformed", str(error))
-    except _ServerSaidError as error:
-        failure = Failure("server", str(error))
-    except httpx.DecodingError as error:
-        failure = Failure("malformed", str(error))
-    except httpx.TransportError as error:
-        # After the last event nothing is missing; some servers don't end the body.
-        if not answer.done:
-            failure = Failure("truncated" if opened else "connect", _named(error))
-    except Exception as error:  # a fault of this side must not end the run that the request is part of
-        failure = Failure("client", _named(error))
+        failure = await _exchange(http, body, answer, watch, timeout_s, clock)
     finally:
         watch.stop()
     return Trace(
@@ -323,11 +186,64 @@ async def ask(
     )
 
 
+async def _exchange(
+    http: httpx.AsyncClient, body: bytes, answer: Answer, watch: _Watch, timeout_s: float, clock: Clock
+) -> Failure | None:
+    """Send a request and fill ``answer``; return what went wrong."""
+    opened = False
+    try:
+        async with (
+            asyncio.timeout(timeout_s) as limit,
+            http.stream(
+                "POST",
+                "/v1/chat/completions",
+                content=body,
+                headers=HEADERS,
+                # Reads are timed here, for the whole request, and not once more for every chunk.
+                timeout=httpx.Timeout(None, connect=min(timeout_s, CONNECT_S)),
+            ) as response,
+        ):
+            opened = True
+            if response.status_code != 200:
+                return _status_failure(response.status_code, await response.aread())
+            return _unfinished(answer, await _read(response, answer, watch, limit, clock))
+    except TimeoutError:
+        if watch.stalled:
+            silent = f"silent for {watch.stall_s:g} s after {len(answer.chunks)} chunks of its answer"
+            return Failure("stalled", silent)
+        seen = f"after {len(answer.chunks)} chunks" if answer.chunks else "before the first token"
+        return Failure("timeout", f"no complete answer within {timeout_s:g} s ({seen})")
+    except (MalformedError, httpx.DecodingError) as error:
+        return Failure("malformed", str(error))
+    except ServerSaidError as error:
+        return Failure("server", str(error))
+    except httpx.TransportError as error:
+        # After the last event nothing is missing; some servers don't end the body.
+        return None if answer.done else Failure("truncated" if opened else "connect", _named(error))
+    except Exception as error:  # a fault of this side must not end the run that the request is part of
+        return Failure("client", _named(error))
+
+
+async def _read(response: httpx.Response, answer: Answer, watch: _Watch, limit: asyncio.Timeout, clock: Clock) -> bytes:
+    """Take the stream as it comes; return the first that was read of it."""
+    decoder = EventDecoder()
+    first = b""
+    packed = "content-encoding" in response.headers
+    async for received in response.aiter_bytes() if packed else response.aiter_raw():
+        now = clock()
+        for event in decoder.feed(received):
+            answer.add(event, now)
+        if answer.chunks:
+            watch.seen(limit)
+        first = first or received
+    return first
+
+
 def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
-def _unfinished(answer: _Answer, first: bytes) -> Failure | None:
+def _unfinished(answer: Answer, first: bytes) -> Failure | None:
     """Say what is missing from a stream that ended in order; ``first`` is the first that was read of it."""
     if answer.ended is None:
         said = f", but {first[:120].decode(errors='replace')!r}" if first else ""
@@ -343,7 +259,7 @@ class _Watch:
 
     def __init__(self, stall_s: float) -> None:
         self.stalled = False
-        self._stall_s = stall_s
+        self.stall_s = stall_s
         self._last = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -354,7 +270,7 @@ class _Watch:
             self._look(limit)
 
     def _look(self, limit: asyncio.Timeout) -> None:
-        left = self._last + self._stall_s - time.monotonic()
+        left = self._last + self.stall_s - time.monotonic()
         loop = asyncio.get_running_loop()
         if left > 0:
             self._timer = loop.call_later(left, self._look, limit)
