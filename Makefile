@@ -81,7 +81,7 @@ test-all: test ## before a release: those too that take minutes, alone on the ma
 	$(PY) -m pytest -m release -p no:benchmark $(ARGS)
 
 coverage: setup ## lines and branches that tests/unit reach, printed and in out/coverage (TESTS=tests: of all but e2e)
-	$(PY) -m pytest $(TESTS) -m "not e2e" -n auto --dist loadfile -p no:benchmark --cov --cov-report term --cov-report html $(ARGS)
+	$(PY) -m pytest $(TESTS) -m "not e2e and not release" -n auto --dist loadfile -p no:benchmark --cov --cov-report term --cov-report html $(ARGS)
 
 lint: setup ## ruff, who imports whom, mypy --strict
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/lint-imports && $(VENV)/bin/mypy

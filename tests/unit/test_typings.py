@@ -189,6 +189,7 @@ def _installed_misfits(module: str) -> Iterator[str]:
             yield f"{module} has no {ast.unparse(node.target)}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [name for name in STUBS if not name.startswith("vllm")])
 def test_a_stub_says_what_is_installed(module: str) -> None:
     """Names and parameters, against the imported package."""
