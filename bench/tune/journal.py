@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.tune.config import TuneConfig
+from toolkit.files import write_whole
 
 __all__ = ["FP16", "Journal", "Trial"]
 
@@ -78,6 +78,4 @@ class Journal:
         """Write the file, whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         found = {"schema": _SCHEMA, "about": self.about, "trials": [asdict(t) for t in self.trials.values()]}
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+        write_whole(self.path, json.dumps(found, indent=1) + "\n")
