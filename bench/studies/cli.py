@@ -15,6 +15,7 @@ from bench.studies.settings import (
     ColdStartSettings,
     FaultSettings,
     GuardCostSettings,
+    KernelSettings,
     SeededFaultsSettings,
     StepSettings,
     TimedServerSettings,
@@ -102,6 +103,15 @@ def guard_cost_engine(
     from bench.studies.guard_cost import serve
 
     serve(engine, guarded, port)
+
+
+@app.command()
+@settings_as_options
+def kernels(settings: KernelSettings) -> None:
+    """Tune our kernel for few rows on this card (an H100): the plans that serve/kernels ships."""
+    from bench.studies.kernels import run
+
+    run(settings)
 
 
 @app.command("seeded-faults")

@@ -15,6 +15,7 @@ __all__ = [
     "ColdStartSettings",
     "FaultSettings",
     "GuardCostSettings",
+    "KernelSettings",
     "SeededFaultsSettings",
     "StepSettings",
     "TimedServerSettings",
@@ -129,3 +130,15 @@ class TuningSettings(Settings):
     out: Annotated[Path, Option("Directory of checkpoints and results.")] = Path("out/tune-bench")
     minutes: Annotated[float, Option("Begin nothing after so long.")] = 1e6
     only: Annotated[str | None, Option("Candidates of qvl tune to try, with commas.")] = None
+
+
+class KernelSettings(Settings):
+    """Of `bench.studies.kernels`."""
+
+    models: Annotated[str, Option("Of those in bench/studies/kernels.py, the most important first.")] = (
+        "7b,2b,2.5-3b,3-8b,3-4b,3-2b,72b,2.5-32b,3-32b"
+    )
+    gpus: Annotated[str, Option("Numbers of GPUs that share a layer.")] = "1,2,4,8"
+    groups: Annotated[str, Option("Group sizes.")] = "128,64,32"
+    seconds: Annotated[float, Option("Begin no shape after so long.")] = 3600.0
+    out: Annotated[Path, Option("JSON file of the plans; what it has stays.")] = Path("serve/kernels/plans.json")

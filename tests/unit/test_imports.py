@@ -54,9 +54,12 @@ TORCH = (
 TENSORS = {
     "bench.micro.test_compensate",
     "bench.micro.test_search",
+    "bench.studies.kernels",
     "bench.studies.quantizer.errors",
     "bench.studies.quantizer.quality",
     "bench.studies.quantizer.stock",
+    "serve.kernels.driver",
+    "serve.kernels.product",
     "toolkit.demo.fidelity",
     "toolkit.demo.gallery",  # only by what it imports
     "toolkit.demo.learn",
