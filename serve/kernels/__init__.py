@@ -1,6 +1,7 @@
-"""Products of 4-bit weights with few rows, on Hopper (docs/kernels.md). Not yet what `qvl serve` runs.
+"""Our linear kernels for vLLM.
 
-w4a16.cu: the kernel, and how it differs from Marlin. nvrtc: from its source to machine code, kept on disk. driver: into
-the GPU and launched. plans, plans.json: how the work is cut up, by shape, as it was measured. product: the kernels of a
-shape, chosen by rows. tiles: the layout of the weights, in numpy.
+On CPUs without AVX-512: unpacked (4-bit weights as the 16 bits that they stand for), words, and plugin, by which vLLM
+finds it. On Hopper, not yet what `qvl serve` runs (docs/kernels.md): w4a16.cu, the kernel for few rows, and how it
+differs from Marlin; nvrtc and driver, from its source to a launch; plans, how the work is cut up by shape; product, the
+kernels of a shape, chosen by rows; tiles, the layout of the weights, in numpy.
 """
