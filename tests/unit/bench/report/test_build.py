@@ -322,7 +322,7 @@ def test_what_the_server_counted_is_added_up_over_the_rounds() -> None:
     load = config.loads[0]
     found = measured(config, {"baseline": [1.0, 1.0], "candidate": [1.0, 1.0]})
     for number, (hits, queue, ended) in enumerate([(10, 0.002, 1), (30, 0.006, 3)]):
-        seen = ServerPoint(100, hits, 4, 1, number, 100, 20, ended, queue, 0, 50, 800)
+        seen = ServerPoint(100, hits, 4, 1, number, 100, 20, ended, queue, 50, 800)
         found.units["candidate", load.name, number] = [(load, stretch(1.0, server=seen, joules=6.0))]
     out = built(found, config)
     point, other = out.point("candidate", load.name), out.point("baseline", load.name)

@@ -18,7 +18,7 @@ TRACE = Trace(
     7, 2, "stop", None, 0.25, 3, 0.125,
 )  # fmt: skip
 FAILED = Trace(1.0, 1.0, 2.0, failure=Failure("http", "HTTP 500", 500))
-SEEN = ServerPoint(100, 10, 4, 0, None, 100, 20, 4, 0.001, 0, 50, 800)
+SEEN = ServerPoint(100, 10, 4, 0, None, 100, 20, 4, 0.001, 50, 800)
 
 
 def test_what_was_kept_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -87,3 +87,14 @@ def test_a_disk_that_is_full_is_said(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file, where a directory should be")
     with pytest.raises(BenchError, match=r"run\.jsonl can't be written"):
         Journal(tmp_path / "out", {}).answer("baseline", "q", TRACE)
+
+
+def test_a_run_that_counted_more_goes_on(tmp_path: Path) -> None:
+    before = Journal(tmp_path, {})
+    load = Load.in_flight(1)
+    before.unit("baseline", load.name, 0, [(load, Stretch(Block((), 0.0), server=SEEN))])
+    before.close()
+    written = before.file.read_text()
+    before.file.write_text(written.replace('"kv_blocks"', '"busy_before":3,"kv_blocks"'))
+    assert "busy_before" in before.file.read_text()
+    assert Journal(tmp_path, {}).resume().units["baseline", load.name, 0][0][1].server == SEEN

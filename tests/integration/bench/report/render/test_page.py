@@ -52,7 +52,7 @@ def full() -> Report:
 
             def stretch(load: Load, scale: float = scale) -> tuple[Load, Stretch]:
                 traces = tuple(trace(ttft=scale * (0.1 + i / 1000), gap=0.02 * scale) for i in range(40))
-                seen = ServerPoint(1000, 30, 40, 0, 0, 1000, 200, 40, 0.002, 0, 100, 1600)
+                seen = ServerPoint(1000, 30, 40, 0, 0, 1000, 200, 40, 0.002, 100, 1600)
                 return load, Stretch(Block(traces, scale), load.rate_per_s, seen, 50.0)
 
             for load in config.loads:
