@@ -22,7 +22,6 @@ import pytest
 from serve.http.images import image_url
 from serve.process import launch
 from serve.process.lifecycle import Server, start
-from serve.settings.backend import choose
 from serve.settings.config import ServerConfig
 from serve.settings.limits import Limits
 from tests.support.zygote import Zygote
@@ -71,15 +70,7 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="package")
-def awq_kernel() -> None:
-    """For what serves 4-bit weights. vLLM's CPU build has no kernel for them (cpu_gemm_wna16) with AVX2 alone."""
-    words = set(Path("/proc/cpuinfo").read_text().split())
-    if choose() == "cpu" and "avx2" in words and "avx512f" not in words:
-        pytest.skip("vLLM's CPU build has no kernel for 4-bit weights on a CPU without AVX-512")
-
-
-@pytest.fixture(scope="package")
-def awq_gemm(awq_kernel: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def awq_gemm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model in AWQ, GEMM layout; whichever worker needs it first makes it for all."""
     return once(tmp_path_factory, "demo-awq", lambda out: quantize("demo", out, samples=32))
 

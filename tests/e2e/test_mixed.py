@@ -46,9 +46,7 @@ def first_tokens(checkpoint: Path, questions: list[Question]) -> list[dict[str, 
     return found
 
 
-def test_vllm_runs_what_is_left_in_16_bits(
-    awq_kernel: None, served: Served, questions: list[Question], tmp_path: Path
-) -> None:
+def test_vllm_runs_what_is_left_in_16_bits(served: Served, questions: list[Question], tmp_path: Path) -> None:
     # GEMV, so that the repacking of `qvl serve` is on the way.
     mixed = rounded.write(tmp_path / "mixed", LEFT, version="gemv")
     assert inspect_checkpoint(mixed).problems == []

@@ -37,7 +37,7 @@ def workers(server: Server) -> int:
 
 
 def test_a_padded_model_split_in_two_answers_like_the_whole(
-    awq_kernel: None, served: Served, questions: list[Question], tmp_path: Path
+    served: Served, questions: list[Question], tmp_path: Path
 ) -> None:
     narrow = rounded.narrowed(tmp_path / "narrow", 384)  # three groups of 128: two GPUs can't share them
     with pytest.raises(ServerError, match=r"384 inputs don't divide by 128 x 2.*--pad-tp 2` makes 2 work"):

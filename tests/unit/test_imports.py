@@ -60,6 +60,8 @@ TENSORS = {
     "bench.studies.quantizer.stock",
     "serve.kernels.driver",
     "serve.kernels.product",
+    "serve.kernels.unpacked",
+    "serve.kernels.words",
     "toolkit.demo.fidelity",
     "toolkit.demo.gallery",  # only by what it imports
     "toolkit.demo.learn",
