@@ -11,7 +11,7 @@ from bench.report.compare.changes import Row
 from bench.report.compare.comparison import Comparison
 from bench.report.compare.figures import COUNTED, LATENCIES, Figure, Metric
 from bench.report.schema import Item
-from bench.report.view import AccuracyRow, accuracy_row
+from bench.report.view.accuracy import AccuracyRow, accuracy_row
 
 __all__ = [
     "Column",

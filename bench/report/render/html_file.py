@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from bench.report import view
 from bench.report.render import plots
 from bench.report.render.pages import page
 from bench.report.schema import Report
+from bench.report.view.whole import HEADINGS, view
 
 __all__ = ["render"]
 
@@ -28,8 +28,8 @@ def render(report: Report) -> str:
     return page(
         "report.html.j2",
         report=report,
-        view=view.view(report),
-        headings=view.HEADINGS,
+        view=view(report),
+        headings=HEADINGS,
         badges=BADGES,
         accuracy_plot=Markup(plots.accuracy_plot(accuracy.tasks)) if accuracy else None,
         difference_plot=Markup(plots.difference_plot(accuracy, report.verdict.margin)) if accuracy else None,

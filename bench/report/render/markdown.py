@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bench.report import view
 from bench.report.schema import Report
-from bench.report.view import HEADINGS, Spread, View
+from bench.report.view.speed import Spread
+from bench.report.view.whole import HEADINGS, View, view
 from toolkit.tables import markdown as table
 
 __all__ = ["render"]
@@ -15,7 +15,7 @@ FLIPS_SHOWN, BRIEF = 60, 160
 
 def render(report: Report) -> str:
     """Return the report as markdown."""
-    shown = view.view(report)
+    shown = view(report)
     parts = [
         f"# {shown.title}",
         f"**{shown.verdict.sentence}**" + (f" {shown.verdict.speed}" if shown.verdict.speed else ""),

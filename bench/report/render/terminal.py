@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from bench.report import view
 from bench.report.schema import Report
-from bench.report.view import HEADINGS, View
+from bench.report.view.whole import HEADINGS, View, view
 from toolkit.tables import table
 
 __all__ = ["show"]
@@ -14,7 +13,7 @@ __all__ = ["show"]
 
 def show(report: Report, console: Console) -> None:
     """Print accuracy and verdict by task, fidelity, speed by load, size, and the verdict over all."""
-    shown = view.view(report)
+    shown = view(report)
     if shown.accuracy:
         _accuracy(shown, console)
     if report.fidelity:
