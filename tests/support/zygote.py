@@ -49,7 +49,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from serve.app.server import DIE_WITH
+from serve.settings.environment import DIE_WITH
 from toolkit.paths import demo_checkpoint
 
 #: As `launch.spawn`.
@@ -230,18 +230,26 @@ def main(connection: socket.socket) -> None:
     _import()
     while asked := _asked(connection):
         request, log = asked
-        between = os.fork()
-        if between == 0:
+        child = os.fork()
+        if child == 0:
+            between = os.getpid()
             if os.fork() > 0:
                 os._exit(0)
-            while os.getppid() != request["parent"]:
-                time.sleep(0.001)
+            _wait_until_adopted(request["parent"], between)
             with connection:
                 connection.sendall(b"%d" % os.getpid())
             _become_server(request, log)
             return
         os.close(log)
-        os.waitpid(between, 0)
+        os.waitpid(child, 0)
+
+
+def _wait_until_adopted(parent: int, between: int) -> None:
+    """Return when the parent is ``parent``, no more ``between``; end where that one ended first, or was interrupted."""
+    while (now := os.getppid()) != parent:
+        if now != between:
+            os._exit(1)
+        time.sleep(0.001)
 
 
 def _asked(connection: socket.socket) -> tuple[dict[str, Any], int] | None:
