@@ -32,8 +32,6 @@ def test_a_real_page_is_read() -> None:
         finished=4,
         queued=4,
         queue_s=pytest.approx(0.000233, abs=1e-6),
-        running=0,
-        waiting=0,
         kv_blocks=257,
         kv_tokens=257 * 128,
     )
