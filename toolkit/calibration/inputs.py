@@ -41,7 +41,7 @@ class PreparedSample:
 
 
 def _load_image(reference: str, base: Path, where: str) -> Image:
-    return media.decode(media.read(reference, base, where), where, media.shorten(reference))
+    return media.as_shown(media.decode(media.read(reference, base, where), where, media.shorten(reference)))
 
 
 def _load_video(part: dict[str, Any], base: Path, where: str) -> dict[str, Any]:
