@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 from rapidfuzz.distance import Levenshtein
 
@@ -59,22 +60,105 @@ def grade(metric: str, answer: str, golds: Sequence[str], choices: Sequence[str]
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
+#: Punctuation that decides nothing at the ends of an answer.
+_ENDS = " .,;:!?\"'`*。、「」『』【】“”‘’"
+_LEADING = re.compile(rf"(?:[{_ENDS.replace('.', '')}]|\.(?!\d))+")  # ".5" is not "5"
+
+
+def _fold(text: str) -> str:
+    """Fold Unicode form (NFKC), the minus sign, case and runs of blanks."""
+    folded = unicodedata.normalize("NFKC", text).replace("\N{MINUS SIGN}", "-").casefold()
+    return " ".join(folded.split())
+
+
 def normalise(text: str) -> str:
     """Fold what should not decide: Unicode form (NFKC), case, runs of blanks, punctuation and quotes at the ends."""
-    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return folded.strip(" .,;:!?\"'`*")
+    folded = _fold(text).rstrip(_ENDS)
+    opening = _LEADING.match(folded)
+    return folded[opening.end() :] if opening else folded
+
+
+def _pair(answer: str, gold: str) -> tuple[str, str]:
+    """Fold both sides; punctuation at the ends counts where the gold answer has nothing else."""
+    wanted = normalise(gold)
+    return (normalise(answer), wanted) if wanted else (_fold(answer), _fold(gold))
 
 
 def exact(answer: str, gold: str) -> float:
     """Exact match = 1 when answer and gold are equal after folding case, blanks, Unicode form and punctuation at the
     ends."""
-    return float(normalise(answer) == normalise(gold))
+    said, wanted = _pair(answer, gold)
+    return float(said == wanted)
 
 
 def contains(answer: str, gold: str) -> float:
-    """Contains = 1 when the gold answer stands in the answer as whole words (both folded as for exact match)."""
-    wanted = normalise(gold)
-    return float(re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", normalise(answer)) is not None)
+    """Contains = 1 when the gold answer stands in the answer as whole words (both folded as for exact match).
+
+    A number stands there as a number: -4, 0.4, 4:30, 3/4 and 4万 are not 4, but 1,000 and 1000.0 are 1000. Scripts that
+    put no blanks between words (Chinese, Japanese, Korean with its particles, Thai) have no whole words to look for:
+    there the characters decide.
+    """
+    said, wanted = _pair(answer, gold)
+    return float(said == wanted or (wanted != "" and next(_places(said, wanted), None) is not None))
+
+
+#: Scripts without blanks between words, as ranges of a character class: Thai to Lao, Burmese, Khmer, Han, Kana, Hangul.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u3100-\u312f\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+)
+#: A letter, digit or underscore of a script whose words stand apart.
+_W = rf"[^\W{_UNSPACED}]"
+_WORD = re.compile(_W)
+_ONE_UNSPACED = re.compile(f"[{_UNSPACED}]")
+_HAN_DIGITS = "〇零一二两兩三四五六七八九十百千万萬亿億"
+#: A number as far as it reaches: its sign, thousands, decimals, a clock's minutes, a denominator, a power, 万, percent.
+_FIGURE = re.compile(
+    rf"""(?:(?<!{_W})(?<!-)[-+–][$€£¥]?|(?<!{_W})[$€£¥]-)?
+    (?: (?<![/⁄])\d+[/⁄]\d+(?![/⁄\d])
+      | \d{{1,2}}:\d\d(?!\d)
+      | \d{{1,3}}(?:[,'’]\d{{3}})+(?!\d)(?:\.\d+)?
+      | 0,\d+
+      | \d+(?:\.\d+)*
+      | (?<!{_W})(?<!\.)\.\d+
+    )(?:\^-?\d+)?[{_HAN_DIGITS}]*(?:\s?%)? | [{_HAN_DIGITS}]+""",
+    re.VERBOSE,
+)
+_VALUE = re.compile(
+    r"(?P<sign>[-+–]?)(?P<digits>0|[1-9]\d*|[1-9]\d{0,2}(?:[,'’]\d{3})+)?(?P<decimals>\.\d+)?(?P<unit>%?)"
+)
+
+
+def _places(text: str, wanted: str) -> Iterator[tuple[int, int]]:
+    """Where ``wanted`` stands in ``text`` as whole words and numbers, or, for a number, where an equal one does."""
+    figures = [found.span() for found in _FIGURE.finditer(text)]
+    for found in re.finditer(rf"(?=({re.escape(wanted)}))", text, re.IGNORECASE):
+        start, end = found.span(1)
+        cut = any(a < start < b or a < end < b for a, b in figures)
+        if not cut and _apart(text, start, end):
+            yield start, end
+    number = _value(wanted)
+    if number is None:
+        return
+    for start, end in figures:
+        other = _value(text[start:end])
+        # 57% is 57 where no unit was asked for
+        if other and other[0] == number[0] and number[1] in ("", other[1]) and _apart(text, start, end):
+            yield start, end
+
+
+def _apart(text: str, start: int, end: int) -> bool:
+    """Whether no word runs on over either end."""
+    return not any(0 < at < len(text) and _WORD.match(text[at - 1]) and _WORD.match(text[at]) for at in (start, end))
+
+
+def _value(figure: str) -> tuple[Decimal, str] | None:
+    """Return the number that a text is, and its percent sign if any; None: it is none, or a code such as 007."""
+    found = _VALUE.fullmatch(re.sub(r"[$€£¥\s]", "", figure))
+    if found is None or not (found["digits"] or found["decimals"]):
+        return None
+    digits = re.sub(r"[,'’]", "", found["digits"] or "0") + (found["decimals"] or "")
+    return Decimal(found["sign"].replace("–", "-") + digits), found["unit"]
 
 
 def anls(answer: str, gold: str) -> float:
@@ -182,7 +266,10 @@ def vqa_score(answer: str, golds: Sequence[str]) -> float:
     With ten people: 0.3, 0.6, 0.9, 1 for an answer that one, two, three, four or more gave.
     """
     said, people = vqa_normalise(answer), len(golds)
-    same = sum(vqa_normalise(gold) == said for gold in golds)
+    # What folds to nothing ("", "?", "the") is equal only to itself: no answer is not the answer "?".
+    fold = vqa_normalise if said else _fold
+    said = fold(answer)
+    same = sum(fold(gold) == said for gold in golds)
     return (same * min((same - 1) / 3, 1.0) + (people - same) * min(same / 3, 1.0)) / people if same else 0.0
 
 
@@ -201,7 +288,8 @@ def choose(answer: str, choices: Sequence[str]) -> tuple[str | None, str | None]
 
     1. the answer is a letter and nothing else: ``B``, ``b.``, ``(B)``, ``**B**``
     2. the answer is an option's text
-    3. a letter after "answer is", "answer:", "option" or "choice": ``The answer is B``
+    3. a letter after "answer is", "answer:", "option" or "choice", or the like in Chinese, Japanese and Korean:
+       ``The answer is B``, ``答案是B``
     4. a letter that opens the answer: ``B. a text``, ``B) a text``, ``(B) a text``, ``B: a text``
     5. letters in brackets: ``It must be (B)``
     6. letters that stand alone, then options' texts in the answer
@@ -213,6 +301,7 @@ def choose(answer: str, choices: Sequence[str]) -> tuple[str | None, str | None]
         The letter, or None; and when None, why: the answer names no option, or several.
     """
     known = letters(len(choices))
+    answer, choices = (unicodedata.normalize("NFKC", answer), [unicodedata.normalize("NFKC", text) for text in choices])
     for rule in (_alone, _whole_text, _announced, _opening, _bracketed, _standing):
         found = rule(answer, choices, known)
         if len(found) == 1:
@@ -223,7 +312,7 @@ def choose(answer: str, choices: Sequence[str]) -> tuple[str | None, str | None]
 
 
 def _alone(answer: str, choices: Sequence[str], known: str) -> set[str]:
-    bare = answer.strip(" \t\n.,:;!?()[]{}\"'`*").upper()
+    bare = answer.strip(_ENDS + "\t\n()[]{}").upper()
     return {bare} if len(bare) == 1 and bare in known else set()
 
 
@@ -234,9 +323,13 @@ def _whole_text(answer: str, choices: Sequence[str], known: str) -> set[str]:
 
 def _announced(answer: str, choices: Sequence[str], known: str) -> set[str]:
     # A small letter must not be the word "a" or begin one.
-    letter = rf"[\s:*({{\[]*(?:([{known}])(?!\w|['’]\w)|([{known.lower()}])(?=[)\].,*]|\s*$)){_alone_of(known)}"
+    letter = rf"[\s:*({{\[]*(?:([{known}])(?!{_W}|['’]\w)|([{known.lower()}])(?=[)\].,*]|\s*$)){_alone_of(known)}"
     cue = r"(?i:\banswer(?:\s+is\b|\s*:)|\boption\b|\bchoice\b)(?i:\s+(?:is|option|choice)\b)*"
-    return {(big or small).upper() for big, small in re.findall(cue + letter, answer)}
+    return {(big or small).upper() for big, small in re.findall(f"(?:{cue}|{_CJK_CUE}){letter}", answer)}
+
+
+#: "The answer is", "choose option" and the like in Chinese, Japanese and Korean.
+_CJK_CUE = "(?:答案|正解|答え|解答|选|選|정답|답)(?:应该|應該|是|为|為|は|은|选|選|择|擇|项|項|択肢|:|\\s)*"
 
 
 def _opening(answer: str, choices: Sequence[str], known: str) -> set[str]:
@@ -246,7 +339,7 @@ def _opening(answer: str, choices: Sequence[str], known: str) -> set[str]:
 
 def _alone_of(known: str) -> str:
     """A pattern that fails where another letter is listed: "A and B", "(A), (B)"."""
-    return rf"(?!\W*?(?:[,/&]|\band\b|\bor\b)\W*(?:option\s+)?[{known}]\b)"
+    return rf"(?!\W*?(?:[,/&、和或与與及와과]|\band\b|\bor\b)\W*(?:option\s+)?[{known}](?!{_W}))"
 
 
 def _bracketed(answer: str, choices: Sequence[str], known: str) -> set[str]:
@@ -257,15 +350,23 @@ def _standing(answer: str, choices: Sequence[str], known: str) -> set[str]:
     rest, texts = answer, set()
     # Longest first, and taken out: "dark red" is not "red", and the C of "vitamin C" is no letter of an option.
     for text, letter in sorted(zip(choices, known, strict=True), key=lambda pair: -len(pair[0])):
-        wanted = re.escape(text.strip())
-        cut = re.sub(rf"(?<![\w.])(?i:{wanted})(?!\w|\.\d)", " ", rest) if len(text.strip()) > 1 else rest
-        if cut != rest:
-            texts.add(letter)
-        rest = cut
+        wanted = text.strip()
+        if len(wanted) > 1 or _ONE_UNSPACED.match(wanted):
+            places = list(_places(rest, wanted))
+            texts |= {letter} if places else set()
+            rest = _without(rest, places)
     # "A" and "I" are words before most others in small letters: "A dog", "I think", but "A or B", "A because".
     article = r"[AI]\s+(?!(?:or|and|as|because|due|for|is|since)\b)[a-z]"
-    alone = set(re.findall(rf"(?<![\w'’])(?!{article})([{known}])(?!\w|['’]\w)", rest))
+    alone = set(re.findall(rf"(?<!{_W})(?<!['’])(?!{article})([{known}])(?!{_W}|['’]\w)", rest))
     return alone or texts
+
+
+def _without(text: str, places: Sequence[tuple[int, int]]) -> str:
+    """Blank out what stands at ``places``, which may overlap."""
+    chars = list(text)
+    for start, end in places:
+        chars[start:end] = " " * (end - start)
+    return "".join(chars)
 
 
 _PER_GOLD: dict[str, Callable[[str, str], float]] = {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bench.questions.tasks import Picture
+from toolkit.calibration import media
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -56,17 +57,15 @@ def thumbnails(shown: Sequence[Picture], budget: int = BUDGET) -> Thumbnails:
 
 def _fitting(picture: Picture, most: int) -> tuple[str | None, bool]:
     """Return the largest data URL of at most ``most`` characters, and whether the picture could be read."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         # A file may be gone by now: it was decoded when the questions were read.
         data = picture.data if picture.path is None else picture.path.read_bytes()
         with Image.open(io.BytesIO(data or b"")) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGBA")
+            paper = media.as_shown(opened).copy()
     except (OSError, SyntaxError, ValueError):
         return None, False
-    paper = Image.new("RGB", image.size, "white")
-    paper.paste(image, mask=image.getchannel("A"))
     for size in SIZES:
         paper.thumbnail((size, size))
         url = min((_data_url(paper, kind) for kind in ("PNG", "JPEG")), key=len)

@@ -41,14 +41,19 @@ class PreparedSample:
 
 
 def _load_image(reference: str, base: Path, where: str) -> Image:
-    return media.decode(media.read(reference, base, where), where, media.shorten(reference))
+    return media.as_shown(media.decode(media.read(reference, base, where), where, media.shorten(reference)))
 
 
 def _load_video(part: dict[str, Any], base: Path, where: str) -> dict[str, Any]:
     """Return the part with its frames decoded: a list of PIL images at ``sample_fps`` frames a second."""
     video = part["video"]
     if isinstance(video, list):
-        return {**part, "video": [_load_image(frame, base, where) for frame in video]}
+        images = [_load_image(frame, base, where) for frame in video]
+        other = next((image.size for image in images if image.size != images[0].size), None)
+        if other:
+            a, b = ("{} x {}".format(*size) for size in (images[0].size, other))
+            raise MediaError(f"{where}: a video's frames are of two sizes, {a} and {b}: scale them to one")
+        return {**part, "video": images}
     import cv2
     from PIL import Image
 
@@ -57,6 +62,8 @@ def _load_video(part: dict[str, Any], base: Path, where: str) -> dict[str, Any]:
     path = media.local_path(video, base)
     if not path.is_file():
         raise MediaError(f"{where}: no file at {path}")
+    if any(key in part for key in ("fps", "nframes", "min_frames", "max_frames")):
+        return _sampled(part, path, where)
     wanted = float(part.get("sample_fps", 2.0))
     reader = cv2.VideoCapture(str(path))
     try:
@@ -76,6 +83,50 @@ def _load_video(part: dict[str, Any], base: Path, where: str) -> dict[str, Any]:
     if not frames:
         raise MediaError(f"{where}: {path} is not a video that can be decoded")
     return {**part, "video": frames, "sample_fps": native / step, "raw_fps": native}
+
+
+def _sampled(part: dict[str, Any], path: Path, where: str) -> dict[str, Any]:
+    """Return a video file's part with the frames that qwen-vl-utils takes for its fps, nframes, min and max_frames."""
+    import cv2
+    import numpy as np
+    from PIL import Image
+    from qwen_vl_utils.vision_process import smart_nframes
+
+    def frames(wanted: set[int]) -> tuple[int, dict[int, Image.Image]]:
+        """Count all frames and decode those that are wanted: containers lie about their number."""
+        reader, count, found = cv2.VideoCapture(str(path)), 0, {}
+        try:
+            while reader.grab():
+                if count in wanted:
+                    ok, pixels = reader.retrieve()
+                    if ok:
+                        found[count] = Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+                count += 1
+            rates.append(reader.get(cv2.CAP_PROP_FPS))
+        finally:
+            reader.release()
+        return count, found
+
+    rates: list[float] = []
+    total, _ = frames(set())
+    native = rates[0] or 2.0
+    if not total:
+        raise MediaError(f"{where}: {path} is not a video that can be decoded")
+    settings = {"fps": part["sample_fps"]} if "sample_fps" in part else {}
+    settings |= {key: part[key] for key in ("fps", "nframes", "min_frames", "max_frames") if key in part}
+    try:
+        number = smart_nframes(settings, total_frames=total, video_fps=native)
+    except (AssertionError, ValueError) as error:
+        raise MediaError(f"{where}: of the {total} frames of {path}: {error}") from None
+    if number > _MAX_VIDEO_FRAMES:
+        raise MediaError(f"{where}: {number} frames of {path} are over {_MAX_VIDEO_FRAMES}: lower nframes or fps")
+    indices = np.linspace(0, total - 1, number).round().astype(int).tolist()
+    _, images = frames(set(indices))
+    if len(images) < len(set(indices)):
+        raise MediaError(f"{where}: {path} is not a video that can be decoded")
+    rest = {key: value for key, value in part.items() if key not in ("fps", "nframes", "min_frames", "max_frames")}
+    rate = number / total * native
+    return {**rest, "video": [images[index] for index in indices], "sample_fps": rate, "raw_fps": native}
 
 
 def _with_media(sample: CalibrationSample, bounds: dict[str, int]) -> list[dict[str, Any]]:
@@ -138,9 +189,12 @@ def prepare(
     for sample in samples:
         messages = _with_media(sample, bounds)
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-        images, videos, video_kwargs = process_vision_info(
-            messages, return_video_kwargs=True, return_video_metadata=True
-        )
+        try:
+            images, videos, video_kwargs = process_vision_info(
+                messages, return_video_kwargs=True, return_video_metadata=True
+            )
+        except (AssertionError, ValueError) as error:  # bounds that no size satisfies
+            raise MediaError(f"{sample.where}: an image or video can't be brought to size: {error}") from None
         extra: dict[str, Any] = {}
         if videos:
             frames, metadata = zip(*videos, strict=True)

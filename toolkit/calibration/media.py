@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import warnings
 from pathlib import Path
@@ -13,9 +14,10 @@ from urllib.parse import unquote, urlparse
 from toolkit.errors import MediaError
 
 if TYPE_CHECKING:
+    from PIL import Image
     from PIL.ImageFile import ImageFile
 
-__all__ = ["decode", "is_url", "local_path", "read", "shorten"]
+__all__ = ["as_shown", "decode", "is_url", "local_path", "read", "shorten"]
 
 #: Names longer than this are cut in messages: data URLs run to millions of characters.
 _SHOWN = 100
@@ -91,7 +93,8 @@ def decode(data: bytes, where: str, shown: str) -> ImageFile:
         shown: what a message calls the picture.
 
     Raises:
-        MediaError: it is no picture, or one that is truncated, damaged, or of more pixels than Pillow takes for safe.
+        MediaError: it is no picture, or one that is truncated, damaged, of more pixels than Pillow takes for safe, or
+            of 16 bits of gray, whose upper range every server clips to white.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -109,4 +112,37 @@ def decode(data: bytes, where: str, shown: str) -> ImageFile:
         raise MediaError(f"{where}: {shown} is too large a picture: {error} Scale it down first.") from None
     except Exception as error:  # each of Pillow's plugins raises errors of its own on damaged files
         raise MediaError(f"{where}: {shown} is a truncated or damaged picture ({error})") from None
+    if image.mode in _DEEP:
+        raise MediaError(
+            f"{where}: {shown} has {'32' if image.mode in 'IF' else '16'} bits of gray a pixel, of which all but 8 are "
+            "clipped: scale it to 8 bits first"
+        )
     return image
+
+
+#: Pillow's modes of more than 8 bits a channel: converting them to RGB clips at 255 instead of scaling.
+_DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+
+
+def as_shown(image: Image.Image) -> Image.Image:
+    """Return an image in RGB as a server shows it to the model, for calibration, questions and thumbnails alike.
+
+    What vLLM does when it loads an image (``vllm/multimodal/image.py``: normalize_image, convert_image_mode): turned as
+    its EXIF orientation says, then put on white by its alpha, which a palette's transparent entry counts as.
+
+    Args:
+        image: decoded, in any mode but those of more than 8 bits a channel (`decode` refuses them).
+    """
+    from PIL import Image, ImageOps
+
+    # An orientation that can't be read turns nothing, there as here.
+    with contextlib.suppress(Exception):
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":  # vLLM leaves it as it is, with a transparent colour too
+        return image
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        paper = Image.new("RGB", image.size, "white")
+        paper.paste(image, mask=image.getchannel("A"))
+        return paper
+    return image.convert("RGB")

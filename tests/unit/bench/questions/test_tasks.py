@@ -217,6 +217,69 @@ def ask(metric: str, answer: str, *golds: str) -> float:
         ("contains", "It is scored", "red", 0),
         ("contains", "14", "4", 0),
         ("contains", "a+b? yes", "a+b?", 1),
+        # what folds to nothing is equal only to itself
+        ("exact", "", "?", 0),
+        ("exact", "!", "?", 0),
+        ("exact", " ? ", "?", 1),
+        ("exact", ".5", "5", 0),
+        ("exact", "−4", "-4", 1),
+        ("exact", "「红色」。", "红色", 1),
+        ("contains", "", "?", 0),
+        ("contains", "a. b", "", 0),
+        ("contains", "what? no", "?", 1),
+        ("relaxed", "", "?", 0),
+        # a number is found as a number, whole
+        ("contains", "-4", "4", 0),
+        ("contains", "The value is −4.", "4", 0),
+        ("contains", "是-4", "4", 0),
+        ("contains", "-$4", "4", 0),
+        ("contains", "-4", "-4", 1),
+        ("contains", "4", "-4", 0),
+        ("contains", "+4", "4", 1),
+        ("contains", "$4", "4", 1),
+        ("contains", "a 4-door car", "4", 1),
+        ("contains", "pages 3-4", "4", 1),
+        ("contains", "no.4", "4", 1),
+        ("contains", "3, 4 and 5", "4", 1),
+        ("contains", "0.5", "5", 0),
+        ("contains", ".5", "5", 0),
+        ("contains", "0,5", "5", 0),
+        ("contains", "0.5", ".5", 1),
+        ("contains", "5.1", "5", 0),
+        ("contains", "It is 5.", "5", 1),
+        ("contains", "5.0", "5", 1),
+        ("contains", "1.5.2", "5", 0),
+        ("contains", "1,000", "1", 0),
+        ("contains", "1,000", "000", 0),
+        ("contains", "1,000", "1000", 1),
+        ("contains", "1000 people", "1,000", 1),
+        ("contains", "1,234,567.50", "1234567.5", 1),
+        ("contains", "$1,000 in all", "$1000", 1),
+        ("contains", "12345678901234567890", "12345678901234567891", 0),
+        ("contains", "at 4:30", "4", 0),
+        ("contains", "3/4", "4", 0),
+        ("contains", "½", "1", 0),
+        ("contains", "on 04/05/2020", "2020", 1),
+        ("contains", "10^4", "4", 0),
+        ("contains", "57%", "57", 1),
+        ("contains", "57", "57%", 0),
+        ("contains", "4th", "4", 0),
+        ("contains", "agent 007", "7", 0),
+        ("contains", "24 apples", "4 apples", 0),
+        ("contains", "2.4 apples", "4 apples", 0),
+        # scripts without blanks
+        ("contains", "图中是红色的汽车", "红色", 1),
+        ("contains", "图中是蓝色的汽车", "红色", 0),
+        ("contains", "これは赤い車です。", "赤い車", 1),
+        ("contains", "빨간색입니다", "빨간색", 1),
+        ("contains", "รถสีแดงจอดอยู่", "สีแดง", 1),
+        ("contains", "共有4个苹果", "4", 1),
+        ("contains", "共有14个苹果", "4", 0),
+        ("contains", "人口4万", "4", 0),
+        ("contains", "共十三个", "三", 0),
+        ("contains", "共三个", "三", 1),
+        ("contains", "是BMW牌", "bmw", 1),
+        ("contains", "Ein Gürtel", "rt", 0),
         ("relaxed", "104.9", "100", 1),
         ("relaxed", "105", "100", 1),
         ("relaxed", "105.1", "100", 0),
@@ -404,6 +467,41 @@ def test_an_answer_that_names_no_single_option_is_wrong_and_said_so(answer: str,
     for gold in "ABCDE":
         found = grade(Question("i", "t", "q", (gold,), "choice", choices=FRUIT), answer)
         assert (found.score, found.note) == (0.0, note)
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "letter"),
+    [
+        ("答案是B", ("红色", "蓝色"), "B"),
+        ("答案：Ｂ。", ("红色", "蓝色"), "B"),
+        ("（B）蓝色", ("红色", "蓝色"), "B"),
+        ("B。", ("红色", "蓝色"), "B"),
+        ("答案是B，因为A是绿色的", ("红色", "蓝色"), "B"),
+        ("选B", ("红色", "蓝色"), "B"),
+        ("図の答えはBです", ("赤", "青"), "B"),
+        ("정답은 B입니다", ("빨강", "파랑"), "B"),
+        ("图中是红色的汽车", ("红色", "蓝色"), "A"),
+        ("是女人", ("男", "女"), "B"),
+        ("答案是A和B", ("红色", "蓝色"), None),
+        ("红色或蓝色", ("红色", "蓝色"), None),
+        ("答案是C", ("红色", "蓝色"), None),
+        ("\\boxed{B}", ("a dog", "a cat"), "B"),
+        ("Die Antwort ist B.", ("rot", "blau"), "B"),
+        ("It is -24", ("24", "12"), None),
+        ("It is -24", ("24", "-24"), "B"),
+        ("It is 10,000", ("10", "10000"), "B"),
+        ("It is 0.25", ("25", "50"), None),
+    ],
+)
+def test_options_in_other_scripts_and_numbers(answer: str, choices: tuple[str, ...], letter: str | None) -> None:
+    assert choose(answer, choices)[0] == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "expected"), [("", "?", 0.0), ("!", "?", 0.0), ("?", "?", 1.0), ("The.", "yes", 0.0)]
+)
+def test_no_answer_is_not_what_folds_to_nothing(answer: str, gold: str, expected: float) -> None:
+    assert ask("vqa", answer, *[gold] * 10) == expected
 
 
 def test_options_of_equal_text_are_ambiguous_by_text_alone() -> None:

@@ -197,3 +197,32 @@ def test_a_broken_video_is_named(tmp_path: Path, processor: Any) -> None:
     for video, message in [("v.mp4", "not a video that can be decoded"), ("absent.mp4", "no file at")]:
         with pytest.raises(MediaError, match=message):
             inputs_of(manifest(tmp_path, chat({"type": "video", "video": video})), processor)
+
+
+def test_a_video_file_gives_the_frames_that_are_asked_for(tmp_path: Path, processor: Any) -> None:
+    cv2 = pytest.importorskip("cv2")
+    import numpy as np
+
+    writer = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 4, (112, 112))
+    for i in range(16):  # four seconds
+        writer.write(np.full((112, 112, 3), 16 * i, np.uint8))
+    writer.release()
+    file = {"type": "video", "video": "v.avi", "min_pixels": 112 * 112, "max_pixels": 112 * 112}
+    settings = [{"fps": 2}, {"fps": 4}, {"fps": 4, "max_frames": 6}, {"fps": 1, "min_frames": 8}, {"nframes": 4}]
+    prepared = inputs_of(manifest(tmp_path, *[chat({**file, **one}) for one in settings]), processor)
+    # two frames make one step in time
+    assert [p.inputs["video_grid_thw"][0, 0].item() for p in prepared] == [4, 8, 3, 4, 2]
+    with pytest.raises(MediaError, match=r"calib.jsonl:1: of the 16 frames of .*interval \[2, 16\]"):
+        inputs_of(manifest(tmp_path, chat({**file, "nframes": 40})), processor)
+
+
+def test_what_cannot_be_brought_to_size_is_one_line(tmp_path: Path, processor: Any) -> None:
+    (tmp_path / "a.png").write_bytes(picture((112, 112)))
+    (tmp_path / "b.png").write_bytes(picture((56, 112)))
+    for part, message in [
+        ({"type": "video", "video": ["a.png", "b.png"]}, "frames are of two sizes, 112 x 112 and 56 x 112"),
+        ({"type": "image", "image": "a.png", "max_pixels": 100}, "can't be brought to size"),
+        ({"type": "video", "video": ["a.png", "a.png"], "max_pixels": 50176}, "can't be brought to size"),
+    ]:
+        with pytest.raises(MediaError, match=f"calib.jsonl:1: .*{message}"):
+            inputs_of(manifest(tmp_path, chat(part)), processor)
