@@ -130,8 +130,8 @@ class Settings(BaseModel):
         return cls(**given)
 
     def replaced(self, **changes: Any) -> Self:
-        """Return a copy with some fields changed, checked like new settings."""
-        return type(self)(**{**dict(self), **changes})
+        """Return a copy with some fields changed, checked like new settings; what was not given is not given in it."""
+        return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
 
     @classmethod
     def option(cls, field: str) -> str:

@@ -81,9 +81,11 @@ class Checkpoint:
             raise CheckpointError(f"{path / 'config.json'} has no vision_config: download it again.")
         quantization = read_quantization(path, config)
         tensors = read_weights(path)
-        prefix = _layers_prefix(path, tensors)
+        _refuse_unfinished(path, tensors)
+        prefix = _layers_prefix(path, family, tensors)
         checkpoint = cls(path, family, config, text_config, vision_config, tensors, quantization, prefix)
         checkpoint._check_quantized_tensors()
+        checkpoint._check_head()
         return checkpoint
 
     @property
@@ -109,9 +111,8 @@ class Checkpoint:
 
     @property
     def tied_lm_head(self) -> bool:
-        """Whether the output head is the embedding matrix: what the config says, else whether lm_head is absent."""
-        tied = self.text_config.get("tie_word_embeddings")
-        return tied if isinstance(tied, bool) else not any(name.startswith("lm_head.") for name in self.tensors)
+        """Whether the output head is the embedding matrix, as the config says; silence is no, as in transformers 5."""
+        return bool(self.text_config.get("tie_word_embeddings"))
 
     def layer_prefix(self, index: int) -> str:
         """Return what precedes ``self_attn...`` in the tensor names of decoder layer ``index``."""
@@ -184,6 +185,14 @@ class Checkpoint:
             self._hash = total.hexdigest()
         return self._hash
 
+    def _check_head(self) -> None:
+        said = self.text_config.get("tie_word_embeddings")
+        if said is None and not any(name.startswith("lm_head.") for name in self.tensors):
+            raise CheckpointError(
+                f"{self.path} has no lm_head.weight, and its config.json does not say tie_word_embeddings, which "
+                "transformers 5 takes for false: set it to true if the head is the embeddings, as in the 2B."
+            )
+
     def _check_quantized_tensors(self) -> None:
         packed = any(name.endswith(".qweight") for name in self.tensors)
         if self.quantization is None and packed:
@@ -210,10 +219,32 @@ def _no_config(path: Path) -> str:
     return f"{path} has no config.json, so it is not a model (it holds {', '.join(found[:4])}, ...). {WHAT_TO_GIVE}"
 
 
-def _layers_prefix(path: Path, tensors: dict[str, TensorInfo]) -> str:
+def _refuse_unfinished(path: Path, tensors: dict[str, TensorInfo]) -> None:
+    """Refuse what a trainer has written for itself and not for others."""
+    for tensor in tensors.values():
+        if tensor.name.startswith("base_model.model.") or ".base_layer." in tensor.name or ".lora_" in tensor.name:
+            raise CheckpointError(
+                f"{path} holds a model with an adapter that is not merged ({tensor.name}): "
+                "call merge_and_unload() before saving it, or give base and adapter apart, with --adapter."
+            )
+        if tensor.numel == 0:
+            raise CheckpointError(
+                f"{path}: {tensor.name} is empty, as DeepSpeed ZeRO-3 leaves what it does not collect: run its "
+                "zero_to_fp32.py, or save with stage3_gather_16bit_weights_on_model_save."
+            )
+
+
+def _layers_prefix(path: Path, family: Family, tensors: dict[str, TensorInfo]) -> str:
+    known = (family.hub.layers, family.transformers.layers)
     for name in tensors:
         if "visual" not in name and (match := _LAYER_0.match(name)):
-            return f"{match[1] or ''}layers."
+            prefix = f"{match[1] or ''}layers."
+            if prefix not in known:
+                raise CheckpointError(
+                    f"{path} names its layers {prefix}*, which neither vLLM nor transformers loads: rename them "
+                    f"{known[0]}* or {known[1]}*, or save the whole model with save_pretrained()."
+                )
+            return prefix
     raise CheckpointError(
         f"{path} holds no decoder layers (no tensor model.layers.0.self_attn.*; its first is {next(iter(tensors))}). "
         "These are not a whole Qwen2-VL's weights: an adapter is merged first, a sharded save is collected first."

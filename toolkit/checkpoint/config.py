@@ -12,6 +12,16 @@ from toolkit.models.family import Family
 
 __all__ = ["QuantizationInfo", "read_family", "read_quantization", "read_text_config"]
 
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "num_key_value_heads",
+)
+#: What changes answers and stands at the top of a flat config, in ``text_config`` of a nested one, or in both.
+_SAID_TWICE = (*_SIZES, "rms_norm_eps", "rope_theta", "tie_word_embeddings")
 _AGAIN = "The file is damaged or incomplete: copy or download it again."
 
 
@@ -49,9 +59,12 @@ def read_text_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Bring the language model's settings into one dict, whatever the config's shape.
 
     Keys as in the hub's flat config; ``num_key_value_heads``, ``rope_theta`` and ``tie_word_embeddings`` are filled in
-    from where transformers 5 keeps them. Raises CheckpointError for missing sizes.
+    from where transformers 5 keeps them. Raises CheckpointError for missing sizes, and where both shapes are there and
+    say different things, for engines don't agree on which of them counts.
     """
     nested = config.get("text_config")
+    if isinstance(nested, dict):
+        _refuse_contradictions(path, config, nested)
     flat = {k: v for k, v in config.items() if k not in ("text_config", "vision_config", "quantization_config")}
     text = {**flat, **nested} if isinstance(nested, dict) else flat
     if "tie_word_embeddings" in config:
@@ -61,12 +74,21 @@ def read_text_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         text.setdefault("rope_theta", rope["rope_theta"])
     if text.get("num_key_value_heads") is None:
         text["num_key_value_heads"] = text.get("num_attention_heads")
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    for key in (*sizes, "num_key_value_heads"):
+    for key in _SIZES:
         value = text.get(key)
         if not isinstance(value, int) or value < 1:
             raise CheckpointError(f"{path / 'config.json'}: {key} is {value!r}, not a positive number. {_AGAIN}")
     return text
+
+
+def _refuse_contradictions(path: Path, config: dict[str, Any], nested: dict[str, Any]) -> None:
+    for key in _SAID_TWICE:
+        outer, inner = config.get(key), nested.get(key)
+        if outer is not None and inner is not None and outer != inner:
+            raise CheckpointError(
+                f"{path / 'config.json'} says {key} {outer!r}, and {inner!r} in text_config: "
+                "make both say what the weights were trained with."
+            )
 
 
 def read_quantization(path: Path, config: dict[str, Any]) -> QuantizationInfo | None:

@@ -5,6 +5,7 @@ Headers only, so a 70 GB model takes milliseconds; ``deep`` reads the values as 
 
 from __future__ import annotations
 
+import codecs
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -300,9 +301,14 @@ def _file_problems(path: Path) -> Iterator[Problem]:
         if not file.is_file() or file.suffix not in (".json", ".txt", ".jinja"):
             continue
         with file.open("rb") as stream:
-            if stream.read(len(LFS_MAGIC)) == LFS_MAGIC:
-                yield Problem("error", f"{name} is a Git-LFS pointer, not the file: run `git lfs pull`")
-                continue
+            start = stream.read(len(LFS_MAGIC))
+        if start == LFS_MAGIC:
+            yield Problem("error", f"{name} is a Git-LFS pointer, not the file: run `git lfs pull`")
+            continue
+        if file.suffix == ".json" and start.startswith(codecs.BOM_UTF8):
+            yield Problem(
+                "error", f"{name} begins with a byte order mark, at which transformers and vLLM stop: save it without"
+            )
         if file.suffix == ".json":
             try:
                 read_json(file)

@@ -68,9 +68,12 @@ class TensorInfo:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises CheckpointError naming file, line and column when it is not one."""
+    """Read a JSON object, with or without a byte order mark.
+
+    Raises CheckpointError naming file, line and column when it is not one.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise CheckpointError(
             f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}. "
@@ -89,7 +92,9 @@ def read_weights(directory: Path) -> dict[str, TensorInfo]:
     """Describe all tensors of ``directory``, by name.
 
     The files are those the index names, else ``model.safetensors``, else all ``*.safetensors``.
-    Raises CheckpointError when a file is missing, truncated, a Git-LFS pointer or a download in progress.
+    Raises CheckpointError when a file is missing, truncated, a Git-LFS pointer or a download in progress, when a tensor
+    is in two files, and when an index stands beside a ``model.safetensors`` that says something else: transformers
+    reads the one and vLLM the other.
     """
     _refuse_partial_downloads(directory)
     index = directory / INDEX_NAME
@@ -102,9 +107,7 @@ def read_weights(directory: Path) -> dict[str, TensorInfo]:
         _refuse_missing_numbers(directory, files)
     if not files:
         raise CheckpointError(_no_weights(directory))
-    tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        tensors.update(_read_header(file))
+    tensors = _read_headers(files)
     if not tensors:
         raise CheckpointError(f"{directory} holds safetensors files without a single tensor: download it again.")
     return tensors
@@ -116,22 +119,65 @@ def _read_indexed(directory: Path, index: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{index} has no usable weight_map (tensor name -> file): download it again.")
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (directory / name).exists()]
+    beside = (directory / SINGLE_NAME).exists() and SINGLE_NAME not in names
+    if missing and beside:
+        raise CheckpointError(
+            f"{directory} holds a {SINGLE_NAME}, and an {INDEX_NAME} whose file {missing[0]} is missing: "
+            "transformers reads the one and vLLM the other. Delete the index if that one file is the model."
+        )
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise CheckpointError(
             f"{directory} is half-downloaded: {len(missing)} of the {len(names)} weight files named in {INDEX_NAME} "
             f"are missing ({shown}). Finish the download, or copy the missing files there."
         )
-    tensors: dict[str, TensorInfo] = {}
-    for name in names:
-        tensors.update(_read_header(directory / name))
+    tensors = _read_headers([directory / name for name in names])
     absent = sorted(set(weight_map) - set(tensors))
     if absent:
         raise CheckpointError(
             f"{directory}: {INDEX_NAME} names {len(absent)} tensors that no file holds, such as {absent[0]}. "
             "Index and weight files come from different downloads: download the model again."
         )
+    if beside and (odd := _difference(tensors, _read_header(directory / SINGLE_NAME))) is not None:
+        raise CheckpointError(
+            f"{directory} holds two models: {SINGLE_NAME} and the files of {INDEX_NAME} differ in {odd}. "
+            "transformers reads the one and vLLM the other: delete what is older."
+        )
     return tensors
+
+
+def _read_headers(files: list[Path]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, tensor in _read_header(file).items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{file.parent}: {name} is in two files, {tensors[name].file.name} and {file.name}. "
+                    "They come from different saves: delete what is older, or download the model again."
+                )
+            tensors[name] = tensor
+    return tensors
+
+
+def _difference(a: dict[str, TensorInfo], b: dict[str, TensorInfo]) -> str | None:
+    """Return the first tensor in which two models differ, None where they are equal to the byte."""
+    odd = next(iter(sorted(a.keys() ^ b.keys())), None)
+    if odd is not None:
+        return odd
+    return next((name for name in a if not _equal(a[name], b[name])), None)
+
+
+def _equal(a: TensorInfo, b: TensorInfo, chunk: int = 8 * 2**20) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    try:
+        with a.file.open("rb") as one, b.file.open("rb") as other:
+            one.seek(a.offset)
+            other.seek(b.offset)
+            sizes = (min(chunk, a.nbytes - start) for start in range(0, a.nbytes, chunk))
+            return all(one.read(size) == other.read(size) for size in sizes)
+    except OSError as error:
+        raise CheckpointError(f"{a.file.parent} can't be read: {error.strerror or error}.") from error
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:

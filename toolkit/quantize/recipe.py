@@ -114,6 +114,17 @@ class Recipe(Settings):
                 "AutoAWQ's search rounds to nearest and weighs all tokens alike: "
                 "leave --rounding and --balance out, or use --search moments"
             )
+        # What was given and would be ignored is refused: qvl.json would record it. Defaults are nobody's wish.
+        if "scaling" in self.model_fields_set and self.search != "autoawq":
+            raise FormatError(
+                f"--scaling {self.scaling} is of AutoAWQ's search, and --search {self.search} tries both scalings: "
+                "leave --scaling out, or add --search autoawq"
+            )
+        if "budget" in self.model_fields_set and self.from_report is None:
+            raise FormatError(
+                f"--budget {self.budget:g} is for the layers that a report says to leave in 16 bits: "
+                "add --from-report, or leave --budget out"
+            )
         return self
 
     def recorded(self) -> dict[str, Any]:

@@ -16,8 +16,9 @@ After that a candidate costs N K^2 multiplications and no forward.
 - Clips: AutoAWQ's grid and loss, from the diagonal blocks of H, so over all tokens. q and k are clipped too.
 - Rounding: GPTQ's update on the grid that was chosen (:mod:`toolkit.quantize.search.compensate`): the values change,
   the format does not.
-- Check: a tenth of the tokens at most is kept out of H. No linear may err more on them than by plain rounding to
-  nearest; a choice that does is taken back, in the end to plain rounding itself. AutoAWQ checks nothing.
+- Check: some samples are kept out of H, about a tenth of the tokens, but one sample at least. No linear may err more on
+  them than by plain rounding to nearest; a choice that does is taken back, in the end to plain rounding itself. AutoAWQ
+  checks nothing.
 
 What it costs in quality and time, against AutoAWQ: docs/quantizing.md and docs/results/quantizer.
 """

@@ -202,7 +202,10 @@ class LayerStream:
 
 
 def _held_samples(lengths: Sequence[int]) -> frozenset[int]:
-    """Choose the samples that check the search: spread over the whole, one at least, few against the rest."""
+    """Choose the samples that check the search: spread over the whole, few against the rest, but one at least.
+
+    One is half of two samples: a check on what the search has not seen is worth more than the tokens it costs.
+    """
     budget = min(HELD_TOKENS, int(sum(lengths) * HELD_SHARE))
     count = max(1, round(budget * len(lengths) / sum(lengths)))
     return frozenset(i * len(lengths) // count for i in range(count))

@@ -4,6 +4,7 @@ __all__ = ["CHUNK_TOKENS", "HELD_SHARE", "HELD_TOKENS"]
 
 #: Tokens that go through a layer at once, to start with; halved when the device runs out of memory.
 CHUNK_TOKENS = 4096
-#: Tokens kept out of the search to check it: at most about this many, and at most this share of all.
+#: Tokens kept out of the search to check it: about this share of all, and about this many at most, in whole samples;
+#: one sample is kept out at least, however large its share.
 HELD_TOKENS = 4096
 HELD_SHARE = 0.1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support import tiny
 from toolkit.checkpoint.checkpoint import Checkpoint
@@ -190,6 +191,77 @@ class TestBroken:
     def test_absent_shard(self, path: Path) -> None:
         (path / "model-00002-of-00003.safetensors").unlink()
         self.expect(path, r"half-downloaded: 1 of the 3 weight files.*model-00002-of-00003.*Finish the download")
+
+    def test_a_byte_order_mark_is_read(self, path: Path) -> None:
+        (path / "config.json").write_bytes(b"\xef\xbb\xbf" + (path / "config.json").read_bytes())
+        assert Checkpoint.open(path).config == tiny.config()
+
+    @pytest.mark.parametrize("index", [True, False])
+    def test_a_tensor_in_two_files(self, path: Path, index: bool) -> None:
+        file = path / "model-00003-of-00003.safetensors"
+        found = load_file(file) | {"model.embed_tokens.weight": torch.ones(tiny.VOCAB, tiny.HIDDEN).half()}
+        save_file(found, file)
+        if not index:
+            (path / "model.safetensors.index.json").unlink()
+        self.expect(path, r"model\.embed_tokens\.weight is in two files, model-00001-of-00003.*model-00003-of-00003")
+
+    def test_absent_shards_beside_a_whole_file(self, path: Path) -> None:
+        tiny.write_tensors(path, tiny.tensors())
+        (path / "model-00002-of-00003.safetensors").unlink()
+        self.expect(path, r"holds a model\.safetensors, and an .*index.*model-00002-of-00003.*Delete the index")
+
+    @pytest.mark.parametrize("change", ["value", "name", "shape"])
+    def test_a_new_file_beside_old_shards(self, path: Path, change: str) -> None:
+        found = tiny.tensors()
+        tiny.write_tensors(path, found)
+        assert len(Checkpoint.open(path).tensors) == len(found)  # the same, twice
+        if change == "value":
+            found["model.norm.weight"][-1] += 1
+        elif change == "name":
+            del found["model.norm.weight"]
+        else:
+            found["model.norm.weight"] = found["model.norm.weight"][:-1].clone()
+        tiny.write_tensors(path, found)
+        self.expect(path, r"holds two models: .* differ in model\.norm\.weight.*delete what is older")
+
+    def change(self, path: Path, renamed: dict[str, str], replaced: dict[str, torch.Tensor] | None = None) -> None:
+        found = tiny.tensors() | (replaced or {})
+        for old, new in renamed.items():
+            found = {name.replace(old, new): tensor for name, tensor in found.items()}
+        for file in path.glob("model*"):
+            file.unlink()
+        tiny.write_tensors(path, found)
+
+    def test_what_zero_3_leaves(self, path: Path) -> None:
+        self.change(path, {}, {"model.layers.1.mlp.up_proj.weight": torch.ones(0).half()})
+        self.expect(path, r"model\.layers\.1\.mlp\.up_proj\.weight is empty.*ZeRO-3.*zero_to_fp32")
+
+    @pytest.mark.parametrize(
+        "renamed", [{"q_proj.weight": "q_proj.base_layer.weight"}, {"model.layers": "base_model.model.model.layers"}]
+    )
+    def test_an_adapter_that_is_not_merged(self, path: Path, renamed: dict[str, str]) -> None:
+        self.change(path, renamed)
+        self.expect(path, "an adapter that is not merged.*merge_and_unload")
+
+    @pytest.mark.parametrize("prefix", ["language_model.", "", "module.model."])
+    def test_names_that_no_engine_loads(self, path: Path, prefix: str) -> None:
+        self.change(path, {"model.layers.": f"{prefix}layers."})
+        self.expect(path, rf"names its layers {prefix}layers\.\*.*neither vLLM nor transformers")
+
+    @pytest.mark.parametrize(
+        ("key", "value"), [("vocab_size", 65), ("rms_norm_eps", 1e-5), ("tie_word_embeddings", False)]
+    )
+    def test_flat_and_nested_config_at_odds(self, path: Path, key: str, value: float) -> None:
+        tiny.edit_json(path / "config.json", text_config={**tiny.TEXT, "tie_word_embeddings": True})
+        assert Checkpoint.open(path).tied_lm_head
+        tiny.edit_json(path / "config.json", text_config={**tiny.TEXT, key: value})
+        self.expect(path, rf"says {key} .*, and {value} in text_config")
+
+    def test_a_head_that_nobody_tied(self, path: Path) -> None:
+        tiny.edit_json(path / "config.json", tie_word_embeddings=None)
+        self.expect(path, r"no lm_head\.weight.*does not say tie_word_embeddings.*transformers 5 takes for false")
+        self.change(path, {}, {"lm_head.weight": torch.ones(tiny.VOCAB, tiny.HIDDEN).half()})
+        assert not Checkpoint.open(path).tied_lm_head
 
     def test_absent_shard_without_an_index(self, path: Path) -> None:
         (path / "model.safetensors.index.json").unlink()

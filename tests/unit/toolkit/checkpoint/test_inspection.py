@@ -288,6 +288,13 @@ class TestFiles:
         (path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
         assert errors(path) == ["tokenizer.json is a Git-LFS pointer, not the file: run `git lfs pull`"]
 
+    def test_a_byte_order_mark(self, tmp_path: Path) -> None:
+        path = tiny.write(tmp_path / "m")
+        (path / "config.json").write_bytes(b"\xef\xbb\xbf" + (path / "config.json").read_bytes())
+        assert errors(path) == [
+            "config.json begins with a byte order mark, at which transformers and vLLM stop: save it without"
+        ]
+
     def test_malformed_json(self, tmp_path: Path) -> None:
         path = tiny.write(tmp_path / "m")
         (path / "preprocessor_config.json").write_text("{")

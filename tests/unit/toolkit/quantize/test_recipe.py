@@ -47,6 +47,9 @@ def test_no_bound_on_pixels() -> None:
         ({"balance": 3}, FormatError, "unknown balance 3: choose none or modality"),
         ({"samples": 0}, ManifestError, "0 calibration samples: at least 1 is needed, 128 is usual"),
         ({"search": "autoawq", "balance": "modality"}, FormatError, "AutoAWQ's search rounds to nearest"),
+        ({"scaling": "duo"}, FormatError, "--scaling duo is of AutoAWQ's search, and --search moments tries both"),
+        ({"scaling": "plain", "search": "moments"}, FormatError, "--scaling plain is of AutoAWQ's search"),
+        ({"budget": 0.2}, FormatError, "--budget 0.2 is for the layers that a report says to leave in 16 bits: add"),
         ({"sample": 3}, FormatError, "sample is no setting of Recipe: choose among format, group_size,"),
     ],
 )
@@ -54,6 +57,23 @@ def test_what_is_refused(settings: dict[str, Any], error: type[Exception], messa
     with pytest.raises(error) as caught:
         Recipe(**settings)
     assert str(caught.value).startswith(message)
+
+
+def test_what_belongs_together_is_taken(tmp_path: Path) -> None:
+    assert Recipe(search="autoawq", scaling="duo").scaling == "duo"
+    assert Recipe(from_report=tmp_path / "layers.json", budget=0.2).budget == 0.2
+    changed = Recipe(samples=3).replaced(seed=7)  # nobody gave a scaling or a budget
+    assert (changed.samples, changed.seed, changed.scaling, changed.budget) == (3, 7, "plain", 0.1)
+    assert Recipe(samples=3).replaced(search="autoawq").rounding == "nearest"
+
+
+@pytest.mark.parametrize("given", [["--scaling", "duo"], ["--budget", "0.1"]])
+def test_an_option_without_its_partner_is_refused(asked: list[Any], given: list[str]) -> None:
+    app = typer.Typer(add_completion=False)
+    app.command()(verbs.quantize)
+    done = CliRunner().invoke(app, ["--model", "demo", "--out", "o", *given])
+    assert isinstance(done.exception, FormatError) and "\n" not in str(done.exception)
+    assert asked == []
 
 
 def test_what_qvl_json_records() -> None:

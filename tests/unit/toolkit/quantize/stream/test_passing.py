@@ -105,3 +105,20 @@ def test_few_samples_are_held_back(lengths: list[int]) -> None:
     assert 1 <= len(held) <= max(1, round(len(lengths) / 10))
     assert len(held) * lengths[0] <= max(lengths[0], HELD_TOKENS * 1.5)
     assert held <= set(range(len(lengths)))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "held"),
+    [
+        ([7], {0}),  # has to do for both
+        ([100] * 2, {0}),  # half: one is held back at least
+        ([100] * 9, {0}),
+        ([100] * 10, {0}),  # a tenth
+        ([100] * 40, {0, 10, 20, 30}),
+        ([4096] * 30, {0}),  # 4,096 tokens at most
+        ([1024] * 128, {0, 32, 64, 96}),
+    ],
+)
+def test_which_samples_are_held_back(lengths: list[int], held: set[int]) -> None:
+    """As docs/quantizing.md says."""
+    assert _held_samples(lengths) == held
