@@ -177,7 +177,7 @@ def stacked(key_file: Path, tmp_path: Path) -> Iterator[tuple[Client, subprocess
         )
     client = Client(f"http://127.0.0.1:{port}")
     try:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 300
         while True:
             with contextlib.suppress(httpx.HTTPError):
                 if client.get("/ready", key=None).status_code == 200:

@@ -186,7 +186,7 @@ class Foreground:
         return self._output.read_text()
 
     def wait_for(self, text: str) -> None:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 300
         while text not in self.printed:
             assert self.process.poll() is None and time.monotonic() < deadline, self.printed
             time.sleep(0.1)
