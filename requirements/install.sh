@@ -8,8 +8,9 @@
 #   torchcodec, which a CPU does not need and which break it. The list was resolved with them: see cpu-overrides.txt.
 #
 # uv does the work where it can be had from the configured index and takes pip's settings (uv_settings.py); else pip.
-# Neither compiles to bytecode: of 28,000 files Python compiles those that are imported, when they are. Who installs as
-# one user and runs as another does it once: python -m compileall -q -j 0 VENV/lib
+# Neither compiles to bytecode: of 28,000 files Python compiles those that are imported, when they are. Where it must not
+# (PYTHONDONTWRITEBYTECODE), which would have every process compile them anew, all are compiled at the end. Who installs
+# as one user and runs as another does it once: python -m compileall -q -j 0 VENV/lib
 set -eu
 venv=${1:?usage: install.sh VENV cpu|gpu} backend=${2:?usage: install.sh VENV cpu|gpu}
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
@@ -57,3 +58,6 @@ gpu)
 esac
 echo "[3/3] qvl"
 install --no-deps --no-build-isolation -e "$here/.."
+if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then
+    "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || :  # a few templates are no Python
+fi
