@@ -89,7 +89,7 @@ lint: setup ## ruff, who imports whom, mypy --strict
 format: setup ## ruff's formatting and fixes
 	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
 
-microbench: setup ## pytest-benchmark suites (packing, search, pictures, SSE, client); the times are saved in .benchmarks
+microbench: setup ## pytest-benchmark suites (packing, search, images, SSE, client); the times are saved in .benchmarks
 	$(PY) -m pytest bench/micro --benchmark-only --benchmark-autosave -p no:cacheprovider $(ARGS)
 
 microbench-compare: setup ## the suites again beside the last saved times; fails where one is past MICRO_LIMIT

@@ -69,7 +69,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Now": (
         Panel(
             "Servers ready",
-            "Servers whose last question about a picture was answered. 0: nobody is served.",
+            "Servers whose last question about an image was answered. 0: nobody is served.",
             ((f"sum(qvl_ready{{{_WHERE}}})", "ready"),),
             kind="stat",
             width=4,
@@ -137,7 +137,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Tokens a second",
-            "Prompt tokens (pictures included) and output tokens.",
+            "Prompt tokens (images included) and output tokens.",
             (
                 (_rate("vllm:prompt_tokens_total", "instance"), "prompt {{instance}}"),
                 (_rate("vllm:generation_tokens_total", "instance"), "output {{instance}}"),
@@ -147,7 +147,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Latency": (
         Panel(
             "Time to first token (TTFT)",
-            "Queue, picture encoding and prefill. Grows with the queue.",
+            "Queue, image encoding and prefill. Grows with the queue.",
             _quantiles("vllm:time_to_first_token_seconds"),
             unit="s",
         ),
@@ -200,8 +200,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             highest=1,
         ),
         Panel(
-            "Picture cache hits",
-            "Share of pictures that were already prepared.",
+            "Image cache hits",
+            "Share of images that were already prepared.",
             ((_share("vllm:mm_cache_hits_total", "vllm:mm_cache_queries_total"), "{{instance}}"),),
             unit="percentunit",
             highest=1,
@@ -227,7 +227,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Health": (
         Panel(
             "Ready",
-            "1: the last question about a picture was answered in time.",
+            "1: the last question about an image was answered in time.",
             ((f"qvl_ready{{{_WHERE}}}", "{{instance}}"),),
             kind="state-timeline",
             thresholds=((None, "red"), (1, "green")),
@@ -255,7 +255,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Probe",
-            "Seconds the server's own question about a picture took. Not asked while real answers come.",
+            "Seconds the server's own question about an image took. Not asked while real answers come.",
             ((_quantile(0.95, "qvl_probe_seconds"), "p95 {{instance}}"),),
             unit="s",
         ),

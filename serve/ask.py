@@ -1,4 +1,4 @@
-"""One question about pictures, to any OpenAI-compatible server, answered token by token."""
+"""One question about images, to any OpenAI-compatible server, answered token by token."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def ask(
     temperature: float = 0.0,
     transport: httpx.BaseTransport | None = None,
 ) -> Answer:
-    """Ask a server a question about pictures and return its streamed answer.
+    """Ask a server a question about images and return its streamed answer.
 
     Args:
         url: the server, with or without "/v1".

@@ -30,7 +30,7 @@ def serve(
 ) -> None:
     """Serve a model with vLLM, fp16 or AWQ, behind an OpenAI-compatible API that is guarded against its clients.
 
-    It is ready when it has answered a question about a picture. Ctrl-C stops it; requests under way may finish.
+    It is ready when it has answered a question about an image. Ctrl-C stops it; requests under way may finish.
     It is started again when it dies or hangs.
     """
     from serve.plan.tuned import tuned
@@ -111,7 +111,7 @@ def ask(
         bool, typer.Option("--json", help="Print the answer, token counts and times as JSON, at the end.")
     ] = False,
 ) -> None:
-    """Ask a question about pictures; the answer streams as it is written."""
+    """Ask a question about images; the answer streams as it is written."""
     import json
 
     from serve.ask import ask as ask_server

@@ -47,7 +47,7 @@ def patch_torchvision() -> bool:
         library.define(schema)
     _libraries.append(library)
     with warnings.catch_warnings():
-        # torchvision.io warns that its image decoders are missing too; pictures are decoded by PIL here.
+        # torchvision.io warns that its image decoders are missing too; images are decoded by PIL here.
         warnings.filterwarnings("ignore", message="Failed to load image Python extension")
         import torchvision  # noqa: F401
     return True

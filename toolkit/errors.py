@@ -7,7 +7,7 @@ The tree, shared by all three packages; the command line prints the message and 
         AlreadyQuantized     the source holds quantized weights already
       FormatError            a group size, bit width or layout that does not fit the model or the engine
       ManifestError          a JSONL file of calibration samples or benchmark questions; names file and line
-      MediaError             an image or video that is missing, truncated or not a picture
+      MediaError             an image or video that is missing, truncated or not an image
       ResourceError          not enough disk, host memory or GPU memory, with the figures
         ResourceInUse        there would be enough, if others did not hold it
       HubError               a model that can't be fetched
@@ -53,7 +53,7 @@ class ManifestError(QvlError):
 
 
 class MediaError(QvlError):
-    """An image or video that is missing, truncated or not a picture."""
+    """An image or video that is missing, truncated or not an image."""
 
 
 class ResourceError(QvlError):

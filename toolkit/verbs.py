@@ -104,7 +104,7 @@ def demo_data(
         int | None, typer.Option(help="Of the generator; if not given, 20001 for tasks and 10001 for calibration.")
     ] = None,
 ) -> None:
-    """Write the embedded model's picture questions, or its calibration chats, as JSONL and PNG files."""
+    """Write the embedded model's image questions, or its calibration chats, as JSONL and PNG files."""
     from toolkit.console import out as stdout
     from toolkit.errors import ManifestError
     from toolkit.tasks.manifests import CALIBRATION_SEED, TASKS_SEED, write_calibration, write_tasks

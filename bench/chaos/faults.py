@@ -2,7 +2,7 @@
 
     python -m bench.chaos faults --out docs/results/faults [--model demo] [--only engine_killed,...]
 
-Starts `qvl serve --detach` and keeps a few clients asking about pictures while one fault after the other is brought
+Starts `qvl serve --detach` and keeps a few clients asking about images while one fault after the other is brought
 about; writes table.md and faults.json. Ends only processes that it has started. Runs on a GPU too, which alone has the
 fault gpu_memory_exhausted.
 """
@@ -31,12 +31,12 @@ import httpx
 import psutil
 
 from bench.chaos.gpu_memory import neighbour
-from bench.chaos.hostile import chat_body, data_url, good_picture
+from bench.chaos.hostile import chat_body, data_url, good_image
 from bench.chaos.settable_clock import Clock
 from bench.chaos.settings import FaultsSettings
 from bench.load.client import is_whole
 from bench.run.boot import free_ports
-from serve.http.images import sample_picture
+from serve.http.images import sample_image
 from serve.process import state
 from serve.process.supervisor import WAITS, stopped_by_signals
 from serve.settings.config import ServerConfig
@@ -131,7 +131,7 @@ class _Seen:
 
 
 async def _client(server: Watched, seen: list[_Seen], until: Callable[[], bool], key: Callable[[], str]) -> None:
-    """Ask about a picture again and again, on a connection that is kept, as the openai package does without retries."""
+    """Ask about an image again and again, on a connection that is kept, as the openai package does without retries."""
     number = 0
     async with httpx.AsyncClient(base_url=server.url, timeout=_PATIENCE, trust_env=False) as client:
         name = server.known.model_name
@@ -143,7 +143,7 @@ async def _client(server: Watched, seen: list[_Seen], until: Callable[[], bool],
                     {
                         "role": "user",
                         "content": [
-                            {"type": "image_url", "image_url": {"url": sample_picture()}},
+                            {"type": "image_url", "image_url": {"url": sample_image()}},
                             {"type": "text", "text": f"Question {number}: what colour is the circle?"},
                         ],
                     }
@@ -282,9 +282,9 @@ def allocation_fails(server: Watched, **short: Any) -> Result:
         engine.rlimit(psutil.RLIMIT_AS, (engine.memory_info().vms // 2,) * 2)  # less than it has: it gets nothing more
         answers.extend(_show_large(server))
 
-    how = "the engine gets no more memory (`RLIMIT_AS`), and 8 large pictures come at once: an allocation fails"
+    how = "the engine gets no more memory (`RLIMIT_AS`), and 8 large images come at once: an allocation fails"
     result = observe(server, "allocation fails", how, cap, breaks=True, **short)
-    result.note = f"the pictures: {_statuses(answers)}; {_cause(server)}"
+    result.note = f"the images: {_statuses(answers)}; {_cause(server)}"
     return result
 
 
@@ -303,27 +303,27 @@ def gpu_memory_exhausted(server: Watched, **short: Any) -> Result:
             taken.append(other.taken)
 
     how = (
-        f"for {_HELD} s another program takes all of the GPU's memory that is left or becomes free, and large pictures "
+        f"for {_HELD} s another program takes all of the GPU's memory that is left or becomes free, and large images "
         "come, 8 at once"
     )
     result = observe(server, "GPU memory exhausted", how, take, **short)
     waited = WAITS in server.log.read_text(errors="replace")
     before, after = (f"{size / 2**30:.1f} GiB" for size in taken)
     result.note = (
-        f"it took {before} at once, {after} in the end; the pictures: {_statuses(answers)}; {_cause(server)}; "
+        f"it took {before} at once, {after} in the end; the images: {_statuses(answers)}; {_cause(server)}; "
         f"the restart {'waited for memory' if waited else 'found memory at once'}"
     )
     return result
 
 
 def _show_large(server: Watched, shown: int = 0) -> list[httpx.Response | None]:
-    """Ask about 8 pictures at once, as large as the embedded model's context takes; no cache has them yet.
+    """Ask about 8 images at once, as large as the embedded model's context takes; no cache has them yet.
 
     ``shown`` is how many were asked about before.
     """
-    pictures = [data_url(good_picture(1120, colour=f"#{shown + number:06x}")) for number in range(8)]
+    images = [data_url(good_image(1120, colour=f"#{shown + number:06x}")) for number in range(8)]
     name = server.known.model_name
-    return _at_once(server, [chat_body(name, picture, max_tokens=4) for picture in pictures], _PATIENCE)
+    return _at_once(server, [chat_body(name, image, max_tokens=4) for image in images], _PATIENCE)
 
 
 def _cause(server: Watched) -> str:

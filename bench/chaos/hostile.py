@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-__all__ = ["CHAT", "Hostile", "catalogue", "chat_body", "data_url", "good_picture"]
+__all__ = ["CHAT", "Hostile", "catalogue", "chat_body", "data_url", "good_image"]
 
 CHAT = "/v1/chat/completions"
 
@@ -44,16 +44,16 @@ def data_url(content: bytes, mime: str = "image/png") -> str:
     return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
-def good_picture(size: int = 56, format: str = "PNG", colour: str = "red") -> bytes:
-    """Return a picture that every server should take: a square of one colour, `size` pixels wide."""
+def good_image(size: int = 56, format: str = "PNG", colour: str = "red") -> bytes:
+    """Return an image that every server should take: a square of one colour, `size` pixels wide."""
     buffer = io.BytesIO()
     Image.new("RGB", (size, size), colour).save(buffer, format)
     return buffer.getvalue()
 
 
-def chat_body(model: str, *pictures: str, text: str = "What colour?", **settings: Any) -> bytes:
-    """Return a chat request with pictures (URLs) before a text; `settings` go into the request."""
-    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
+def chat_body(model: str, *images: str, text: str = "What colour?", **settings: Any) -> bytes:
+    """Return a chat request with images (URLs) before a text; `settings` go into the request."""
+    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in images]
     content.append({"type": "text", "text": text})
     return json.dumps({"model": model, "messages": [{"role": "user", "content": content}], **settings}).encode()
 
@@ -103,9 +103,9 @@ def _tiff() -> bytes:
 
 def catalogue(model: str, *, max_body_bytes: int = 32 << 20) -> Iterable[Hostile]:
     """Yield the requests, for a server whose model has this name and whose bodies may have so many bytes."""
-    good = good_picture()
+    good = good_image()
 
-    def picture(content: bytes, mime: str = "image/png") -> Callable[[], bytes]:
+    def image(content: bytes, mime: str = "image/png") -> Callable[[], bytes]:
         return lambda: chat_body(model, data_url(content, mime))
 
     def url(address: str) -> Callable[[], bytes]:
@@ -121,25 +121,25 @@ def catalogue(model: str, *, max_body_bytes: int = 32 << 20) -> Iterable[Hostile
     def message(**fields: Any) -> Callable[[], bytes]:
         return plain(messages=[{"role": "user", "content": "Hi"} | fields])
 
-    jpeg = good_picture(format="JPEG")
-    # Pictures
-    yield Hostile("png 50k x 50k", "image_pixels", lambda: picture(png_bomb(50_000, 50_000))())
-    yield Hostile("gif of 10,000 frames", "image_frames", picture(gif_of(10_000), "image/gif"))
-    yield Hostile("webp of 268 Mpixels", "image_pixels", picture(webp_of(16_384, 16_384), "image/webp"))
-    yield Hostile("jpeg of 500 scans", "image_format", lambda: picture(jpeg_of_scans(500), "image/jpeg")())
-    yield Hostile("svg", "image_format", picture(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml"))
-    yield Hostile("svg declared png", "image_format", picture(b"<?xml version='1.0'?><svg/>"))
-    yield Hostile("tiff", "image_format", picture(_tiff(), "image/tiff"))
-    yield Hostile("png cut short", "image_format", picture(good[:-20]))
-    yield Hostile("jpeg cut short", "image_format", picture(jpeg[: len(jpeg) // 2], "image/jpeg"))
-    yield Hostile("png with a zip behind", "image_format", picture(good + b"PK\x03\x04" + b"\0" * 40))
-    yield Hostile("gif that is a script", "image_format", picture(b"GIF89a/*" + b"*/=1;alert(1)//", "image/gif"))
-    yield Hostile("wrong MIME", "image_format", picture(good, "image/jpeg"))
+    jpeg = good_image(format="JPEG")
+    # Images
+    yield Hostile("png 50k x 50k", "image_pixels", lambda: image(png_bomb(50_000, 50_000))())
+    yield Hostile("gif of 10,000 frames", "image_frames", image(gif_of(10_000), "image/gif"))
+    yield Hostile("webp of 268 Mpixels", "image_pixels", image(webp_of(16_384, 16_384), "image/webp"))
+    yield Hostile("jpeg of 500 scans", "image_format", lambda: image(jpeg_of_scans(500), "image/jpeg")())
+    yield Hostile("svg", "image_format", image(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml"))
+    yield Hostile("svg declared png", "image_format", image(b"<?xml version='1.0'?><svg/>"))
+    yield Hostile("tiff", "image_format", image(_tiff(), "image/tiff"))
+    yield Hostile("png cut short", "image_format", image(good[:-20]))
+    yield Hostile("jpeg cut short", "image_format", image(jpeg[: len(jpeg) // 2], "image/jpeg"))
+    yield Hostile("png with a zip behind", "image_format", image(good + b"PK\x03\x04" + b"\0" * 40))
+    yield Hostile("gif that is a script", "image_format", image(b"GIF89a/*" + b"*/=1;alert(1)//", "image/gif"))
+    yield Hostile("wrong MIME", "image_format", image(good, "image/jpeg"))
     yield Hostile("not base64", "image_format", url("data:image/png;base64,!!!!"))
-    yield Hostile("empty picture", "image_format", url("data:image/png;base64,"))
-    yield Hostile("a picture one pixel wide", "image_pixels", lambda: picture(png_bomb(1, 5000))())
-    yield Hostile("200 pictures", "image_count", lambda: chat_body(model, *[data_url(good)] * 200))
-    yield Hostile("large picture", "image_bytes", lambda: picture(good + b"\0" * (11 << 20))(), 413)
+    yield Hostile("empty image", "image_format", url("data:image/png;base64,"))
+    yield Hostile("an image one pixel wide", "image_pixels", lambda: image(png_bomb(1, 5000))())
+    yield Hostile("200 images", "image_count", lambda: chat_body(model, *[data_url(good)] * 200))
+    yield Hostile("large image", "image_bytes", lambda: image(good + b"\0" * (11 << 20))(), 413)
     yield Hostile(
         "video", "video", message(content=[{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}])
     )
@@ -197,7 +197,7 @@ def catalogue(model: str, *, max_body_bytes: int = 32 << 20) -> Iterable[Hostile
     for name, value in overrides.items():
         yield Hostile(f"field {name}", "field", plain(**{name: value}))
     yield Hostile(
-        "picture by uuid",
+        "image by uuid",
         "field",
         message(content=[{"type": "image_url", "image_url": {"url": data_url(good)}, "uuid": "1"}]),
     )
@@ -250,7 +250,7 @@ def catalogue(model: str, *, max_body_bytes: int = 32 << 20) -> Iterable[Hostile
         "http://127.0.0.1%2f@example.com/",
         "https://example.com/x.png",
     ):
-        yield Hostile(f"picture at {address}", "image_url", url(address))
+        yield Hostile(f"image at {address}", "image_url", url(address))
     # Without a key
     yield Hostile("no key", "key", plain(), 401, with_key=False)
     yield Hostile("wrong key", "key", plain(), 401, headers={"Authorization": "Bearer wrong"}, with_key=False)

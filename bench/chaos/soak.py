@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 
-from bench.chaos.hostile import CHAT, Hostile, catalogue, chat_body, data_url, good_picture
+from bench.chaos.hostile import CHAT, Hostile, catalogue, chat_body, data_url, good_image
 from bench.chaos.settings import SoakSettings
 from bench.load.client import is_whole
 from bench.machine.environment import command_line, cpu_name, gpu_names, system_name, versions
@@ -167,7 +167,7 @@ class _Soak:
 
     async def _warm_up(self) -> None:
         """Send everything once: what fills caches and the allocator's reserves is no growth afterwards."""
-        urls = [self._picture(*kind) for kind in itertools.product(_SIZES, _FORMATS, _COLOURS)]
+        urls = [self._image(*kind) for kind in itertools.product(_SIZES, _FORMATS, _COLOURS)]
         for start in range(0, len(urls), 4):
             body = chat_body(self.model, *urls[start : start + 4], max_tokens=1)
             await self.client.post(CHAT, content=body, headers=self.headers)
@@ -195,13 +195,13 @@ class _Soak:
         settings: dict[str, Any] = {"max_tokens": tokens, "temperature": choose.choice((0, 1)), "stream": stream}
         urls = []
         for _ in range(choose.choice((0, 1, 1, 1, 2, 4))):
-            urls.append(self._picture(choose.choice(_SIZES), choose.choice(_FORMATS), choose.choice(_COLOURS)))
+            urls.append(self._image(choose.choice(_SIZES), choose.choice(_FORMATS), choose.choice(_COLOURS)))
         text = f"What colour is it? ({choose.random()})"
         return chat_body(self.model, *urls, text=text, **settings), stream
 
     @staticmethod
-    def _picture(size: int, format: str, colour: str) -> str:
-        return data_url(good_picture(size, format, colour), f"image/{format.lower()}")
+    def _image(size: int, format: str, colour: str) -> str:
+        return data_url(good_image(size, format, colour), f"image/{format.lower()}")
 
     async def _good(self) -> None:
         body, stream = self._good_body()

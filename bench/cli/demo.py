@@ -35,15 +35,15 @@ def demo(
     tour.qvl("Quantize", f"quantize --model demo --out {gemm} --samples {_DEMO_SAMPLES} --force")
     tour.qvl("Convert", f"convert {gemm} --out {gemv} --to gemv --force")
     tour.qvl("Inspect", f"inspect {gemm}")
-    picture = Path("docs/images/shapes.png")
-    if not picture.is_file():  # not started from the repository
-        tour.qvl("Draw pictures", f"demo-data --out {out / 'pictures'} --number 1")
-        picture = next((out / "pictures").glob("**/*counting*.png"))
+    image = Path("docs/images/shapes.png")
+    if not image.is_file():  # not started from the repository
+        tour.qvl("Draw images", f"demo-data --out {out / 'images'} --number 1")
+        image = next((out / "images").glob("**/*counting*.png"))
     for name, port in zip((gemm, gemv), free_ports(2), strict=True):
         tour.qvl(f"Serve the {name.name.upper()} checkpoint", f"serve {name} --port {port} --detach")
         try:
             question = shlex.quote("How many shapes are in the picture?")
-            tour.qvl("Ask", f"ask --url http://127.0.0.1:{port} --image {picture} {question}")
+            tour.qvl("Ask", f"ask --url http://127.0.0.1:{port} --image {image} {question}")
         finally:
             tour.qvl("Stop", f"stop --port {port}")
     tour.qvl(

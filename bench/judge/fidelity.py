@@ -1,5 +1,5 @@
 """How far the candidate's tokens drift from the baseline's, without labels: on the baseline's own greedy answers to
-pictures and prompts, what does the candidate think of each token?
+images and prompts, what does the candidate think of each token?
 
 Both read the baseline's answers in the same way (`bench.questions.observe`), so that both sides of every number come
 from the
@@ -139,7 +139,7 @@ class ItemDrift:
             None when one failed.
         diverges_at: how many tokens they have in common before they part; None when they don't, or can't be told.
         tokens: of the baseline's answer; empty when it could not be scored.
-        same_prompt: whether both saw the same prompt tokens (another picture resolution makes others); None: not told.
+        same_prompt: whether both saw the same prompt tokens (another image resolution makes others); None: not told.
         failure: what failed, and whose; None when nothing did.
     """
 

@@ -1,7 +1,7 @@
 """Is a difference more than chance? Paired tests and intervals for two systems that answered the same questions.
 
-Questions about one picture succeed and fail together. ``clusters`` says which items those are, in the items' order; the
-functions that take it count pictures, not questions, as what was drawn at random. None: every item on its own.
+Questions about one image succeed and fail together. ``clusters`` says which items those are, in the items' order; the
+functions that take it count images, not questions, as what was drawn at random. None: every item on its own.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def sign_flip(
 
     If the systems are equal, each cluster's summed difference might as well have had the other sign. p is the share of
     sign assignments whose total is at least as far from 0 as the observed one. For right/wrong scores it is exact, and
-    for items on their own it is the exact McNemar test: this is McNemar for questions that share pictures, where the
-    plain test takes five flips on one picture for five pieces of evidence. For graded scores ``resamples`` assignments
+    for items on their own it is the exact McNemar test: this is McNemar for questions that share images, where the
+    plain test takes five flips on one image for five pieces of evidence. For graded scores ``resamples`` assignments
     are drawn with ``seed`` and the observed one counts among them, so p never falls below its true level.
 
     Source: Fisher's randomisation of matched pairs (The Design of Experiments, 1935), with the cluster as the unit as

@@ -29,7 +29,7 @@ class Comparison:
 
     Attributes:
         n: items.
-        clusters: groups of items that were resampled together (pictures); n when every item stands alone.
+        clusters: groups of items that were resampled together (images); n when every item stands alone.
         flips: items right in one and wrong in the other (right: a score of at least 0.5).
         baseline: its mean score; Wilson's interval for right/wrong scores, bootstrap for graded ones.
         candidate: likewise.

@@ -32,7 +32,7 @@ HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A question about pictures.
+    """A question about images.
 
     Attributes:
         text: what is asked.
@@ -158,7 +158,7 @@ async def ask(
 
     Args:
         http: a client whose base is the server's root (`bench.load.endpoint.http_client`).
-        body: `ChatRequest.body`, encoded beforehand so that encoding pictures is not part of the latency.
+        body: `ChatRequest.body`, encoded beforehand so that encoding images is not part of the latency.
         timeout_s: seconds from start to end, after which the request has failed.
         stall_s: seconds without a byte, once text has come, after which it has failed. How long the first token may
             take is up to ``timeout_s``: a full server's queue is no stall.

@@ -1,4 +1,4 @@
-"""Requests for speed runs: every picture and prompt is new to the server, so that no cache answers for the model.
+"""Requests for speed runs: every image and prompt is new to the server, so that no cache answers for the model.
 
 All of them are made before the clock starts.
 """
@@ -46,12 +46,12 @@ class SpeedInputs:
     """Makes the requests of a run.
 
     Attributes:
-        nonce: different in every run: a server that outlives one run may have cached its pictures.
-        sizes: pictures go through them in turn.
+        nonce: different in every run: a server that outlives one run may have cached its images.
+        sizes: images go through them in turn.
         output_tokens: exact length of each answer.
         prompt_tokens: words of each prompt, at least `KEY_WORDS`; each is a token of Qwen's. The chat template's own
-            tokens and the pictures' come on top: the server's usage has them all.
-        images: pictures of each request; where ``sizes`` has None, one less.
+            tokens and the images' come on top: the server's usage has them all.
+        images: images of each request; where ``sizes`` has None, one less.
     """
 
     nonce: str
@@ -93,12 +93,12 @@ class SpeedInputs:
         return hashlib.sha256(f"{self.nonce}/{block}/{index}".encode()).digest()
 
     def _make(self, digest: bytes, turn: int, count: int, words: int) -> ChatRequest:
-        """Return the request that ``digest`` stands for; its pictures' sizes start with number ``turn``."""
-        turns = [self.sizes[(turn + image) % len(self.sizes)] for image in range(count)]
-        pictures = tuple(_picture(digest, image, size) for image, size in enumerate(turns) if size is not None)
+        """Return the request that ``digest`` stands for; its images' sizes start with number ``turn``."""
+        turns = [self.sizes[(turn + number) % len(self.sizes)] for number in range(count)]
+        images = tuple(_image(digest, number, size) for number, size in enumerate(turns) if size is not None)
         lengths = self.output_tokens
         length = lengths if isinstance(lengths, int) else lengths.at(_quantile(digest, 3))
-        return ChatRequest(_prompt(digest, words), pictures, length, fixed_length=True)
+        return ChatRequest(_prompt(digest, words), images, length, fixed_length=True)
 
 
 def _quantile(digest: bytes, word: int) -> float:
@@ -112,18 +112,18 @@ def _prompt(digest: bytes, words: int) -> str:
     return " ".join([*(WORDS[byte] for byte in digest[:KEY_WORDS]), *rest])
 
 
-def _picture(digest: bytes, image: int, size: tuple[int, int]) -> str:
+def _image(digest: bytes, number: int, size: tuple[int, int]) -> str:
     """Return a data URL of a JPEG like no other: its size's noise with 64 bits of the key stamped into a corner.
 
-    What a picture shows does not change its cost; its size and novelty do. A server may know pictures by their pixels,
+    What an image shows does not change its cost; its size and novelty do. A server may know images by their pixels,
     so the stamp is made of those, in 3 x 3 squares of black and white that JPEG keeps apart.
     """
-    key = np.frombuffer(hashlib.sha256(digest + image.to_bytes(2, "big")).digest()[:8], np.uint8)
+    key = np.frombuffer(hashlib.sha256(digest + number.to_bytes(2, "big")).digest()[:8], np.uint8)
     stamp = Image.fromarray(np.kron(np.unpackbits(key).reshape(8, 8), np.full((3, 3), 255, np.uint8)))
-    picture = _noise(size).copy()
-    picture.paste(stamp, (0, 0))
+    image = _noise(size).copy()
+    image.paste(stamp, (0, 0))
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=88)
+    image.save(buffer, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

@@ -107,7 +107,7 @@ def output_tokens_per_s(traces: Sequence[Trace], wall_s: float) -> float | None:
 
 
 def total_tokens_per_s(traces: Sequence[Trace], wall_s: float) -> float | None:
-    """Total tokens/s = sum of prompt tokens (those of pictures among them) and n_out over all completed requests / wall
+    """Total tokens/s = sum of prompt tokens (those of images among them) and n_out over all completed requests / wall
     time."""
     counts = [
         None

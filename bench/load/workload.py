@@ -14,7 +14,7 @@ __all__ = ["Arrivals", "ImageSize", "Lengths", "parse_lengths", "parse_sizes", "
 
 #: When the requests of an open loop are due: at random, or at equal distances.
 Arrivals = Literal["poisson", "constant"]
-#: Width, height in pixels; None means a request without a picture.
+#: Width, height in pixels; None means a request without an image.
 ImageSize = tuple[int, int] | None
 
 TEXT = "text"
@@ -25,7 +25,7 @@ LENGTH_MAX = 1_000_000
 
 
 def parse_sizes(text: str) -> tuple[ImageSize, ...]:
-    """Read ``224x224,336x252`` (width x height); ``text`` stands for requests without a picture.
+    """Read ``224x224,336x252`` (width x height); ``text`` stands for requests without an image.
 
     Raises:
         BenchError: on anything else.
@@ -53,7 +53,7 @@ def written(size: ImageSize) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """How long prompts or answers are, or how many pictures requests have: a distribution over whole numbers.
+    """How long prompts or answers are, or how many images requests have: a distribution over whole numbers.
 
     Attributes:
         low: the least that is drawn.

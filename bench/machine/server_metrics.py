@@ -20,7 +20,7 @@ __all__ = ["DEFINITIONS", "ServerPoint", "Snapshot", "parse", "read"]
 DEFINITIONS: dict[str, str] = {
     "prefix_cache": "Cached tokens = prompt tokens that the server took from its prefix cache / those it looked up "
     "there, by its own counters over the point; 0 but for what all chats begin with, or the load repeated itself.",
-    "image_cache": "Cached images = pictures whose embedding the server had already / those it looked up, by its own "
+    "image_cache": "Cached images = images whose embedding the server had already / those it looked up, by its own "
     "counters over the point; must be 0.",
     "preemptions": "Preemptions = times a running request lost its KV-cache room to others and was computed anew "
     "later, by the server's counter over the point.",
@@ -52,7 +52,7 @@ class Snapshot:
     Attributes:
         prefix_queries: prompt tokens looked up in the prefix cache.
         prefix_hits: those that were there.
-        image_queries: pictures looked up in the cache of embeddings.
+        image_queries: images looked up in the cache of embeddings.
         image_hits: those that were there.
         preemptions: requests that lost their place and were computed anew.
         prompt_tokens: processed, cached ones too.
@@ -85,7 +85,7 @@ class ServerPoint:
     Attributes:
         prefix_queries: prompt tokens looked up in the prefix cache.
         prefix_hits: those that were there.
-        image_queries: pictures looked up in the cache of embeddings.
+        image_queries: images looked up in the cache of embeddings.
         image_hits: those that were there.
         preemptions: of requests.
         prompt_tokens: processed, cached ones too.

@@ -183,7 +183,7 @@ def test_most_tokens(benchmark: BenchmarkFixture, wire: bool) -> None:
         benchmark.extra_info["tokens_per_s"] = round(streams * TOKENS / benchmark.stats.stats.median)
 
 
-def test_making_a_picture_request(benchmark: BenchmarkFixture) -> None:
+def test_making_an_image_request(benchmark: BenchmarkFixture) -> None:
     """448x448, made before a block starts; at 100 requests/s it would take a part of the 10 ms even so."""
     inputs = SpeedInputs("micro", ((448, 448),), 128)
     indices = iter(range(10**9))
@@ -193,7 +193,7 @@ def test_making_a_picture_request(benchmark: BenchmarkFixture) -> None:
 
 
 def test_making_a_page_request(benchmark: BenchmarkFixture) -> None:
-    """1092x1540, the largest picture of the presets."""
+    """1092x1540, the largest image of the presets."""
     config = BenchConfig(baseline="a", candidate="b", out=Path("out"), preset="ocr-document")
     inputs = config.inputs("micro")
     indices = iter(range(10**9))

@@ -23,7 +23,7 @@ def test_smallest_detectable_difference(benchmark: BenchmarkFixture) -> None:
 
 @pytest.fixture(scope="module")
 def graded() -> tuple[list[float], list[float], list[int]]:
-    """Scores of 5,000 questions on some 1,200 pictures, a third of which changed, and their pictures."""
+    """Scores of 5,000 questions on some 1,200 images, a third of which changed, and their images."""
     rng = np.random.default_rng(0)
     before = rng.random(5000)
     after = np.where(rng.random(5000) < 0.3, rng.random(5000), before)
@@ -38,7 +38,7 @@ def test_mean_interval(benchmark: BenchmarkFixture, graded: tuple[list[float], l
 
 
 def test_cluster_bootstrap(benchmark: BenchmarkFixture, graded: tuple[list[float], list[float], list[int]]) -> None:
-    """The same by picture."""
+    """The same by image."""
     differences = list(np.subtract(graded[1], graded[0]))
     found = benchmark(stats.mean_interval, differences, seed=0, clusters=graded[2], resamples=10_000)
     assert found.low < found.value < found.high
@@ -56,7 +56,7 @@ def test_comparison_of_graded_scores(
 def test_comparison_of_right_and_wrong(
     benchmark: BenchmarkFixture, graded: tuple[list[float], list[float], list[int]]
 ) -> None:
-    """The same for right/wrong scores: Tango's interval, and sign flips by picture, exactly."""
+    """The same for right/wrong scores: Tango's interval, and sign flips by image, exactly."""
     before, after = ([float(score > 0.2) for score in scores] for scores in graded[:2])
     found = benchmark(verdict.compare, before, after, seed=0, clusters=graded[2])
     assert found.flips.lost > 100
@@ -77,4 +77,4 @@ def test_scoring_an_answer_by_people(benchmark: BenchmarkFixture) -> None:
 def test_reading_an_option(benchmark: BenchmarkFixture) -> None:
     """A sentence that names one of four options by its text."""
     question = Question("i", "t", "q", ("C",), "choice", choices=("a dog", "a cat", "a red apple", "none of these"))
-    assert benchmark(score, question, "The picture shows a red apple on a table.") == 1.0
+    assert benchmark(score, question, "The image shows a red apple on a table.") == 1.0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.questions.scoring import letters
-from bench.questions.tasks import FEWEST_PEOPLE, Picture, Question, check_picture, pick, with_choices
+from bench.questions.tasks import FEWEST_PEOPLE, ImageData, Question, check_image, pick, with_choices
 from toolkit.errors import HubError, ManifestError, MediaError
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ class Layout:
         folder: where in the repository the files are, ``FOLDER/SPLIT-00000-of-00006.parquet``.
         split: the one whose answers are public and on which scores are published.
         columns: those a question is made of.
-        images: the columns with pictures, structs of ``bytes`` and ``path``, in the order they are shown.
-        question: makes a question, yet without pictures, of a row and its number.
+        images: the columns with images, structs of ``bytes`` and ``path``, in the order they are shown.
+        question: makes a question, yet without images, of a row and its number.
     """
 
     hub_id: str
@@ -54,9 +54,9 @@ class Layout:
 def load_dataset(
     name: str, source: str | Path | None = None, *, split: str | None = None, per_task: int | None = None, seed: int = 0
 ) -> list[Question]:
-    """Read a set of questions with their pictures, in the files' order.
+    """Read a set of questions with their images, in the files' order.
 
-    Only the pictures of the questions that are kept are read, each is decoded once, and equal ones share their bytes;
+    Only the images of the questions that are kept are read, each is decoded once, and equal ones share their bytes;
     they stay in memory (all of DocVQA's validation split: about 600 MB).
 
     Args:
@@ -68,7 +68,7 @@ def load_dataset(
     Raises:
         ManifestError: unknown set, no files of the split, a file that is no parquet file or of another layout, a row
             that is no question, a split without answers (names file and row).
-        MediaError: a picture that is missing or can't be read (names file and row).
+        MediaError: an image that is missing or can't be read (names file and row).
         HubError: the repository can't be fetched.
     """
     if name not in LAYOUTS:
@@ -97,7 +97,7 @@ def load_dataset(
         raise ManifestError(f"{files[0]}: no questions in it")
     if per_task is not None:
         questions = pick(questions, per_task, seed)
-    return _with_pictures(questions, rows, layout.images)
+    return _with_images(questions, rows, layout.images)
 
 
 # --- rows to questions ------------------------------------------------------------------------------------------------
@@ -288,16 +288,16 @@ def _rows(file: Path, columns: Sequence[str], images: Sequence[str]) -> Iterator
         yield from opened.read(columns=list(columns)).to_pylist()
 
 
-def _with_pictures(
+def _with_images(
     questions: Sequence[Question], rows: dict[str, tuple[Path, int]], images: Sequence[str]
 ) -> list[Question]:
     wanted: dict[Path, dict[int, Question]] = {}
     for question in questions:
         file, number = rows[question.id]
         wanted.setdefault(file, {})[number] = question
-    known: dict[str, Picture] = {}
+    known: dict[str, ImageData] = {}
     whole = {
-        question.id: replace(question, pictures=_pictures(row, images, file, number, known))
+        question.id: replace(question, images=_images(row, images, file, number, known))
         for file, by_row in wanted.items()
         for number, question, row in _chosen(file, by_row, images)
     }
@@ -305,7 +305,7 @@ def _with_pictures(
 
 
 def _chosen(file: Path, by_row: dict[int, Question], images: Sequence[str]) -> Iterator[tuple[int, Question, Row]]:
-    """Read the picture columns of some rows, touching only the row groups that hold them."""
+    """Read the image columns of some rows, touching only the row groups that hold them."""
     with _open(file) as opened:
         columns = [column for column in images if column in opened.schema_arrow.names]
         first = 0
@@ -319,21 +319,21 @@ def _chosen(file: Path, by_row: dict[int, Question], images: Sequence[str]) -> I
             first = end
 
 
-def _pictures(
-    row: Row, images: Sequence[str], file: Path, number: int, known: dict[str, Picture]
-) -> tuple[Picture, ...]:
-    where, pictures = f"{file}: row {number}", []
-    for column in images:
+def _images(
+    row: Row, columns: Sequence[str], file: Path, number: int, known: dict[str, ImageData]
+) -> tuple[ImageData, ...]:
+    where, images = f"{file}: row {number}", []
+    for column in columns:
         cell = row.get(column)
         if cell is None:
             continue
         data = cell.get("bytes") if isinstance(cell, dict) else None
         if data is None:
-            raise MediaError(f"{where}: {column} has no bytes; write the set with its pictures embedded")
+            raise MediaError(f"{where}: {column} has no bytes; write the set with its images embedded")
         key = hashlib.sha256(data).hexdigest()
         if key not in known:
-            known[key] = check_picture(data, where, column)
-        pictures.append(known[key])
-    if not pictures:
-        raise MediaError(f"{where}: no picture in {images[0]}")
-    return tuple(pictures)
+            known[key] = check_image(data, where, column)
+        images.append(known[key])
+    if not images:
+        raise MediaError(f"{where}: no image in {columns[0]}")
+    return tuple(images)

@@ -19,7 +19,7 @@ import httpx
 
 from bench.load.client import Failure
 from bench.load.endpoint import Endpoint, http_client
-from bench.questions.tasks import Picture, Question, check_picture
+from bench.questions.tasks import ImageData, Question, check_image
 from toolkit.errors import BenchError, MediaError
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
     "observe",
 ]
 
-#: What is asked about pictures that come without a question.
+#: What is asked about images that come without a question.
 IMAGE_PROMPT = "Describe this picture."
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 #: Ends of an answer that is not whole.
@@ -50,40 +50,40 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A prompt about pictures.
+    """A prompt about images.
 
     Attributes:
         id: unique.
-        text: the prompt, which follows the pictures.
-        pictures: in their order.
-        cluster: items with the same one are resampled together: they share a picture, or a document.
+        text: the prompt, which follows the images.
+        images: in their order.
+        cluster: items with the same one are resampled together: they share an image, or a document.
     """
 
     id: str
     text: str
-    pictures: tuple[Picture, ...] = ()
+    images: tuple[ImageData, ...] = ()
     cluster: str = ""
 
     def messages(self) -> list[dict[str, Any]]:
         """Return the chat that asks it."""
         content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": picture.data_url()}} for picture in self.pictures
+            {"type": "image_url", "image_url": {"url": image.data_url()}} for image in self.images
         ]
         return [{"role": "user", "content": [*content, {"type": "text", "text": self.text}]}]
 
 
 def digest(items: Sequence[Item]) -> str:
-    """Return a SHA-256 over the prompts and pictures."""
+    """Return a SHA-256 over the prompts and images."""
     whole = hashlib.sha256()
     for item in items:
-        for part in (item.text, *(picture.sha256 for picture in item.pictures)):
+        for part in (item.text, *(image.sha256 for image in item.images)):
             whole.update(part.encode() + b"\0")
     return whole.hexdigest()
 
 
 def items_from_questions(questions: Sequence[Question]) -> list[Item]:
     """Return what the questions ask; their right answers are not needed."""
-    return [Item(each.id, each.question, each.pictures, each.cluster_id) for each in questions]
+    return [Item(each.id, each.question, each.images, each.cluster_id) for each in questions]
 
 
 def items_from_images(directory: Path, prompt: str = IMAGE_PROMPT) -> list[Item]:
@@ -92,10 +92,10 @@ def items_from_images(directory: Path, prompt: str = IMAGE_PROMPT) -> list[Item]
     Hidden files are left out. An item's id is the file's path in the directory; each file is decoded once.
 
     Raises:
-        MediaError: there is no such directory, no picture in it, or a file that is no readable picture (names it).
+        MediaError: there is no such directory, no image in it, or a file that is no readable image (names it).
     """
     if not directory.is_dir():
-        raise MediaError(f"{directory}: no such directory of pictures; give one with .jpg, .png or .webp files")
+        raise MediaError(f"{directory}: no such directory of images; give one with .jpg, .png or .webp files")
     items = []
     for path in sorted(directory.rglob("*")):
         inside = path.relative_to(directory)
@@ -105,10 +105,10 @@ def items_from_images(directory: Path, prompt: str = IMAGE_PROMPT) -> list[Item]
             data = path.read_bytes()
         except OSError as error:
             raise MediaError(f"{path} can't be read: {error.strerror}") from error
-        picture = check_picture(data, str(directory), inside.as_posix(), path)
-        items.append(Item(inside.as_posix(), prompt, (picture,), picture.sha256))
+        image = check_image(data, str(directory), inside.as_posix(), path)
+        items.append(Item(inside.as_posix(), prompt, (image,), image.sha256))
     if not items:
-        raise MediaError(f"{directory}: no pictures in it; looked for {', '.join(SUFFIXES)} files at any depth")
+        raise MediaError(f"{directory}: no images in it; looked for {', '.join(SUFFIXES)} files at any depth")
     return items
 
 
@@ -124,7 +124,7 @@ class Answer:
         finish_reason: ``stop`` or ``length``.
         tokens: ids, the one that ended the answer included; None when the server does not tell.
         pieces: the bytes of each token; None when the server returns no ``logprobs``.
-        prompt: ids of the prompt with its picture placeholders; None when the server does not tell.
+        prompt: ids of the prompt with its image placeholders; None when the server does not tell.
     """
 
     text: str
@@ -221,7 +221,7 @@ async def observe(
 
 def _check(items: Sequence[Item], top_k: int, max_tokens: int, concurrency: int) -> None:
     if not items:
-        raise BenchError("nothing to ask: give pictures or questions")
+        raise BenchError("nothing to ask: give images or questions")
     if len({item.id for item in items}) < len(items):
         raise BenchError("two items have the same id; ids are unique")
     for name, value in {"top_k": top_k, "max_tokens": max_tokens, "concurrency": concurrency}.items():

@@ -1,4 +1,4 @@
-"""Questions about pictures with their right answers.
+"""Questions about images with their right answers.
 
 A file of questions is JSON Lines, one object a line::
 
@@ -14,7 +14,7 @@ only). ``metric`` is one of `scoring.METRICS` (default ``exact``):
   The options are put under the question, one a line, with the request to answer with a letter.
 
 ``cluster`` names what several questions share, such as a document; they are resampled together. Without it, questions
-on the same pictures are a cluster.
+on the same images are a cluster.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from toolkit.errors import ManifestError, MediaError
 __all__ = [
     "METRICS",
     "RIGHT",
-    "Picture",
+    "ImageData",
     "Question",
-    "check_picture",
+    "check_image",
     "digest",
     "grade",
     "load_questions",
@@ -53,13 +53,13 @@ LETTER_PLEASE = "Answer with the option's letter from the given choices directly
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class ImageData:
     """An encoded image that was decoded once to prove that it can be.
 
     Attributes:
         mime: e.g. ``image/png``.
         path: file to read when needed, so that thousands of scans need not fit into memory; None when ``data`` is set.
-        data: the encoded bytes of a picture that came by URL.
+        data: the encoded bytes of an image that came by URL.
         sha256: of the encoded bytes.
     """
 
@@ -92,7 +92,7 @@ class Question:
         answers: see `scoring.grade`; the right options' letters for the metric ``choice``.
         metric: one of `scoring.METRICS`.
         choices: the options' texts, for ``choice`` alone.
-        cluster: what it shares with other questions; empty: its pictures.
+        cluster: what it shares with other questions; empty: its images.
     """
 
     id: str
@@ -100,14 +100,14 @@ class Question:
     question: str
     answers: tuple[str, ...]
     metric: str = "exact"
-    pictures: tuple[Picture, ...] = ()
+    images: tuple[ImageData, ...] = ()
     choices: tuple[str, ...] = ()
     cluster: str = ""
 
     @property
     def cluster_id(self) -> str:
-        """What questions are resampled together by: ``cluster``, else the pictures, else the question alone."""
-        return self.cluster or "+".join(picture.sha256 for picture in self.pictures) or f"question {self.id}"
+        """What questions are resampled together by: ``cluster``, else the images, else the question alone."""
+        return self.cluster or "+".join(image.sha256 for image in self.images) or f"question {self.id}"
 
 
 def grade(question: Question, answer: str) -> Grade:
@@ -124,11 +124,11 @@ def score(question: Question, answer: str) -> float:
 
 
 def load_questions(path: Path, *, timeout_s: float = 30.0) -> list[Question]:
-    """Read a file of questions, decode every picture once, and return the questions in the file's order.
+    """Read a file of questions, decode every image once, and return the questions in the file's order.
 
     Raises:
         ManifestError: the file is missing, empty, or a line is not a question (names file and line).
-        MediaError: a picture is missing, truncated, not a picture or can't be fetched (names file and line).
+        MediaError: an image is missing, truncated, not an image or can't be fetched (names file and line).
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -174,8 +174,8 @@ def digest(questions: Sequence[Question]) -> str:
     """Return a SHA-256 over everything that is asked and how it is scored: equal digests mean comparable accuracies."""
     state = hashlib.sha256()
     for question in sorted(questions, key=lambda question: question.id):
-        pictures = [picture.sha256 for picture in question.pictures]
-        fields = [question.id, question.task, question.question, question.answers, question.metric, pictures]
+        images = [image.sha256 for image in question.images]
+        fields = [question.id, question.task, question.question, question.answers, question.metric, images]
         if question.choices:
             fields.append(question.choices)
         state.update(json.dumps(fields).encode())
@@ -221,7 +221,7 @@ def _parse(line: str, base: Path, where: str, timeout_s: float) -> Question:
     if not isinstance(cluster, str | int):
         raise ManifestError(f'{where}: "cluster" must be a text or a number')
     if ("image" in entry) == ("images" in entry):
-        raise ManifestError(f'{where}: give either "image" or "images" ("images": [] for a question without a picture)')
+        raise ManifestError(f'{where}: give either "image" or "images" ("images": [] for a question without an image)')
     references = entry["images"] if "images" in entry else [entry["image"]]
     if not isinstance(references, list) or not all(
         isinstance(reference, str) and reference for reference in references
@@ -233,7 +233,7 @@ def _parse(line: str, base: Path, where: str, timeout_s: float) -> Question:
         question=with_choices(entry["question"], choices) if choices else entry["question"],
         answers=texts,
         metric=metric,
-        pictures=tuple(_picture(reference, base, where, timeout_s) for reference in references),
+        images=tuple(_image(reference, base, where, timeout_s) for reference in references),
         choices=choices,
         cluster=str(cluster),
     )
@@ -262,24 +262,24 @@ def _letter(gold: str, choices: Sequence[str], where: str) -> str:
     return meant[0]
 
 
-def _picture(reference: str, base: Path, where: str, timeout_s: float) -> Picture:
+def _image(reference: str, base: Path, where: str, timeout_s: float) -> ImageData:
     # A URL is fetched here, once: both systems see the same bytes, and no server needs to reach the address.
     data = media.read(reference, base, where, timeout_s)
     inside = reference.startswith("data:") or media.is_url(reference)
-    return check_picture(data, where, media.shorten(reference), None if inside else media.local_path(reference, base))
+    return check_image(data, where, media.shorten(reference), None if inside else media.local_path(reference, base))
 
 
-def check_picture(data: bytes, where: str, shown: str, path: Path | None = None) -> Picture:
-    """Decode a picture once to prove that it can be.
+def check_image(data: bytes, where: str, shown: str, path: Path | None = None) -> ImageData:
+    """Decode an image once to prove that it can be.
 
     Args:
         data: the encoded bytes.
         where: what an error names first, e.g. ``tasks.jsonl:3``.
-        shown: what an error calls the picture.
+        shown: what an error calls the image.
         path: the file that ``data`` comes from; None keeps ``data``.
 
     Raises:
-        MediaError: it is no picture, truncated, damaged or too large.
+        MediaError: it is no image, truncated, damaged or too large.
     """
     mime = media.decode(data, where, shown).get_format_mimetype() or "application/octet-stream"
-    return Picture(mime=mime, sha256=hashlib.sha256(data).hexdigest(), path=path, data=data if path is None else None)
+    return ImageData(mime=mime, sha256=hashlib.sha256(data).hexdigest(), path=path, data=data if path is None else None)

@@ -1,4 +1,4 @@
-"""From answers to what a report says of accuracy: scores, a row with a verdict for each task, the flips' pictures."""
+"""From answers to what a report says of accuracy: scores, a row with a verdict for each task, the flips' images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DEFINITIONS = {
         "scores from -1 to 1."
     ),
     "cluster": (
-        "Cluster = questions on the same picture or document, which succeed and fail together. Design effect = how "
+        "Cluster = questions on the same image or document, which succeed and fail together. Design effect = how "
         "much that widens the variance: n questions tell as much as n / design effect independent ones; 1 when each "
         "stands alone."
     ),
@@ -131,7 +131,7 @@ def answers(
     """Score all answers; return what they say and what a reader should know about it.
 
     Args:
-        questions: at least one; their pictures may be read once more.
+        questions: at least one; their images may be read once more.
         traces: each system's answer by the question's id.
     """
     items = [
@@ -143,14 +143,14 @@ def answers(
             metric=question.metric,
             choices=list(question.choices),
             cluster=question.cluster_id,
-            pictures=[picture.sha256 for picture in question.pictures],
+            images=[image.sha256 for image in question.images],
             baseline=_answer(question, traces["baseline"][question.id]),
             candidate=_answer(question, traces["candidate"][question.id]),
         )
         for question in questions
     ]
     overall, by_task = rows([pair(item) for item in items], seed=seed, margin=margin)
-    small = thumbnails([p for q, item in zip(questions, items, strict=True) if item.flip for p in q.pictures])
+    small = thumbnails([p for q, item in zip(questions, items, strict=True) if item.flip for p in q.images])
     found = Accuracy(
         overall=overall,
         tasks=by_task,
@@ -161,11 +161,11 @@ def answers(
     doubts = []
     if small.left_out:
         doubts.append(
-            f"{small.left_out} pictures of answers that flipped are not shown: a report keeps {BUDGET // 2**20} MiB of "
+            f"{small.left_out} images of answers that flipped are not shown: a report keeps {BUDGET // 2**20} MiB of "
             "them, scaled down"
         )
     if small.unreadable:
-        doubts.append(f"{small.unreadable} pictures of answers that flipped were gone when the report was written")
+        doubts.append(f"{small.unreadable} images of answers that flipped were gone when the report was written")
     return found, doubts
 
 

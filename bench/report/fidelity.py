@@ -1,4 +1,4 @@
-"""What `bench.judge.fidelity` found out, as a report holds it: the drift, every item, pictures of those that drifted
+"""What `bench.judge.fidelity` found out, as a report holds it: the drift, every item, images of those that drifted
 most."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bench.run.measured import Observer
 
 __all__ = ["DEFINITIONS", "doubts", "found", "worst"]
 
-#: Items that are shown with their pictures, and characters of data URLs they may take.
+#: Items that are shown with their images, and characters of data URLs they may take.
 SHOWN, BUDGET = 8, 2**20
 
 DEFINITIONS = {
@@ -29,14 +29,14 @@ DEFINITIONS = {
     "first_divergence": "First divergence = median, over answers that differ, of the tokens in common before they "
     "part.",
     "noise": "Noise = the same measures of the baseline against itself, asked again. Intervals: bootstrap over items "
-    "that share no picture.",
+    "that share no image.",
 }
 
 
 def found(
     items: Sequence[Item], observed: Mapping[Observer, Observed], config: BenchConfig, *, source: str
 ) -> Fidelity:
-    """Compare what the systems did with ``items``; their pictures may be read once more."""
+    """Compare what the systems did with ``items``; their images may be read once more."""
     result = fidelity.compare(
         items,
         observed["baseline"],
@@ -47,7 +47,7 @@ def found(
     )
     rows = [_item(drift) for drift in result.items]
     most = {row.id for row in worst(rows)}
-    small = thumbnails([picture for item in items if item.id in most for picture in item.pictures], BUDGET)
+    small = thumbnails([image for item in items if item.id in most for image in item.images], BUDGET)
     return Fidelity(
         source=source,
         items_sha256=observe.digest(items),
@@ -73,7 +73,7 @@ def _item(drift: fidelity.ItemDrift) -> FidelityItem:
     return FidelityItem(
         id=drift.item.id,
         prompt=drift.item.text,
-        pictures=[picture.sha256 for picture in drift.item.pictures],
+        images=[image.sha256 for image in drift.item.images],
         baseline=drift.baseline.text if drift.baseline else None,
         candidate=drift.candidate.text if drift.candidate else None,
         mean_kl=drift.mean_kl,

@@ -4,9 +4,10 @@ Units are in the names: ``_ms`` milliseconds, ``_s`` seconds, ``_bytes`` bytes. 
 fractions of 1. ``schema_version`` grows when a reader of the old shape would misread the new one;
 `bench.report.render.json_file` reads all of them:
 
+- 4: an item's ``images`` (``pictures`` before).
 - 3: a speed point belongs to a load (so many in flight, a rate, a step of a sweep) and has p95, figures by round with
   intervals, goodput, errors by kind, what the server counted; ratios are over rounds; fidelity; partial reports.
-- 2: clusters, recovery, and a verdict for each task; grades with notes; pictures of the answers that flipped.
+- 2: clusters, recovery, and a verdict for each task; grades with notes; images of the answers that flipped.
 - 1: the first. It is read by scoring its answers anew.
 """
 
@@ -55,7 +56,7 @@ __all__ = [
 ]
 
 
-SCHEMA_VERSION: Literal[3] = 3
+SCHEMA_VERSION: Literal[4] = 4
 
 Judgement = Literal["no worse", "worse", "can't tell"]
 #: What is told by round and compared; latencies by their median.
@@ -113,7 +114,7 @@ class ServerCounters(Model):
 
     Attributes:
         prefix_cache_share: of the prompt tokens looked up, those its prefix cache had.
-        image_cache_share: of the pictures looked up, those whose embedding it had.
+        image_cache_share: of the images looked up, those whose embedding it had.
         preemptions: of running requests.
         queue_mean_ms: mean time in the server's queue.
         finished: requests that ended there; more than ``SpeedPoint.requests``: others use the server too.
@@ -239,7 +240,7 @@ class TaskAccuracy(Model):
     """One task, or all of them together under the name ``all``.
 
     Attributes:
-        clusters: groups of items that share a picture or document; n when every item stands alone.
+        clusters: groups of items that share an image or document; n when every item stands alone.
         recovery: candidate's mean score / baseline's; None when the baseline scored next to nothing.
         verdict: against the report's margin; see `Verdict.accuracy`.
         p_adjusted: the p-value of the difference, adjusted by Holm for there being several tasks; ``all`` is not one of
@@ -281,7 +282,7 @@ class Item(Model):
         answers: the right ones; letters for multiple choice.
         choices: the options' texts, for multiple choice alone.
         cluster: equal for items that are resampled together.
-        pictures: SHA-256 of each as it was sent.
+        images: SHA-256 of each as it was sent.
     """
 
     id: str
@@ -291,7 +292,7 @@ class Item(Model):
     metric: str
     choices: list[str]
     cluster: str
-    pictures: list[str]
+    images: list[str]
     baseline: Answer
     candidate: Answer
 
@@ -309,7 +310,7 @@ class Accuracy(Model):
     tasks: list[TaskAccuracy]
     items: list[Item]
     thumbnails: dict[str, str] = Field(
-        description="data URLs of the pictures of items that flipped, scaled down, by the SHA-256 of the original"
+        description="data URLs of the images of items that flipped, scaled down, by the SHA-256 of the original"
     )
     cut_answers: dict[Role, int] = Field(description="answers that hit max_tokens before they ended")
 
@@ -355,7 +356,7 @@ class FidelityItem(Model):
 
     id: str
     prompt: str
-    pictures: list[str]
+    images: list[str]
     baseline: str | None
     candidate: str | None
     mean_kl: float | None
@@ -369,13 +370,13 @@ class Fidelity(Model):
     """The candidate's drift from the baseline, and the baseline's from itself: the noise floor.
 
     Attributes:
-        source: what was asked about: the questions, or a directory of pictures.
-        items_sha256: of the prompts and pictures; equal: the same was asked.
+        source: what was asked about: the questions, or a directory of images.
+        items_sha256: of the prompts and images; equal: the same was asked.
         top_k: likeliest tokens listed at each position.
         missing: what could not be measured and why, a line each.
         failed: items with a failed request or a mismatch; they are left out of what they lack.
         prompts_differ: items that the two systems saw as different prompt tokens.
-        thumbnails: data URLs of the pictures of the items that drifted most, by the SHA-256 of the original.
+        thumbnails: data URLs of the images of the items that drifted most, by the SHA-256 of the original.
     """
 
     source: str
@@ -401,7 +402,7 @@ class Workload(Model):
         sweep_concurrency: requests in flight that saturate a server, in a sweep.
         duration_s: of each point and round, where that bounds it and not a number of requests.
         output_tokens: a number, or a distribution as on the command line; likewise the next two.
-        prompt_tokens: without the pictures'; None: schema versions 1 and 2 do not say.
+        prompt_tokens: without the images'; None: schema versions 1 and 2 do not say.
         slos: what goodput is held against.
     """
 
@@ -482,7 +483,7 @@ class Report(Model):
         fidelity: None when it was not measured.
     """
 
-    schema_version: Literal[3] = SCHEMA_VERSION
+    schema_version: Literal[4] = SCHEMA_VERSION
     status: Literal["ok", "partial", "failed"]
     unfinished: list[str] = []
     created: datetime

@@ -36,7 +36,7 @@ __all__ = ["DEFINITIONS", "doubts", "points", "ratios"]
 KINDS = ("closed", "open", "single", "saturation", "rate")
 #: With fewer requests, p99 is next to the slowest one.
 FEW = 100
-#: Of the pictures looked up, more than this in the server's cache is no rounding; of the prompts' tokens, more than
+#: Of the images looked up, more than this in the server's cache is no rounding; of the prompts' tokens, more than
 #: this is not the chat template's beginning alone.
 CACHED_IMAGES, CACHED_TOKENS = 0.01, 0.25
 
@@ -283,7 +283,7 @@ def doubts(found: Sequence[SpeedPoint], measured: Measurements, config: BenchCon
         notes += [f"{name}: stopped: {reason}" for reason in point.stopped]
         server = point.server
         if server and (server.image_cache_share or 0.0) > CACHED_IMAGES:
-            notes.append(f"{name}: the server had {server.image_cache_share:.0%} of the pictures in its cache")
+            notes.append(f"{name}: the server had {server.image_cache_share:.0%} of the images in its cache")
         if server and (server.prefix_cache_share or 0.0) > CACHED_TOKENS:
             notes.append(f"{name}: the server had {server.prefix_cache_share:.0%} of the prompts' tokens in its cache")
         if server and server.finished is not None and server.finished > _sent(measured, point):

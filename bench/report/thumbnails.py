@@ -1,4 +1,4 @@
-"""Small copies of the pictures whose answers flipped, so that a report shows them and stays one file."""
+"""Small copies of the images whose answers flipped, so that a report shows them and stays one file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bench.questions.tasks import Picture
+from bench.questions.tasks import ImageData
 from toolkit.calibration import media
 
 if TYPE_CHECKING:
@@ -25,29 +25,29 @@ BUDGET = 4 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Thumbnails:
-    """Data URLs by the SHA-256 of the original, and how many pictures there is none for."""
+    """Data URLs by the SHA-256 of the original, and how many images there is none for."""
 
     urls: dict[str, str]
     left_out: int
     unreadable: int
 
 
-def thumbnails(shown: Sequence[Picture], budget: int = BUDGET) -> Thumbnails:
-    """Scale pictures down, each as little as its share of what is left of the budget allows.
+def thumbnails(shown: Sequence[ImageData], budget: int = BUDGET) -> Thumbnails:
+    """Scale images down, each as little as its share of what is left of the budget allows.
 
     Args:
         shown: in the order they are shown; one that is shown twice takes its place twice.
         budget: characters of all data URLs together, as often as they are shown.
     """
-    times = Counter(picture.sha256 for picture in shown)
+    times = Counter(image.sha256 for image in shown)
     places, left = len(shown), budget
     urls: dict[str, str] = {}
     left_out = unreadable = 0
-    for picture in {picture.sha256: picture for picture in shown}.values():
-        count = times[picture.sha256]
-        url, readable = _fitting(picture, left // places)
+    for image in {image.sha256: image for image in shown}.values():
+        count = times[image.sha256]
+        url, readable = _fitting(image, left // places)
         if url:
-            urls[picture.sha256] = url
+            urls[image.sha256] = url
             left -= count * len(url)
         left_out += readable and url is None
         unreadable += not readable
@@ -55,13 +55,13 @@ def thumbnails(shown: Sequence[Picture], budget: int = BUDGET) -> Thumbnails:
     return Thumbnails(urls, left_out, unreadable)
 
 
-def _fitting(picture: Picture, most: int) -> tuple[str | None, bool]:
-    """Return the largest data URL of at most ``most`` characters, and whether the picture could be read."""
+def _fitting(image: ImageData, most: int) -> tuple[str | None, bool]:
+    """Return the largest data URL of at most ``most`` characters, and whether the image could be read."""
     from PIL import Image
 
     try:
         # A file may be gone by now: it was decoded when the questions were read.
-        data = picture.data if picture.path is None else picture.path.read_bytes()
+        data = image.data if image.path is None else image.path.read_bytes()
         with Image.open(io.BytesIO(data or b"")) as opened:
             paper = media.as_shown(opened).copy()
     except (OSError, SyntaxError, ValueError):

@@ -46,7 +46,7 @@ async def ask_questions(run: Running, questions: Sequence[Question]) -> None:
 
 async def _ask(run: Running, system: System, question: Question, due: float) -> Trace:
     """Ask one question and keep the answer under the question's id."""
-    images = tuple(picture.data_url() for picture in question.pictures)
+    images = tuple(image.data_url() for image in question.images)
     body = ChatRequest(question.question, images, run.config.answer_tokens).body(system.endpoint.model)
     trace = await ask(run.clients[system.role], body, timeout_s=run.config.timeout_s, scheduled=due)
     if not trace.failure:

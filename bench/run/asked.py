@@ -25,7 +25,7 @@ WriteDemo = Callable[[Path, int | None], Path]
 def items_of(config: BenchConfig, questions: Sequence[Question]) -> tuple[list[Item], str]:
     """Return what fidelity is measured on, and where it is from."""
     if config.images is not None:
-        return items_from_images(config.images, config.image_prompt), f"pictures in {config.images}"
+        return items_from_images(config.images, config.image_prompt), f"images in {config.images}"
     count = min(config.fidelity, len(questions))
     # Evenly from all questions, which come task by task.
     chosen = [questions[number * len(questions) // count] for number in range(count)]

@@ -151,7 +151,7 @@ class BenchConfig(Settings):
     ] = _FULL["fidelity"]
     images: Annotated[
         Path | None,
-        Option("Compare token by token on your pictures instead.", metavar="DIR", panel=_FIDELITY),
+        Option("Compare token by token on your images instead.", metavar="DIR", panel=_FIDELITY),
     ] = None
     image_prompt: Annotated[str, Option("What is asked about each of them.", panel=_FIDELITY, asked=False)] = (
         "Describe this picture."
@@ -223,7 +223,7 @@ class BenchConfig(Settings):
     preset: Annotated[
         str | None,
         Option(
-            "chat, ocr-document or multi-image: pictures and lengths by use; the four options below change them.",
+            "chat, ocr-document or multi-image: images and lengths by use; the four options below change them.",
             panel=_SPEED,
             asked=False,
         ),
@@ -231,7 +231,7 @@ class BenchConfig(Settings):
     image_sizes: Annotated[
         tuple[ImageSize, ...],
         Option(
-            f"Pictures, WIDTHxHEIGHT,... or text ({_by_preset('image_sizes')}).",
+            f"Images, WIDTHxHEIGHT,... or text ({_by_preset('image_sizes')}).",
             type=str,
             panel=_SPEED,
             show_default=False,
@@ -241,7 +241,7 @@ class BenchConfig(Settings):
     images_per_request: Annotated[
         Lengths,
         Option(
-            f"Pictures of a request: 2, or 1-4 (default {_FULL['images_per_request']}).",
+            f"Images of a request: 2, or 1-4 (default {_FULL['images_per_request']}).",
             type=str,
             panel=_SPEED,
             show_default=False,

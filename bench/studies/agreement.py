@@ -2,7 +2,7 @@
 
     python -m bench.studies agreement --url http://127.0.0.1:8000 --tokenizer DIR --concurrency 1,8 --out agreement.json
 
-Equal are the number of requests, their prompts' and answers' lengths in tokens, the size of their pictures, requests in
+Equal are the number of requests, their prompts' and answers' lengths in tokens, the size of their images, requests in
 flight, temperature 0, ``ignore_eos``, and that special tokens are shown. No two requests are equal, over both tools and
 all rounds, so that no cache answers. Needs vLLM in this environment, whose command is run in a process of its own.
 
@@ -51,7 +51,7 @@ class Load:
 
     Attributes:
         requests: of each round.
-        size: of each request's picture; None: text alone.
+        size: of each request's image; None: text alone.
         prompt_words: of the prompt, each a token of Qwen's.
         output_tokens: of each answer.
     """
@@ -205,7 +205,7 @@ def measure(endpoint: Endpoint, tokenizer: str, loads: Sequence[Load], rounds: i
 def table(found: Sequence[Agreement]) -> str:
     """Return a table in markdown."""
     lines = [
-        "| in flight | picture | figure | ours | vllm bench serve | ours / theirs | rounds apart |",
+        "| in flight | image | figure | ours | vllm bench serve | ours / theirs | rounds apart |",
         "|---:|---|---|---:|---:|---:|---:|",
     ]
     for one in found:

@@ -25,7 +25,7 @@ import httpx
 from bench.machine.environment import cpu_name, gpu_names, system_name, versions
 from bench.run.boot import free_ports
 from bench.studies.settings import ColdStartSettings
-from serve.http.images import sample_picture
+from serve.http.images import sample_image
 from serve.process import state
 from serve.process.supervisor import stopped_by_signals
 
@@ -35,7 +35,7 @@ __all__ = ["STEPS", "Start", "run", "split"]
 STEPS = (
     ("interpreter, checks before the boot", None),
     ("imports of the API server", "Resolved architecture"),
-    ("config, processor, warm-up of pictures", "Multi-modal warmup completed"),
+    ("config, processor, warm-up of images", "Multi-modal warmup completed"),
     ("start and imports of the engine", "Initializing a V1 LLM engine"),
     ("set-up of the engine", "Starting to load model"),
     ("weights", "Loading weights took"),
@@ -101,7 +101,7 @@ def start(model: str, mode: str, turn: str, caches: Path, scratch: Path) -> Star
         known = json.loads((scratch / "servers" / f"{port}.json").read_text())
         spawned = time.time() - state.ServerState(**known).uptime
         content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": sample_picture()}},
+            {"type": "image_url", "image_url": {"url": sample_image()}},
             {"type": "text", "text": "Which shape?"},
         ]
         body = {"model": known["model_name"], "messages": [{"role": "user", "content": content}], "max_tokens": 8}

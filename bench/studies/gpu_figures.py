@@ -29,7 +29,7 @@ __all__ = ["Pair", "Shape", "pairs", "run"]
 #: vLLM's own choice of kernel on Hopper is Machete; Marlin is faster there under a low load.
 _MARLIN = "awq-marlin"
 _GIB = 2**30
-#: Pictures are scaled to at most so many pixels: what is reserved for the largest one is not measured here.
+#: Images are scaled to at most so many pixels: what is reserved for the largest one is not measured here.
 _MAX_PIXELS = 1280 * 28 * 28
 
 
@@ -44,7 +44,7 @@ class Shape:
         seconds: that a point is measured in each round.
         rates: requests/s of open loops.
         concurrency: requests in flight of closed loops.
-        sizes: of pictures, "text" for none, in turn.
+        sizes: of images, "text" for none, in turn.
         agreement: the load under which our figures are held against those of `vllm bench serve`.
     """
 
@@ -268,7 +268,7 @@ def profile(given: Given, shapes: Sequence[Shape]) -> None:
             {name: settings for name, settings in candidates.items() if name in present},
             measured,
             provenance={
-                "what": "output tokens/s in closed loops, texts and pictures of 448x448 in turn, 128 output tokens, "
+                "what": "output tokens/s in closed loops, texts and images of 448x448 in turn, 128 output tokens, "
                 "random weights of the real shape",
                 "when": report.created.isoformat(),
                 "reports": reports,

@@ -75,8 +75,8 @@ class Comparison:
     cpu_added_interval_ms: tuple[float, float]
 
 
-def picture(size: int = 112) -> bytes:
-    """Return a PNG of noise, the most bytes that a picture of this size can have."""
+def image(size: int = 112) -> bytes:
+    """Return a PNG of noise, the most bytes that an image of this size can have."""
     noise = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "PNG")
@@ -266,7 +266,7 @@ def run(settings: GuardCostSettings) -> None:
     """Measure every engine with and without the guard, print a table, and write the report where one is asked for."""
     bodies = {
         "text": chat_body("demo", max_tokens=16, stream=True),
-        "a picture of 112 x 112": chat_body("demo", data_url(picture()), max_tokens=16, stream=True),
+        "an image of 112 x 112": chat_body("demo", data_url(image()), max_tokens=16, stream=True),
     }
     found: list[Comparison] = []
     print("\n".join(HEAD), flush=True)

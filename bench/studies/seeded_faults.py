@@ -161,7 +161,7 @@ def _logits(path: Path | None, per_task: int, seen: Path) -> tuple[Any, Any]:
     """Log-probabilities [tokens, vocabulary] of each right answer and its token ids [tokens].
 
     Args:
-        path: a checkpoint; None is fp16, and writes what the vision tower makes of the pictures to ``seen``. AWQ leaves
+        path: a checkpoint; None is fp16, and writes what the vision tower makes of the images to ``seen``. AWQ leaves
             the tower in fp16, so the others read it from there.
     """
     import torch
@@ -172,12 +172,12 @@ def _logits(path: Path | None, per_task: int, seen: Path) -> tuple[Any, Any]:
     chats, opening, end = _chats(per_task)
     model = load(path)
     tower = model.model.visual
-    pictures = iter(torch.load(seen, weights_only=False) if path else ())
+    images = iter(torch.load(seen, weights_only=False) if path else ())
     embeddings: list[Any] = []
     look = tower.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        known = next(pictures, None)
+        known = next(images, None)
         if known is None:
             made = look(*args, **kwargs)
             embeddings.append(made.pooler_output)
@@ -203,7 +203,7 @@ def read(work: Path, name: str, per_task: int) -> Read:
     file = work / f"{name}-{per_task}.json"
     if file.exists():
         return Read(**json.loads(file.read_text()))
-    kept, seen = work / f"{FP16}-{per_task}.pt", work / f"pictures-{per_task}.pt"
+    kept, seen = work / f"{FP16}-{per_task}.pt", work / f"images-{per_task}.pt"
     if not kept.exists():
         torch.save(_logits(None, per_task, seen), kept)
     reference, ids = torch.load(kept)

@@ -109,7 +109,7 @@ class StepSettings(Settings):
     out: Annotated[Path, Option("Directory for trace, step.json and step.md.")]
     concurrency: Annotated[int, Option("Answers under way.")] = 1
     steps: Annotated[int, Option("Steps to profile.")] = 64
-    image_sizes: Annotated[str, Option("Pictures, WIDTHxHEIGHT or text.")] = "448x448"
+    image_sizes: Annotated[str, Option("Images, WIDTHxHEIGHT or text.")] = "448x448"
     serve_arg: Annotated[tuple[str, ...], Option("Argument for vLLM; repeatable.")] = ()
 
 

@@ -24,7 +24,7 @@ from bench.tune.profile import table_rows
 
 __all__ = ["run", "spreads"]
 
-#: Loads, requests, output tokens and pictures: of a published shape on a GPU, and of the dry run.
+#: Loads, requests, output tokens and images: of a published shape on a GPU, and of the dry run.
 _REAL = {"loads": "1,8,32,128", "requests": 64, "tokens": 128, "sizes": "448x448", "steps": 64, "only": None}
 _DRY = {"loads": "1,2", "requests": 6, "tokens": 8, "sizes": "112x112", "steps": 12, "only": "vllm,few-sequences"}
 

@@ -51,7 +51,7 @@ class TuneConfig(Settings):
     requests: Annotated[int, Option("Requests a load, and at least three times as many as are in flight.")] = 64
     output_tokens: Annotated[int, Option("Exact length of answers.")] = 128
     image_sizes: Annotated[
-        tuple[ImageSize, ...], Option("Pictures, WIDTHxHEIGHT,... or text.", type=str, default=_SIZES)
+        tuple[ImageSize, ...], Option("Images, WIDTHxHEIGHT,... or text.", type=str, default=_SIZES)
     ] = parse_sizes(_SIZES)
     questions: Annotated[
         Path | None, Option("FILE.jsonl of questions to ask instead; then guesses from n-grams are tried too.")

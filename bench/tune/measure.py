@@ -53,10 +53,10 @@ def _asked(config: TuneConfig, concurrency: int) -> Bodies:
     def bodies(name: str, count: int, model: str) -> list[bytes]:
         start = int.from_bytes(hashlib.sha256(f"{name}/{concurrency}".encode()).digest()[:4], "big")
         chosen = [questions[(start + index) % len(questions)] for index in range(count)]
-        pictures = [tuple(picture.data_url() for picture in each.pictures) for each in chosen]
+        images = [tuple(image.data_url() for image in each.images) for each in chosen]
         return [
             ChatRequest(each.question, shown, config.output_tokens).body(model)
-            for each, shown in zip(chosen, pictures, strict=True)
+            for each, shown in zip(chosen, images, strict=True)
         ]
 
     return bodies

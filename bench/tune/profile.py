@@ -63,7 +63,7 @@ def _asked(config: TuneConfig) -> str:
     """What the requests were, in words."""
     if config.questions:
         return f"questions of {config.questions.name}, {config.output_tokens} output tokens at most"
-    return f"{config.output_tokens} output tokens, pictures of {', '.join(map(written, config.image_sizes))}"
+    return f"{config.output_tokens} output tokens, images of {', '.join(map(written, config.image_sizes))}"
 
 
 def table_rows(trials: Sequence[Trial], loads: Sequence[int]) -> list[tuple[str, list[str]]]:

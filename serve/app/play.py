@@ -1,4 +1,4 @@
-"""A page at /play to try the server: a picture, a question, the answer as it streams, of two servers side by side.
+"""A page at /play to try the server: an image, a question, the answer as it streams, of two servers side by side.
 
 Two ASGI classes for vLLM's --middleware. `Play`, outside the guard, serves the page. `Beside`, inside it, is there when
 a second server is compared with: Play takes the page's requests to /play/beside/v1/... for ones to /v1/..., the guard

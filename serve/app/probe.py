@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import Histogram
 from starlette.types import ASGIApp, Message, Scope
 
-from serve.http.images import sample_picture
+from serve.http.images import sample_image
 from serve.http.middleware import innermost
 from serve.settings.environment import VLLM_API_KEY
 
@@ -84,7 +84,7 @@ class Probe:
 
     def _question(self, tokens: int, logprobs: bool) -> bytes:
         content = [
-            {"type": "image_url", "image_url": {"url": sample_picture()}},
+            {"type": "image_url", "image_url": {"url": sample_image()}},
             {"type": "text", "text": "What colour is the circle?"},
         ]
         body = {

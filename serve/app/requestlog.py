@@ -1,6 +1,6 @@
 """The outermost middleware: gives each request an id, writes one JSON line about it and counts it.
 
-A line never holds a prompt, a picture, a key, a query string or a header of the client, but for the request's id.
+A line never holds a prompt, an image, a key, a query string or a header of the client, but for the request's id.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The guard of a public server: an ASGI middleware before vLLM's app that lets nothing in which was not thought of.
 
-    client -> key -> route and method -> rate -> body (size, time) -> JSON -> fields, texts, pictures -> vLLM
+    client -> key -> route and method -> rate -> body (size, time) -> JSON -> fields, texts, images -> vLLM
 
 What fails is refused with an error in OpenAI's shape, counted in `qvl_refusals_total{reason}`, and never reaches vLLM.
 What passes is cancelled in the engine when its client leaves or its time is up. Nothing of a request is logged.

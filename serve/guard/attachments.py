@@ -44,18 +44,18 @@ class Attachments:
         self._count += 1
         limits = self._limits
         if self._count > limits.max_images:
-            raise _refused("image_count", f"At most {limits.max_images} pictures are taken.")
+            raise _refused("image_count", f"At most {limits.max_images} images are taken.")
         if not isinstance(image, dict) or not isinstance(image.get("url"), str) or image.keys() - {"url", "detail"}:
-            raise refused_field('A picture is given as {"image_url": {"url": ...}}.', "messages")
+            raise refused_field('An image is given as {"image_url": {"url": ...}}.', "messages")
         if image.get("detail") not in (None, "auto", "low", "high"):
-            raise refused_field("A picture's detail is auto, low or high.", "messages")
+            raise refused_field("An image's detail is auto, low or high.", "messages")
         url: str = image["url"]
         head = _DATA_URL.match(url)
         if head is None:
             if url[:5].lower() == "data:":
-                raise _refused("image_format", "A picture's data URL begins data:image/TYPE;base64,")
+                raise _refused("image_format", "An image's data URL begins data:image/TYPE;base64,")
             if not url.lower().startswith(("http://", "https://")):
-                raise _refused("image_url", "A picture is a data URL: data:image/png;base64,...")
+                raise _refused("image_url", "An image is a data URL: data:image/png;base64,...")
             self.remote.append(image)
             return
         if (len(url) - head.end()) // 4 * 3 > limits.max_image_bytes + 2:
@@ -63,7 +63,7 @@ class Attachments:
         try:
             content = pybase64.b64decode(url[head.end() :], validate=True)
         except ValueError:
-            raise _refused("image_format", "A picture's base64 is damaged.") from None
+            raise _refused("image_format", "An image's base64 is damaged.") from None
         self._check(content, head[1])
 
     def add_video(self, video: Any) -> None:
@@ -84,7 +84,7 @@ class Attachments:
 
     def _too_large(self) -> Refusal:
         most = self._limits.max_image_bytes
-        return _refused("image_bytes", f"A picture has more than {most} bytes. Send a smaller one.", 413)
+        return _refused("image_bytes", f"An image has more than {most} bytes. Send a smaller one.", 413)
 
     def _check(self, content: bytes, declared: str | None) -> str:
         """Check an image's bytes and return its MIME type."""
@@ -93,17 +93,17 @@ class Attachments:
             raise self._too_large()
         image = examine(content)
         if declared is not None and _SAME_TYPE.get(declared, declared) != image.mime:
-            message = f"A picture is declared another type but is {image.mime}. Declare that."
+            message = f"An image is declared another type but is {image.mime}. Declare that."
             raise _refused("image_format", message)
         pixels = image.width * image.height
         if pixels > limits.max_image_pixels:
             size, most = f"{image.width} x {image.height} pixels", limits.max_image_pixels
-            raise _refused("image_pixels", f"A picture of {size} is too large. At most {most} pixels.")
+            raise _refused("image_pixels", f"An image of {size} is too large. At most {most} pixels.")
         self._pixels += pixels
         if self._pixels > limits.max_request_pixels:
             most = limits.max_request_pixels
-            raise _refused("image_pixels", f"The pictures have more than {most} pixels together.")
+            raise _refused("image_pixels", f"The images have more than {most} pixels together.")
         if image.frames > limits.max_image_frames:
             most = limits.max_image_frames
-            raise _refused("image_frames", f"A picture has {image.frames} frames. At most {most} taken.")
+            raise _refused("image_frames", f"An image has {image.frames} frames. At most {most} taken.")
         return image.mime

@@ -1,4 +1,4 @@
-"""Pictures by URL, fetched by the guard itself, so that the engine behind it fetches nothing.
+"""Images by URL, fetched by the guard itself, so that the engine behind it fetches nothing.
 
 A name is resolved here once, every address it has must be public, and the connection goes to that very address: a
 name that resolves to something else a moment later (DNS rebinding) gains nothing. Redirects are followed by hand, each
@@ -53,7 +53,7 @@ async def resolve(host: str, port: int) -> list[str]:
 
 
 class Fetcher:
-    """Fetches pictures from an allow-list of hosts."""
+    """Fetches images from an allow-list of hosts."""
 
     def __init__(
         self,
@@ -72,18 +72,18 @@ class Fetcher:
     async def fetch(self, url: str) -> bytes:
         """Return what is behind a URL. Raises Refusal (image_url, image_bytes)."""
         if not self._hosts:
-            raise _refusal("Pictures by URL are not taken here. Send a data URL: data:image/png;base64,...")
+            raise _refusal("Images by URL are not taken here. Send a data URL: data:image/png;base64,...")
         try:
             async with asyncio.timeout(self._seconds):
                 return await self._follow(url)
         except (TimeoutError, httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError, ValueError):
-            raise _refusal("A picture's URL can't be fetched.") from None
+            raise _refusal("An image's URL can't be fetched.") from None
 
     async def _follow(self, url: str) -> bytes:
         for _ in range(1 + _REDIRECTS):
             target, host = self._allowed(url)
             address = await self._address(host, target.port or _PORTS[target.scheme])
-            # A client of its own: no cookie, connection or proxy is shared with any other picture.
+            # A client of its own: no cookie, connection or proxy is shared with any other image.
             async with httpx.AsyncClient(
                 transport=self._transport, trust_env=False, timeout=self._seconds, follow_redirects=False
             ) as client:
@@ -99,27 +99,27 @@ class Fetcher:
                         url = urljoin(url, location)
                         continue
                     if response.status_code != httpx.codes.OK:
-                        raise _refusal("A picture's URL can't be fetched.")
+                        raise _refusal("An image's URL can't be fetched.")
                     return await self._read(response)
                 finally:
                     await response.aclose()
-        raise _refusal("A picture's URL is redirected too often.")
+        raise _refusal("An image's URL is redirected too often.")
 
     def _allowed(self, url: str) -> tuple[httpx.URL, str]:
         """Return the URL and its host's name, or refuse it."""
         target = httpx.URL(url)
         host = target.raw_host.decode("ascii").lower().rstrip(".")
         if target.scheme not in _PORTS or target.userinfo or not host:
-            raise _refusal("A picture's URL must be https://, http:// or a data URL.")
+            raise _refusal("An image's URL must be https://, http:// or a data URL.")
         named = host in self._hosts and target.port in (None, _PORTS[target.scheme])
         if not named and f"{host}:{target.port or _PORTS[target.scheme]}" not in self._hosts:
-            raise _refusal("Pictures are not fetched from that host. Send a data URL: data:image/png;base64,...")
+            raise _refusal("Images are not fetched from that host. Send a data URL: data:image/png;base64,...")
         return target, host
 
     async def _address(self, host: str, port: int) -> str:
         addresses = await self._resolve(host, port)
         if not addresses or not all(map(is_public, addresses)):
-            raise _refusal("A picture's URL can't be fetched.")
+            raise _refusal("An image's URL can't be fetched.")
         return addresses[0]
 
     async def _read(self, response: httpx.Response) -> bytes:
@@ -128,7 +128,7 @@ class Fetcher:
             size += len(piece)
             if size > self._max_bytes:
                 raise Refusal(
-                    413, "image_bytes", f"A picture has more than {self._max_bytes} bytes. Send a smaller one.",
+                    413, "image_bytes", f"An image has more than {self._max_bytes} bytes. Send a smaller one.",
                     "messages",
                 )  # fmt: skip
             pieces.append(piece)

@@ -1,6 +1,6 @@
-"""What a picture is, from its headers alone: format, size and frames, before anything decodes it.
+"""What an image is, from its headers alone: format, size and frames, before anything decodes it.
 
-A decoder allocates what a header promises, so the promise is read first. A picture also has to end where its format
+A decoder allocates what a header promises, so the promise is read first. An image also has to end where its format
 says: what is cut short would fail later, and what goes on is a second file in disguise. Formats: PNG (RFC 2083 and
 APNG), JPEG (ITU T.81), WebP (RFC 9649), GIF (89a), BMP. All others are refused by name where they are known.
 """
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from serve.http.errors import Refusal
 
-__all__ = ["Picture", "examine"]
+__all__ = ["ImageInfo", "examine"]
 
-#: Pieces of a file that are walked one by one, above what any encoder writes for the largest picture allowed: a file
+#: Pieces of a file that are walked one by one, above what any encoder writes for the largest image allowed: a file
 #: made of many tiny pieces costs time here and in the decoder.
 _MOST_PIECES = 100_000
 #: Passes over a progressive JPEG. Encoders write about ten; each costs a walk over all pixels, and few bytes.
 _MOST_SCANS = 32
-#: Qwen2-VL's processor refuses pictures with a longer side more than this many times the shorter.
+#: Qwen2-VL's processor refuses images with a longer side more than this many times the shorter.
 _MOST_ASPECT = 200
 
 _KNOWN = "PNG, JPEG, WebP, GIF or BMP"
@@ -37,7 +37,7 @@ _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class ImageInfo:
     """What headers say. Width and height in pixels are the largest a decoder may allocate."""
 
     mime: str
@@ -46,25 +46,25 @@ class Picture:
     frames: int
 
 
-def examine(data: bytes) -> Picture:
-    """Return what a picture is. Its pixels are not decoded.
+def examine(data: bytes) -> ImageInfo:
+    """Return what an image is. Its pixels are not decoded.
 
-    Raises Refusal (reason image_format) for what is no picture of a known format, is cut short, or goes on after its
+    Raises Refusal (reason image_format) for what is no image of a known format, is cut short, or goes on after its
     end, and (image_pixels) for one that is empty or far too narrow.
     """
     try:
-        picture = _examine(data)
+        image = _examine(data)
     except IndexError:  # a read beyond the end
         raise _refusal("is cut short. Send the whole file.") from None
-    width, height = picture.width, picture.height
+    width, height = image.width, image.height
     if min(width, height) < 1 or max(width, height) > _MOST_ASPECT * min(width, height):
         raise Refusal(
-            400, "image_pixels", f"A picture of {width} x {height} pixels can't be shown to the model.", "messages"
+            400, "image_pixels", f"An image of {width} x {height} pixels can't be shown to the model.", "messages"
         )
-    return picture
+    return image
 
 
-def _examine(data: bytes) -> Picture:
+def _examine(data: bytes) -> ImageInfo:
     if data.startswith(b"\xff\xd8\xff"):
         return _jpeg(data)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -80,7 +80,7 @@ def _examine(data: bytes) -> Picture:
 
 
 def _refusal(what: str) -> Refusal:
-    return Refusal(400, "image_format", f"A picture {what}", "messages")
+    return Refusal(400, "image_format", f"An image {what}", "messages")
 
 
 def _number(data: bytes, start: int, size: int, order: str = "big") -> int:
@@ -98,7 +98,7 @@ def _ends(data: bytes, end: int) -> None:
         raise _refusal(f"has {len(data) - end} bytes after its end. Save it again without them.")
 
 
-def _png(data: bytes) -> Picture:
+def _png(data: bytes) -> ImageInfo:
     if data[12:16] != b"IHDR" or _number(data, 8, 4) != 13:
         raise _refusal("claims to be PNG but has no header.")
     width, height = _number(data, 16, 4), _number(data, 20, 4)
@@ -114,11 +114,11 @@ def _png(data: bytes) -> Picture:
         position += 12 + length
         if kind == b"IEND":
             _ends(data, position)
-            return Picture("image/png", width, height, max(frames, controls))
+            return ImageInfo("image/png", width, height, max(frames, controls))
     raise _refusal("is made of too many pieces. Save it again.")
 
 
-def _jpeg(data: bytes) -> Picture:
+def _jpeg(data: bytes) -> ImageInfo:
     position, size, scans = 2, None, 0
     for _ in range(_MOST_PIECES):
         while data[position] == 0xFF and data[position + 1] == 0xFF:  # fill bytes
@@ -129,9 +129,9 @@ def _jpeg(data: bytes) -> Picture:
         position += 2
         if marker == 0xD9:  # the end
             if size is None or not scans:
-                raise _refusal("claims to be JPEG but holds no picture.")
+                raise _refusal("claims to be JPEG but holds no image.")
             _jpeg_ends(data, position)
-            return Picture("image/jpeg", size[0], size[1], 1)
+            return ImageInfo("image/jpeg", size[0], size[1], 1)
         if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without content
             continue
         if marker in (0x00, 0xD8):
@@ -160,15 +160,15 @@ def _jpeg_ends(data: bytes, end: int) -> None:
         _ends(data, end if rest else len(data))
 
 
-def _webp(data: bytes) -> Picture:
+def _webp(data: bytes) -> ImageInfo:
     end = 8 + _number(data, 4, 4, "little")
     _ends(data, end)
     position, width, height, frames, stills = 12, 0, 0, 0, 0
     for _ in range(_MOST_PIECES):
         if position >= end:
             if not stills and not frames:
-                raise _refusal("claims to be WebP but holds no picture.")
-            return Picture("image/webp", width, height, frames or 1)
+                raise _refusal("claims to be WebP but holds no image.")
+            return ImageInfo("image/webp", width, height, frames or 1)
         kind, length = data[position : position + 4], _number(data, position + 4, 4, "little")
         start = position + 8
         w = h = 0
@@ -191,7 +191,7 @@ def _webp(data: bytes) -> Picture:
     raise _refusal("is made of too many pieces. Save it again.")
 
 
-def _gif(data: bytes) -> Picture:
+def _gif(data: bytes) -> ImageInfo:
     width, height = _number(data, 6, 2, "little"), _number(data, 8, 2, "little")
     position = 13 + _colours(data[10])
     frames = pieces = 0
@@ -199,9 +199,9 @@ def _gif(data: bytes) -> Picture:
         kind = data[position]
         if kind == 0x3B:
             if not frames:
-                raise _refusal("claims to be GIF but holds no picture.")
+                raise _refusal("claims to be GIF but holds no image.")
             _ends(data, position + 1)
-            return Picture("image/gif", width, height, frames)
+            return ImageInfo("image/gif", width, height, frames)
         if kind == 0x2C:
             frames += 1
             left, top = _number(data, position + 1, 2, "little"), _number(data, position + 3, 2, "little")
@@ -225,7 +225,7 @@ def _colours(flags: int) -> int:
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
-def _bmp(data: bytes) -> Picture:
+def _bmp(data: bytes) -> ImageInfo:
     offset, header = _number(data, 10, 4, "little"), _number(data, 14, 4, "little")
     if header == 12:
         width, height = _number(data, 18, 2, "little"), _number(data, 20, 2, "little")
@@ -240,4 +240,4 @@ def _bmp(data: bytes) -> Picture:
         raise _refusal("is a compressed BMP. Send PNG instead.")
     end = offset + (width * bits + 31) // 32 * 4 * height
     _ends(data, end if len(data) < end or len(data) > end + 3 else len(data))  # some writers pad the file
-    return Picture("image/bmp", width, height, 1)
+    return ImageInfo("image/bmp", width, height, 1)

@@ -1,7 +1,7 @@
 """A second try for a request that vLLM failed before it answered anything.
 
-vLLM's front end and its engine each keep a list of pictures that the engine has. A client that leaves at the wrong
-moment makes them differ, and the next request with that picture, anyone's, fails with an internal error; vLLM mends its
+vLLM's front end and its engine each keep a list of images that the engine has. A client that leaves at the wrong
+moment makes them differ, and the next request with that image, anyone's, fails with an internal error; vLLM mends its
 lists and expects the request to be sent again (`MultiModalCacheMissError` in vLLM 0.32). That is done here, once.
 """
 

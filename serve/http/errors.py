@@ -20,7 +20,7 @@ class Refusal(Exception):
     Args:
         status: HTTP status.
         reason: one of `serve.settings.limits.REASONS`; becomes the error's code.
-        message: what was wrong and what to do. Nothing of a prompt, a picture or a key.
+        message: what was wrong and what to do. Nothing of a prompt, an image or a key.
         param: the request's field that is at fault.
         headers: further headers of the response, names in lower case.
     """

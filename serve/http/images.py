@@ -1,4 +1,4 @@
-"""Pictures as the API takes them: URLs stay, files become data URLs after a check that they are pictures."""
+"""Images as the API takes them: URLs stay, files become data URLs after a check that they are images."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from toolkit.calibration import media
 
-__all__ = ["image_url", "sample_picture"]
+__all__ = ["image_url", "sample_image"]
 
 
 def image_url(source: str) -> str:
     """Return what goes into a message's `image_url` for a file, an http(s) URL or a data URL.
 
     A file is decoded once, whole, and sent as it is under the MIME type of its content, whatever its name says.
-    Raises MediaError for a file that is missing, truncated or not a picture.
+    Raises MediaError for a file that is missing, truncated or not an image.
     """
     if media.is_url(source) or source.startswith("data:image/"):
         return source
@@ -24,7 +24,7 @@ def image_url(source: str) -> str:
     return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
-def sample_picture() -> str:
+def sample_image() -> str:
     """Return a data URL of a red circle on white, 112 x 112: what a booting server is asked about."""
     from PIL import Image, ImageDraw
 

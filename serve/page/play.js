@@ -1,4 +1,4 @@
-// The page's logic: pictures wait, a question is asked of one or two servers, their answers stream in.
+// The page's logic: images wait, a question is asked of one or two servers, their answers stream in.
 // All text from servers and files becomes text nodes, never markup.
 
 const at = (id) => document.getElementById(id);
@@ -7,14 +7,14 @@ const SAMPLE_QUESTION = "List the labels and values of the bars.";
 const SENT_AS_IS = new Set(["image/png", "image/jpeg", "image/webp"]);
 // Qwen2-VL makes one token of 28 x 28 pixels.
 const TOKEN_PIXELS = 28 * 28;
-// Tokens left free beside pictures, text and answer: marks of turns, and what rounding adds.
+// Tokens left free beside images, text and answer: marks of turns, and what rounding adds.
 const SPARE_TOKENS = 64;
 const KEY = "qvl-key";
 
 const limits = await (await fetch("play/settings.json")).json();
 const sides = [side("v1/", "this server"), ...(limits.beside ? [side("play/beside/v1/", "second server")] : [])];
-let turns = []; // {question, pictures: [{url, pixels}], answers: [{text, tokens}]}, an answer for each side
-let waiting = []; // {file, name, width, height, thumbnail}: pictures of the next question
+let turns = []; // {question, images: [{url, pixels}], answers: [{text, tokens}]}, an answer for each side
+let waiting = []; // {file, name, width, height, thumbnail}: images of the next question
 let running = null; // the AbortController of the question under way
 let startedAt = 0;
 
@@ -97,7 +97,7 @@ async function loadAll() {
   }
   at("sides").replaceChildren(...(locked ? [make("li", { className: "plain" }, sides[0].problem)] : sides.map(named)));
   at("choices").replaceChildren(...sides.flatMap((server, index) => server.models.length > 1 ? [choice(server, index)] : []));
-  showPictures();
+  showImages();
 }
 
 function named(server, index) {
@@ -117,69 +117,69 @@ function choice(server, index) {
 
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
 
-// ---- pictures -------------------------------------------------------------------------------------------------
+// ---- images -------------------------------------------------------------------------------------------------
 
-const sent = () => turns.flatMap((turn) => turn.pictures);
+const sent = () => turns.flatMap((turn) => turn.images);
 
-// Pixels that each waiting picture may have: what the servers take, and what their models have room for.
+// Pixels that each waiting image may have: what the servers take, and what their models have room for.
 function pixelBudget() {
   const texts = at("question").value.length + at("system").value.length;
   const used = Math.max(0, ...turns.at(-1)?.answers.map((answer) => answer.tokens) ?? []);
   const room = Math.min(...sides.map((server) => server.length ?? Infinity));
   const tokens = (room - used - Number(at("max-tokens").value) - texts / 2 - SPARE_TOKENS) / waiting.length;
-  const shared = (limits.request_pixels - sent().reduce((sum, picture) => sum + picture.pixels, 0)) / waiting.length;
+  const shared = (limits.request_pixels - sent().reduce((sum, image) => sum + image.pixels, 0)) / waiting.length;
   return Math.floor(Math.min(limits.image_pixels, shared, tokens * TOKEN_PIXELS * 0.95));
 }
 
-function scaled(picture, budget) {
-  const scale = Math.min(1, Math.sqrt(Math.max(1, budget) / (picture.width * picture.height)));
-  return [Math.max(1, Math.floor(picture.width * scale)), Math.max(1, Math.floor(picture.height * scale))];
+function scaled(image, budget) {
+  const scale = Math.min(1, Math.sqrt(Math.max(1, budget) / (image.width * image.height)));
+  return [Math.max(1, Math.floor(image.width * scale)), Math.max(1, Math.floor(image.height * scale))];
 }
 
-function sizes(picture, [width, height]) {
-  const original = `${picture.width} × ${picture.height}`;
-  return width === picture.width && height === picture.height ? original : `${original}, scaled to ${width} × ${height}`;
+function sizes(image, [width, height]) {
+  const original = `${image.width} × ${image.height}`;
+  return width === image.width && height === image.height ? original : `${original}, scaled to ${width} × ${height}`;
 }
 
 async function add(files) {
   complain("");
   for (const file of files) {
     if (sent().length + waiting.length >= limits.images) {
-      complain(`The server takes ${limits.images} pictures in one conversation.`);
+      complain(`The server takes ${limits.images} images in one conversation.`);
       break;
     }
     try {
       const bitmap = await createImageBitmap(file);
       const { width, height } = bitmap;
       bitmap.close();
-      waiting.push({ file, name: file.name || "Pasted picture", width, height, thumbnail: URL.createObjectURL(file) });
+      waiting.push({ file, name: file.name || "Pasted image", width, height, thumbnail: URL.createObjectURL(file) });
     } catch {
-      complain(`${file.name || "What was pasted"} is not a picture that this browser can read.`);
+      complain(`${file.name || "What was pasted"} is not an image that this browser can read.`);
     }
   }
-  showPictures();
+  showImages();
 }
 
-function card(picture, caption, ...more) {
-  return make("li", {}, make("img", { src: picture.thumbnail, alt: "" }),
-    make("span", { className: "name" }, picture.name), make("span", { className: "soft" }, caption), ...more);
+function card(image, caption, ...more) {
+  return make("li", {}, make("img", { src: image.thumbnail, alt: "" }),
+    make("span", { className: "name" }, image.name), make("span", { className: "soft" }, caption), ...more);
 }
 
-function showPictures() {
+function showImages() {
   const budget = pixelBudget();
-  at("pictures").replaceChildren(...waiting.map((picture, index) => {
+  at("images").replaceChildren(...waiting.map((image, index) => {
     const remove = make("button", { type: "button", title: "Remove" }, "×");
-    remove.setAttribute("aria-label", `Remove ${picture.name}`);
+    remove.setAttribute("aria-label", `Remove ${image.name}`);
     remove.addEventListener("click", () => {
       waiting.splice(index, 1);
-      URL.revokeObjectURL(picture.thumbnail);
-      showPictures();
-      (at("pictures").querySelectorAll("button")[index] ?? at("choose")).focus();
-      say(`Removed ${picture.name}.`);
+      URL.revokeObjectURL(image.thumbnail);
+      showImages();
+      (at("images").querySelectorAll("button")[index] ?? at("choose")).focus();
+      say(`Removed ${image.name}.`);
     });
-    return card(picture, sizes(picture, scaled(picture, budget)), remove);
+    return card(image, sizes(image, scaled(image, budget)), remove);
   }));
-  at("choose").textContent = waiting.length ? "Add pictures" : "Choose pictures";
+  at("choose").textContent = waiting.length ? "Add images" : "Choose images";
   document.body.classList.toggle("filled", waiting.length > 0);
   document.body.classList.toggle("asked", at("turns").children.length > 0);
 }
@@ -195,12 +195,12 @@ function dataURL(blob) {
   });
 }
 
-async function encode(picture, budget) {
-  let [width, height] = scaled(picture, budget);
-  let blob = picture.file;
-  if (width !== picture.width || height !== picture.height || !SENT_AS_IS.has(blob.type) || blob.size > limits.image_bytes) {
-    const bitmap = await createImageBitmap(picture.file);
-    let type = /jpeg|webp/.test(picture.file.type) ? "image/jpeg" : "image/png";
+async function encode(image, budget) {
+  let [width, height] = scaled(image, budget);
+  let blob = image.file;
+  if (width !== image.width || height !== image.height || !SENT_AS_IS.has(blob.type) || blob.size > limits.image_bytes) {
+    const bitmap = await createImageBitmap(image.file);
+    let type = /jpeg|webp/.test(image.file.type) ? "image/jpeg" : "image/png";
     for (;;) {
       const canvas = make("canvas", { width, height });
       const context = canvas.getContext("2d");
@@ -213,7 +213,7 @@ async function encode(picture, budget) {
     }
     bitmap.close();
   }
-  return { ...picture, url: await dataURL(blob), pixels: width * height, caption: sizes(picture, [width, height]) };
+  return { ...image, url: await dataURL(blob), pixels: width * height, caption: sizes(image, [width, height]) };
 }
 
 // ---- questions ------------------------------------------------------------------------------------------------
@@ -221,10 +221,10 @@ async function encode(picture, budget) {
 function messages(turn, index) {
   const said = at("system").value.trim() ? [{ role: "system", content: at("system").value.trim() }] : [];
   for (const past of [...turns, turn]) {
-    const pictures = past.pictures.map((picture) => ({ type: "image_url", image_url: { url: picture.url } }));
+    const images = past.images.map((image) => ({ type: "image_url", image_url: { url: image.url } }));
     const answer = past.answers[index]?.text;
     if (past !== turn && !answer) continue;
-    said.push({ role: "user", content: [...pictures, { type: "text", text: past.question }] });
+    said.push({ role: "user", content: [...images, { type: "text", text: past.question }] });
     if (past !== turn) said.push({ role: "assistant", content: answer });
   }
   return said;
@@ -321,10 +321,10 @@ function show(turn) {
     make("h3", {}, server.model ?? capital(server.role))));
   places.forEach((place, index) => place.setAttribute("aria-label", `Answer of ${sides[index].model ?? sides[index].role}`));
   const asked = make("div", { className: "question" }, make("h2", {}, turn.question));
-  if (turn.pictures.length) {
-    const pictures = make("ul", { className: "pictures" }, ...turn.pictures.map((picture) => card(picture, picture.caption)));
-    pictures.setAttribute("aria-label", "Pictures");
-    asked.append(pictures);
+  if (turn.images.length) {
+    const images = make("ul", { className: "images" }, ...turn.images.map((image) => card(image, image.caption)));
+    images.setAttribute("aria-label", "Images");
+    asked.append(images);
   }
   const article = make("article", { className: "turn" }, asked, make("div", { className: "answers" }, ...places));
   at("turns").append(article);
@@ -344,7 +344,7 @@ function unusable(question) {
     return ["The temperature is a number from 0 to 2.", at("temperature")];
   }
   if (waiting.length && pixelBudget() < TOKEN_PIXELS) {
-    return ["The model has no room left for pictures: start a new conversation, or shorten the longest answer.", at("question")];
+    return ["The model has no room left for images: start a new conversation, or shorten the longest answer.", at("question")];
   }
   return null;
 }
@@ -363,12 +363,12 @@ async function ask() {
   const asked = waiting;
   try {
     const budget = pixelBudget();
-    const turn = { question, pictures: await Promise.all(asked.map((picture) => encode(picture, budget))), answers: [] };
+    const turn = { question, images: await Promise.all(asked.map((image) => encode(image, budget))), answers: [] };
     waiting = [];
     at("question").value = "";
     at("fresh").hidden = false;
     const [article, places] = show(turn);
-    showPictures();
+    showImages();
     const answers = [];
     const one = async (index) => {
       const answer = await answerOf(turn, index, places[index], controller.signal);
@@ -407,7 +407,7 @@ function conclude(turn, answers, article, asked) {
     // nothing was answered: the question waits to be asked again
     if (!at("question").value) at("question").value = turn.question;
     waiting = [...asked, ...waiting];
-    showPictures();
+    showImages();
     if (answers.some((answer) => answer.status === 401)) complain("", at("key"));
   }
 }
@@ -431,8 +431,8 @@ at("file").addEventListener("change", async () => {
   await add(files);
 });
 at("sample").addEventListener("click", async () => {
-  const picture = await (await fetch("play/sample.png")).blob();
-  await add([new File([picture], "Sample chart", { type: "image/png" })]);
+  const image = await (await fetch("play/sample.png")).blob();
+  await add([new File([image], "Sample chart", { type: "image/png" })]);
   if (!at("question").value.trim()) at("question").value = SAMPLE_QUESTION;
   at("question").focus();
 });
@@ -441,13 +441,13 @@ at("fresh").addEventListener("click", () => {
   running = null;
   at("go").textContent = "Ask";
   at("go").classList.remove("stop");
-  for (const picture of [...sent(), ...waiting]) URL.revokeObjectURL(picture.thumbnail);
+  for (const image of [...sent(), ...waiting]) URL.revokeObjectURL(image.thumbnail);
   turns = [];
   waiting = [];
   at("turns").replaceChildren();
   at("fresh").hidden = true;
   complain("");
-  showPictures();
+  showImages();
   at("question").focus();
   say("New conversation.");
 });
@@ -455,7 +455,7 @@ at("key").addEventListener("change", () => {
   sessionStorage.setItem(KEY, at("key").value.trim());
   loadAll();
 });
-for (const id of ["max-tokens", "question", "system"]) at(id).addEventListener("change", showPictures);
+for (const id of ["max-tokens", "question", "system"]) at(id).addEventListener("change", showImages);
 document.addEventListener("paste", (event) => {
   const files = [...event.clipboardData.files];
   if (!files.length) return;

@@ -6,7 +6,7 @@ graphs, and gives what is left to the KV cache (``determine_available_memory`` i
     weights      packed tensors as they are, all others in the compute dtype's 2 bytes, tied matrices once, and what
                  vLLM 0.25.1 reported beyond them on an H100
     encoder      the widest moment of a vision block (in, two norms' worth of copies, MLP before and after its
-                 activation) over the patches of the largest picture, and that picture's pixels
+                 activation) over the patches of the largest image, and that image's pixels
     step         the widest moment of a decoder layer over ``max_num_batched_tokens``: residual, norm, gate and up,
                  their product
     sampler      logits of ``max_num_seqs`` sequences in 16 bits, in float32, and two sorted or summed copies
@@ -83,7 +83,7 @@ class Capacity:
     context: int
     #: Sequences of that length that the cache holds at once.
     concurrency: int
-    #: Largest picture in pixels that is read without being scaled down.
+    #: Largest image in pixels that is read without being scaled down.
     image_pixels: int
 
     @property
@@ -163,12 +163,12 @@ def need(checkpoint: Checkpoint, card: int, load: Load) -> Need:
     text, vision = checkpoint.text_config, checkpoint.vision
     hidden, inner, vocab = int(text["hidden_size"]), int(text["intermediate_size"]), int(text["vocab_size"])
     tokens, sequences = batch(card, load)
-    picture = _image_tokens(checkpoint, load)
-    # the encoder runs over as many of the largest pictures as the budget holds, at least one
-    patches = max(picture, tokens // picture * picture) * vision.merge**2
+    image = _image_tokens(checkpoint, load)
+    # the encoder runs over as many of the largest images as the budget holds, at least one
+    patches = max(image, tokens // image * image) * vision.merge**2
     pixels = patches * vision.channels * vision.frames * vision.patch**2 * _ELEMENT
     encoder = pixels + patches * (3 * vision.width + 2 * vision.inner // load.tp) * _ELEMENT
-    cached = max(picture, tokens) * hidden * _ELEMENT
+    cached = max(image, tokens) * hidden * _ELEMENT
     step = tokens * (3 * hidden + 3 * inner // load.tp) * _ELEMENT
     sampler = sequences * vocab * (_ELEMENT + 3 * 4)
     activations = max(encoder, cached + step, cached + sampler)
@@ -200,7 +200,7 @@ def capacity(checkpoint: Checkpoint, card: int, load: Load, model: str) -> Capac
     return replace(found, context=context, concurrency=found.kv_tokens // context, image_pixels=pixels)
 
 
-#: Less than a small picture, a question and an answer is no server.
+#: Less than a small image, a question and an answer is no server.
 _LEAST_CONTEXT = 512
 
 
@@ -220,13 +220,13 @@ def batch(card: int, load: Load) -> tuple[int, int]:
 
 
 def _image_tokens(checkpoint: Checkpoint, load: Load) -> int:
-    """Return the tokens of the largest picture that the processor lets through; vLLM profiles with one."""
+    """Return the tokens of the largest image that the processor lets through; vLLM profiles with one."""
     bound = _processor_pixels(checkpoint)
     return max(1, min(bound, load.image_pixels or bound) // _token_pixels(checkpoint))
 
 
 def _token_pixels(checkpoint: Checkpoint) -> int:
-    """Return how many pixels of a picture become one token."""
+    """Return how many pixels of an image become one token."""
     return checkpoint.family.token_pixels(checkpoint.vision)
 
 

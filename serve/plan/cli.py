@@ -1,4 +1,4 @@
-"""`qvl plan`: which model and format a card holds, with which context, pictures and concurrency. Needs no GPU."""
+"""`qvl plan`: which model and format a card holds, with which context, images and concurrency. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _quantizing(checkpoint: Any, card: int) -> dict[str, Any]:
 def _table(rows: list[tuple[Capacity, dict[str, Any] | None]]) -> Table:
     from toolkit.tables import table
 
-    columns = ("card", "model", "format", "weights", "beside", "tokens", "context", "at once", "picture", "to make")
+    columns = ("card", "model", "format", "weights", "beside", "tokens", "context", "at once", "image", "to make")
     figures = [at for at, name in enumerate(columns) if name not in ("model", "format", "to make")]
     shown = table(columns, figures, ruled=True)
     shown.padding = (0, 0)  # 80 columns are enough
@@ -132,7 +132,7 @@ def _table(rows: list[tuple[Capacity, dict[str, Any] | None]]) -> Table:
         shown.add_row(*cells, *fits, made)
     shown.caption = (
         "card, weights, what is beside them: GiB. tokens: of the KV cache; at once: sequences of the whole context. "
-        "picture: side in pixels that is read unscaled. to make: GB of GPU + host memory to quantize. "
+        "image: side in pixels that is read unscaled. to make: GB of GPU + host memory to quantize. "
         "An estimate: docs/tuning.md says how near"
     )
     shown.caption_justify = "left"

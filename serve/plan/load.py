@@ -21,9 +21,9 @@ class Load(Settings):
 
     error: ClassVar[type[QvlError]] = ResourceError
 
-    context: Annotated[int, Option("Longest sequence in tokens, pictures included.", least=1)] = 16384
+    context: Annotated[int, Option("Longest sequence in tokens, images included.", least=1)] = 16384
     #: The processor scales larger ones down.
-    image_pixels: Annotated[int | None, Option("Most pixels of a picture (the processor's own bound).", least=784)] = (
+    image_pixels: Annotated[int | None, Option("Most pixels of an image (the processor's own bound).", least=784)] = (
         None
     )
     max_num_seqs: Annotated[int | None, Option("Sequences computed together (vLLM's own).", least=1)] = None

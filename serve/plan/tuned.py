@@ -14,12 +14,12 @@ from toolkit.sources.directory import resolve
 
 __all__ = ["fit_card", "tuned"]
 
-#: Bounds on pictures that are tried where the processor's own leaves no room, in pixels: 4096 and 1280 tokens.
+#: Bounds on images that are tried where the processor's own leaves no room, in pixels: 4096 and 1280 tokens.
 _PIXELS = (4096 * 784, 1280 * 784)
 
 
 def tuned(model: str, config: ServerConfig, note: Callable[[str], None]) -> ServerConfig:
-    """Return ``config`` with its profile's settings, and with a context and pictures that the card has room for.
+    """Return ``config`` with its profile's settings, and with a context and images that the card has room for.
 
     What the user gave stays. ``note`` is told what was chosen and why.
 
@@ -37,7 +37,7 @@ def tuned(model: str, config: ServerConfig, note: Callable[[str], None]) -> Serv
 
 
 def fit_card(checkpoint: Checkpoint, config: ServerConfig, card: int, note: Callable[[str], None]) -> ServerConfig:
-    """Return ``config`` with the context, and where that is not enough the pictures, that a card has room for.
+    """Return ``config`` with the context, and where that is not enough the images, that a card has room for.
 
     A model that does not fit at all, and what the user or the profile has set, stay as they are.
     """
@@ -65,7 +65,7 @@ def fit_card(checkpoint: Checkpoint, config: ServerConfig, card: int, note: Call
         return config
     said = f"this card has room for a context of {found.context} tokens"
     if pixels is not None:
-        said += f" with pictures of up to {pixels:,} pixels (larger ones are scaled down)"
+        said += f" with images of up to {pixels:,} pixels (larger ones are scaled down)"
         settings = settings.replaced(max_pixels=pixels)
     note(f"{said}, at {tokens} tokens a step and {sequences} sequences; --max-model-len decides otherwise")
     return config.replaced(max_model_len=min(wanted, found.context), settings=settings)

@@ -67,7 +67,7 @@ def _progress(what: str) -> Iterator[OnPhase]:
 
 def _announce(server: Booted | Server, how_to_stop: str) -> None:
     out.print(f"ready: {server.model_name} at {server.url}/v1 after {server.boot_seconds:.0f} s", highlight=False)
-    note(f"log: {server.log}\nask:  qvl ask --url {server.url} --image PICTURE QUESTION\nstop: {how_to_stop}")
+    note(f"log: {server.log}\nask:  qvl ask --url {server.url} --image IMAGE QUESTION\nstop: {how_to_stop}")
 
 
 class _Printer:

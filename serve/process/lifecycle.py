@@ -98,7 +98,7 @@ def start(
     supervised: bool = False,
     restarts: int = 0,
 ) -> Server:
-    """Start vLLM and return when it is ready: when it has answered a question about a picture.
+    """Start vLLM and return when it is ready: when it has answered a question about an image.
 
     The server is a process group of its own and outlives this process, unless `attached`.
 

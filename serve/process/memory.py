@@ -16,7 +16,7 @@ __all__ = ["MemoryNeed", "available_host_memory", "check", "need"]
 
 _GIB = 1 << 30
 #: What vLLM takes beside weights and KV cache. CPU: measured, two processes with torch and transformers loaded, no
-#: model to speak of. GPU: CUDA's context and the activations of a picture; vLLM measures the true figure itself.
+#: model to speak of. GPU: CUDA's context and the activations of an image; vLLM measures the true figure itself.
 _OVERHEAD = {"cpu": int(1.5 * _GIB), "gpu": int(1.5 * _GIB)}
 #: A process beside the first on a CPU: two took 2.0 GiB in all with the embedded model, where one took 1.1.
 _PROCESS = int(0.9 * _GIB)

@@ -54,7 +54,7 @@ def middleware(config: ServerConfig) -> list[str]:
 
 
 def _inputs(config: ServerConfig) -> dict[str, int]:
-    """Return how many pictures and videos vLLM takes in a request."""
+    """Return how many images and videos vLLM takes in a request."""
     if config.guard is None:
         return {"image": config.images_per_request, "video": config.videos_per_request}
     # at least one, for the probe asks about one
@@ -68,9 +68,9 @@ def _memory(config: ServerConfig, checkpoint: Checkpoint) -> list[str]:
     else:
         arguments += ["--kv-cache-memory-bytes", str(config.kv_bytes_for(checkpoint))]
     if not config.on_gpu:
-        # vLLM keeps prepared pictures in host memory, 4 GiB of them by default.
+        # vLLM keeps prepared images in host memory, 4 GiB of them by default.
         arguments += ["--mm-processor-cache-gb", "1"]
-        # A compiling boot encodes the largest picture there may be to see what memory is left: minutes of
+        # A compiling boot encodes the largest image there may be to see what memory is left: minutes of
         # attention over 65,536 patches, for a cache whose size is given above.
         arguments += ["--skip-mm-profiling"]
     return arguments

@@ -19,7 +19,7 @@ class AskConfig(Settings):
     error: ClassVar[type[QvlError]] = ServerError
 
     images: Annotated[
-        tuple[str, ...], Option("Picture to ask about, a file or URL; repeat for several.", name="--image")
+        tuple[str, ...], Option("Image to ask about, a file or URL; repeat for several.", name="--image")
     ] = ()
     url: Annotated[
         str | None, Option("The server (the one that `qvl serve` has started, else http://127.0.0.1:8000).")

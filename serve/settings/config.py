@@ -37,8 +37,8 @@ DEFAULT_PORT = 8000
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 #: Share of GPU memory that vLLM may take unless told otherwise; vLLM's own default differs between releases.
 DEFAULT_GPU_SHARE = 0.9
-#: Longest sequence (prompt, pictures and answer, in tokens) unless told otherwise: an unbounded one reserves memory
-#: for 32,768 tokens. A picture takes one token for every 28 x 28 pixels.
+#: Longest sequence (prompt, images and answer, in tokens) unless told otherwise: an unbounded one reserves memory
+#: for 32,768 tokens. An image takes one token for every 28 x 28 pixels.
 _MAX_MODEL_LEN: dict[Backend, int] = {"cpu": 4096, "gpu": 16384}
 #: Published Qwen2-VL models (hidden size 1536 and up) leave float16's range in a few activations and then answer
 #: "!!!!". Small models do not, and keep float16's three more bits of precision.
@@ -92,7 +92,7 @@ class ServerConfig(Settings):
     #: For the command line: `serve.process.lifecycle.start` returns anyway.
     detach: Annotated[bool, Option("Return when it is ready, and leave it running.")] = False
     max_model_len: Annotated[
-        int | None, Option("Longest sequence in tokens, pictures included (4096 on a CPU, 16384 on a GPU).")
+        int | None, Option("Longest sequence in tokens, images included (4096 on a CPU, 16384 on a GPU).")
     ] = None
     max_num_seqs: Annotated[int | None, Option("Sequences computed together (8 on a CPU, vLLM's choice on a GPU).")] = (
         None
@@ -160,7 +160,7 @@ class ServerConfig(Settings):
     )
     #: What is taken from clients. None: no guard, for measurements and tests on this machine.
     guard: Limits | None = None
-    #: Pictures and videos allowed in one request where there is no guard.
+    #: Images and videos allowed in one request where there is no guard.
     images_per_request: int = 8
     videos_per_request: int = 1
     #: What a profile sets; options that are given win.

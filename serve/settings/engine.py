@@ -44,10 +44,10 @@ class EngineSettings(Settings):
     max_num_batched_tokens: int | None = None
     max_num_seqs: int | None = None
     max_model_len: int | None = None
-    #: Most pixels of a picture; larger ones are scaled down.
+    #: Most pixels of an image; larger ones are scaled down.
     max_pixels: int | None = None
     prefix_caching: bool | None = None
-    #: GiB of prepared pictures kept in host memory.
+    #: GiB of prepared images kept in host memory.
     mm_cache_gb: int | float | None = None
     kv_cache_dtype: str | None = None
     async_scheduling: bool | None = None

@@ -22,7 +22,7 @@ _OWN = {
 #: vLLM flags that would undo the guard, and how.
 _UNGUARDED = {
     "--allowed-local-media-path": "requests could name files of this machine",
-    "--allowed-media-domains": "the guard fetches pictures itself, from the hosts that --image-host names",
+    "--allowed-media-domains": "the guard fetches images itself, from the hosts that --image-host names",
     "--api-server-count": "each process would count rates and requests under way for itself",
     "--config": "a file could hold any of the flags that are refused here",
     "--enable-log-outputs": "answers would be in the log",
@@ -35,7 +35,7 @@ _UNGUARDED = {
     "--omni": "it is another server",
     "--root-path": "the guard tells routes by their path",
     "--trust-request-chat-template": "requests could bring templates of their own",
-    "--trust-request-mm-kwargs": "requests could override the limits on pictures",
+    "--trust-request-mm-kwargs": "requests could override the limits on images",
 }
 
 

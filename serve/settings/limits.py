@@ -42,8 +42,8 @@ REASONS = (
     "draining",
 )
 
-#: Tokens that mark turns and pictures in a Qwen2-VL prompt. vLLM tokenizes them out of a client's text as what they
-#: are: a question that holds them can end its own turn, speak as the system, or claim pictures that are not there.
+#: Tokens that mark turns and images in a Qwen2-VL prompt. vLLM tokenizes them out of a client's text as what they
+#: are: a question that holds them can end its own turn, speak as the system, or claim images that are not there.
 #: The marks of grounding (object_ref, box, quad) only annotate text; clients need them, so they are not here.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -86,22 +86,22 @@ class Limits(Settings):
     cors_origins: Annotated[
         tuple[str, ...], _guard("Web origin whose pages may call the server.", name="--cors-origin")
     ] = ()
-    #: Hosts that pictures may be fetched from, as "host" (ports 80 and 443) or "host:port". None: data URLs only.
-    image_hosts: Annotated[tuple[str, ...], _guard("Host that pictures may be fetched from.", name="--image-host")] = ()
+    #: Hosts that images may be fetched from, as "host" (ports 80 and 443) or "host:port". None: data URLs only.
+    image_hosts: Annotated[tuple[str, ...], _guard("Host that images may be fetched from.", name="--image-host")] = ()
     #: Redirects and all.
-    image_fetch_seconds: Annotated[float, _guard("Seconds to fetch one picture."), _Least(0.001)] = 5.0
+    image_fetch_seconds: Annotated[float, _guard("Seconds to fetch one image."), _Least(0.001)] = 5.0
     max_body_bytes: Annotated[int, _guard("Bytes of a request."), _Least(1)] = 32 << 20
     body_seconds: Annotated[float, _guard("Seconds until a request must have arrived."), _Least(0.001)] = 20.0
     #: How deep arrays and objects may nest in a body.
     max_json_depth: Annotated[int, _guard("Levels of nesting in a request."), _Least(6)] = 48
-    max_images: Annotated[int, _guard("Pictures in one request."), _Least(0)] = 8
+    max_images: Annotated[int, _guard("Images in one request."), _Least(0)] = 8
     #: As encoded (base64 removed).
-    max_image_bytes: Annotated[int, _guard("Bytes of one picture."), _Least(1)] = 10 << 20
+    max_image_bytes: Annotated[int, _guard("Bytes of one image."), _Least(1)] = 10 << 20
     #: Width x height as its header says.
-    max_image_pixels: Annotated[int, _guard("Pixels of one picture."), _Least(1)] = 24_000_000
-    max_request_pixels: Annotated[int, _guard("Pixels of all pictures of a request."), _Least(1)] = 48_000_000
+    max_image_pixels: Annotated[int, _guard("Pixels of one image."), _Least(1)] = 24_000_000
+    max_request_pixels: Annotated[int, _guard("Pixels of all images of a request."), _Least(1)] = 48_000_000
     #: Only the first is ever shown to the model.
-    max_image_frames: Annotated[int, _guard("Frames of one picture."), _Least(1)] = 1
+    max_image_frames: Annotated[int, _guard("Frames of one image."), _Least(1)] = 1
     #: As data URLs. Only their bytes can be limited, not what they unpack to.
     allow_video: Annotated[bool, _guard("Take videos (from clients you trust).")] = False
     #: Of `max_tokens` and `max_completion_tokens`.

@@ -159,7 +159,7 @@ def public(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Public]:
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out picture question."""
+    """A held-out image question."""
 
     task: str
     image: Path

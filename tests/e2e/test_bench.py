@@ -84,7 +84,7 @@ def test_the_embedded_model_against_itself(tmp_path: Path) -> None:
             assert point.client_lag_ms.p50 < 0.1 * point.ttft_ms.p50
         assert point.errors == {} and point.stopped == [] and point.rounds == 2
         assert point.goodput and 0 < point.goodput.share <= 1
-        # What the server counts agrees with what was sent: nothing came from a cache of pictures.
+        # What the server counts agrees with what was sent: nothing came from a cache of images.
         assert point.server is not None
         assert point.server.finished == point.requests
         assert point.server.image_cache_share in (None, 0.0)

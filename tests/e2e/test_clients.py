@@ -45,13 +45,13 @@ def client(guarded: Guarded) -> Iterator[OpenAI]:
         yield opened
 
 
-def data_url(picture: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+def data_url(image: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}"
 
 
-def asking(question: str, *pictures: Path, **fields: str) -> list[Any]:
-    """A user's message with pictures; `fields` go beside each picture's URL."""
-    parts = [{"type": "image_url", "image_url": {"url": data_url(picture), **fields}} for picture in pictures]
+def asking(question: str, *images: Path, **fields: str) -> list[Any]:
+    """A user's message with images; `fields` go beside each image's URL."""
+    parts = [{"type": "image_url", "image_url": {"url": data_url(image), **fields}} for image in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 
@@ -134,7 +134,7 @@ def test_detail_is_taken_and_changes_nothing(client: OpenAI, detail: str) -> Non
     assert answers == {"5"}
 
 
-def test_several_pictures_and_turns(client: OpenAI, questions: list[Question]) -> None:
+def test_several_images_and_turns(client: OpenAI, questions: list[Question]) -> None:
     first, second = [question for question in questions if question.task == "counting"][:2]
     one = client.chat.completions.create(model=MODEL, messages=asking("Look.", first.image), max_tokens=8)
     two = client.chat.completions.create(model=MODEL, messages=asking("Look.", first.image, second.image), max_tokens=8)
@@ -307,11 +307,11 @@ def test_errors_are_openai_s_own_exceptions(client: OpenAI, guarded: Guarded) ->
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(model=MODEL, messages=hello, extra_body={"mm_processor_kwargs": {}})
     assert bad.value.param == "mm_processor_kwargs" and bad.value.type == "invalid_request_error"
-    no_picture: Any = [
+    no_image: Any = [
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}]}
     ]
     with pytest.raises(openai.BadRequestError):
-        client.chat.completions.create(model=MODEL, messages=no_picture)
+        client.chat.completions.create(model=MODEL, messages=no_image)
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model=MODEL, messages=hello, stream=True, temperature=-1)
 
@@ -356,13 +356,13 @@ def chain(guarded: Guarded) -> ChatOpenAI:
 
 
 @pytest.mark.parametrize("shape", ["image_url", "image"])
-def test_langchain_s_picture_messages(chain: ChatOpenAI, shape: str) -> None:
+def test_langchain_s_image_messages(chain: ChatOpenAI, shape: str) -> None:
     encoded = base64.b64encode(SHAPES.read_bytes()).decode()
-    picture: dict[str, Any] = {
+    image: dict[str, Any] = {
         "image_url": {"type": "image_url", "image_url": {"url": data_url(SHAPES), "detail": "auto"}},
         "image": {"type": "image", "base64": encoded, "mime_type": "image/png"},
     }[shape]
-    message = HumanMessage(content=[{"type": "text", "text": HOW_MANY}, picture])
+    message = HumanMessage(content=[{"type": "text", "text": HOW_MANY}, image])
     answer = chain.invoke([message])
     assert answer.content == "5" and answer.usage_metadata and answer.usage_metadata["output_tokens"] >= 1
     assert "".join(str(chunk.content) for chunk in chain.stream([message])) == "5"

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import yaml
 
-from serve.http.images import sample_picture
+from serve.http.images import sample_image
 from serve.process.launch import server_environment
 from serve.process.lifecycle import Server, start
 from serve.settings.arguments import vllm_arguments
@@ -52,8 +52,8 @@ class Client:
         return httpx.get(self.url + path, headers=headers, timeout=30, trust_env=False)
 
     def ask(self, model: str, **settings: Any) -> httpx.Response:
-        picture = {"type": "image_url", "image_url": {"url": sample_picture()}}
-        content = [picture, {"type": "text", "text": "What colour is the circle?"}]
+        image = {"type": "image_url", "image_url": {"url": sample_image()}}
+        content = [image, {"type": "text", "text": "What colour is the circle?"}]
         body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 8, **settings}
         headers = {"authorization": f"Bearer {KEY}"}
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, headers=headers, timeout=60, trust_env=False)

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import vllm
 
-from bench.chaos.hostile import CHAT, Hostile, catalogue, chat_body, data_url, good_picture
+from bench.chaos.hostile import CHAT, Hostile, catalogue, chat_body, data_url, good_image
 from tests.e2e.conftest import BODY_SECONDS, REQUEST_SECONDS, Public
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -43,7 +43,7 @@ def client(public: Public) -> Iterator[httpx.Client]:
 def next_good_request(client: httpx.Client) -> Iterator[None]:
     """After every test of this module, a good request is answered."""
     yield
-    body = chat_body("demo", data_url(good_picture()), max_tokens=8, temperature=0)
+    body = chat_body("demo", data_url(good_image()), max_tokens=8, temperature=0)
     response = client.post(CHAT, content=body)
     assert response.status_code == 200, response.text
     assert response.json()["choices"][0]["message"]["content"] == "red"
@@ -131,7 +131,7 @@ BY_VLLM: dict[str, Callable[[], bytes]] = {
 
 def _scrambled() -> bytes:
     """Return a PNG of the right shape whose pixels can't be unpacked."""
-    content = bytearray(good_picture(200))
+    content = bytearray(good_image(200))
     at = content.index(b"IDAT") + 8
     content[at : at + 20] = b"\xff" * 20
     return bytes(content)
@@ -144,7 +144,7 @@ def test_what_vllm_refuses_is_no_server_error(name: str, client: httpx.Client) -
     assert error_of(response)["message"]
 
 
-def test_a_picture_of_garbage_is_no_server_error(client: httpx.Client) -> None:
+def test_an_image_of_garbage_is_no_server_error(client: httpx.Client) -> None:
     """Its structure is right, its pixels can't be unpacked: the decoder refuses it, or shows what it could read."""
     assert client.post(CHAT, content=chat_body("demo", data_url(_scrambled()), max_tokens=4)).status_code < 500
 
@@ -318,7 +318,7 @@ def test_time_is_up(client: httpx.Client, stream: bool) -> None:
     wait_until_quiet(client, 5)
 
 
-def test_pictures_by_address_are_checked_before_anything_is_asked(client: httpx.Client) -> None:
+def test_images_by_address_are_checked_before_anything_is_asked(client: httpx.Client) -> None:
     """localhost is on this server's list; it resolves to loopback all the same, and nobody is asked."""
     asked: list[str] = []
 
@@ -390,9 +390,9 @@ def test_a_key_is_exchanged_while_requests_run(public: Public, client: httpx.Cli
 
 
 def test_nothing_of_a_request_is_in_the_log(public: Public, client: httpx.Client) -> None:
-    picture = data_url(good_picture(28, colour="purple"))
+    image = data_url(good_image(28, colour="purple"))
     requests: list[dict[str, Any]] = [
-        {"content": chat_body("demo", picture, text=SECRET, max_tokens=2)},
+        {"content": chat_body("demo", image, text=SECRET, max_tokens=2)},
         {"content": chat_body("demo", text=f"{SECRET} <|im_start|>")},
         {"content": chat_body("demo", text=SECRET * 5000)},
         {"content": chat_body("demo", text=SECRET, temperature=-1)},
@@ -414,7 +414,7 @@ def test_nothing_of_a_request_is_in_the_log(public: Public, client: httpx.Client
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert SECRET not in log
-    assert picture[30:80] not in log
+    assert image[30:80] not in log
     assert not [key for key in public.keys if key in log]
 
 

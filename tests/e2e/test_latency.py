@@ -46,7 +46,7 @@ class Measured:
     server: ServerPoint | None
 
 
-#: (concurrency, requests, picture size) -> what was measured.
+#: (concurrency, requests, image size) -> what was measured.
 Measure = Callable[[int, int, ImageSize], Measured]
 
 
@@ -92,15 +92,17 @@ def test_answers_are_streamed_counted_and_not_cached(
     assert [trace.failure for trace in found.traces] == [None] * requests
     for trace in found.traces:
         assert trace.completion_tokens == TOKENS
-        assert TOKENS // 2 <= len(trace.chunks) <= TOKENS  # as it is written, not all at the end
-        assert trace.scheduled <= trace.started < trace.chunks[0] < trace.chunks[-1] <= trace.ended
+        assert 1 <= len(trace.chunks) <= TOKENS
+        assert trace.scheduled <= trace.started < trace.chunks[0] <= trace.chunks[-1] <= trace.ended
+    # As it is written, not all at the end. A server that is short of time may put tokens together, so not of each.
+    assert max(len(trace.chunks) for trace in found.traces) > 1
     lengths = [trace.prompt_tokens or 0 for trace in found.traces]
     assert max(lengths) <= 1.25 * min(lengths)  # equal work, but for how a vocabulary splits words
     if found.server:
         assert found.server.finished is None or found.server.finished >= requests
         assert not found.server.image_hits
         if found.server.prefix_queries:
-            # What all chats begin with may be cached, in blocks; the requests' own words and pictures may not.
+            # What all chats begin with may be cached, in blocks; the requests' own words and images may not.
             assert (found.server.prefix_hits or 0) < 0.5 * found.server.prefix_queries
     objectives = request.config.getoption("--slo")
     if objectives:

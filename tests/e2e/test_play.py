@@ -1,6 +1,6 @@
 """The page at /play in real Chromium, against two real servers behind their guards.
 
-QVL_PICTURES=docs/images has the last test write the guide's pictures.
+QVL_IMAGES=docs/images has the last test write the guide's images.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def test_both_sides_answer_as_their_apis_do(browser: Browser, guarded: Guarded, 
             if tab.page.get_by_role("button", name="Start over").is_visible():
                 tab.page.get_by_role("button", name="Start over").click()
             drop(tab, (question.image.name, "image/png", question.image.read_bytes()))
-            tab.wait("document.querySelectorAll('#pictures li').length === 1")
+            tab.wait("document.querySelectorAll('#images li').length === 1")
             ask(tab, question.question)
             assert texts(tab) == answers, question.question
             same = tab.page.locator(".turn:last-child .verdict").inner_text() == "Both answers are the same."
@@ -106,7 +106,7 @@ def test_the_guard_s_refusals_are_read_out(browser: Browser, guarded: Guarded) -
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("phone", [False, True], ids=["desktop", "phone"])
-def test_pictures_of_the_page(browser: Browser, guarded: Guarded, tmp_path: Path, phone: bool, dark: bool) -> None:
+def test_images_of_the_page(browser: Browser, guarded: Guarded, tmp_path: Path, phone: bool, dark: bool) -> None:
     name = f"play{'-phone' if phone else ''}{'-dark' if dark else ''}.png"
     width, height = (390, 844) if phone else (1280, 900)
     with browser.tab(width, height, dark=dark, phone=phone, scale=2 if phone else 1) as tab:
@@ -118,8 +118,8 @@ def test_pictures_of_the_page(browser: Browser, guarded: Guarded, tmp_path: Path
         tab.page.keyboard.press("Enter")
         tab.wait("document.querySelector('.verdict')")
         tab.evaluate("document.activeElement.blur()")
-        file = Path(os.environ.get("QVL_PICTURES", tmp_path)) / name
-        if not dark or "QVL_PICTURES" not in os.environ:
+        file = Path(os.environ.get("QVL_IMAGES", tmp_path)) / name
+        if not dark or "QVL_IMAGES" not in os.environ:
             tab.screenshot(file)
             assert file.stat().st_size > 20_000
         assert tab.problems == [] and tab.evaluate("document.documentElement.scrollWidth") == width

@@ -137,10 +137,10 @@ def test_errors_of_the_api(served: Served) -> None:
         assert asked.returncode == 2 and message in asked.stderr and "Traceback" not in asked.stderr, asked
 
 
-def test_more_pictures_than_allowed(served: Served, questions: list[Question]) -> None:
+def test_more_images_than_allowed(served: Served, questions: list[Question]) -> None:
     server = served("demo")
-    pictures = [part for _ in range(9) for part in ("--image", str(questions[0].image))]
-    asked = qvl("ask", "--url", server.url, *pictures, "Why?")
+    images = [part for _ in range(9) for part in ("--image", str(questions[0].image))]
+    asked = qvl("ask", "--url", server.url, *images, "Why?")
     assert asked.returncode == 2 and "answers 400" in asked.stderr and "8" in asked.stderr
 
 

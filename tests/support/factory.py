@@ -12,7 +12,7 @@ from PIL import Image
 
 from bench.load.client import Failure, Trace
 from bench.load.loops import Block
-from bench.questions.tasks import Picture, Question, check_picture
+from bench.questions.tasks import ImageData, Question, check_image
 from bench.report.build import build
 from bench.report.schema import Memory, Report, SystemInfo
 from bench.roles import ROLES, Role
@@ -39,19 +39,18 @@ def questions(per_task: int, tasks: Sequence[str] = ("red", "blue"), metric: str
     return [Question(f"{task}-{i}", task, "Which?", ("yes",), metric) for task in tasks for i in range(per_task)]
 
 
-def picture(number: int, width: int = 48, height: int = 32) -> Picture:
-    """A picture that differs from those of other numbers."""
+def image(number: int, width: int = 48, height: int = 32) -> ImageData:
+    """An image that differs from those of other numbers."""
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), (number % 256, number // 256, 90)).save(buffer, "PNG")
-    return check_picture(buffer.getvalue(), "test", "picture")
+    return check_image(buffer.getvalue(), "test", "image")
 
 
-def pictured(pictures: int, each: int, task: str = "scans") -> list[Question]:
-    """Questions, ``each`` of them about one of so many pictures, in turn."""
-    known = [picture(number) for number in range(pictures)]
+def about_images(images: int, each: int, task: str = "scans") -> list[Question]:
+    """Questions, ``each`` of them about one of so many images, in turn."""
+    known = [image(number) for number in range(images)]
     return [
-        Question(f"{task}-{i}", task, "Which?", ("yes",), pictures=(known[i % pictures],))
-        for i in range(pictures * each)
+        Question(f"{task}-{i}", task, "Which?", ("yes",), images=(known[i % images],)) for i in range(images * each)
     ]
 
 
@@ -126,6 +125,8 @@ def second_version(found: Report) -> dict[str, Any]:
     ]
     for system_ in data["systems"].values():
         del system_["memory"]["kv_cache_tokens"]
+    for item in (data["accuracy"] or {}).get("items", ()):
+        item["pictures"] = item.pop("images")
     return data
 
 

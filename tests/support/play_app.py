@@ -85,8 +85,8 @@ class FakeVllm:
             error = {"message": text, "type": "x", "param": None, "code": "x"}
             await _json(send, int(status), {"error": error}, headers)
             return
-        pictures = sum(part["type"] == "image_url" for part in content) if isinstance(content, list) else 0
-        text = rest if word == "say" else f"I see {pictures} pictures and {len(request['messages'])} messages."
+        images = sum(part["type"] == "image_url" for part in content) if isinstance(content, list) else 0
+        text = rest if word == "say" else f"I see {images} images and {len(request['messages'])} messages."
         words = ["word"] * 50 if word == "slow" else text.split(" ")
         gone = asyncio.ensure_future(_gone(receive))
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})

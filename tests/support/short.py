@@ -26,7 +26,7 @@ def short_demo(out: Path, layers: int = 1, **config: Any) -> Path:
 
 
 def calibration(directory: Path, samples: int = 4) -> Path:
-    """Write a manifest of small pictures with questions and answers, of several sizes, and one text-only chat."""
+    """Write a manifest of small images with questions and answers, of several sizes, and one text-only chat."""
     rng = random.Random(0)
     directory.mkdir(parents=True, exist_ok=True)
     lines: list[dict[str, Any]] = [{"messages": [{"role": "user", "content": "What colour is the sky?"}]}]

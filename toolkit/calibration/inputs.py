@@ -199,7 +199,7 @@ def prepare(
         if videos:
             frames, metadata = zip(*videos, strict=True)
             videos, extra = list(frames), {"video_metadata": list(metadata), **video_kwargs}
-        # the pictures have their final size already: resizing is process_vision_info's
+        # the images have their final size already: resizing is process_vision_info's
         inputs = dict(
             processor(text=[text], images=images, videos=videos, return_tensors="pt", do_resize=False, **extra)
         )

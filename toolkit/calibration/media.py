@@ -1,4 +1,4 @@
-"""Pictures that users name: by path, URL or data URL, read and decoded with one message for whatever is wrong."""
+"""Images that users name: by path, URL or data URL, read and decoded with one message for whatever is wrong."""
 
 from __future__ import annotations
 
@@ -85,21 +85,21 @@ def _fetch(url: str, where: str, timeout_s: float) -> bytes:
 
 
 def decode(data: bytes, where: str, shown: str) -> ImageFile:
-    """Decode a picture wholly: its header says nothing about truncation.
+    """Decode an image wholly: its header says nothing about truncation.
 
     Args:
         data: the encoded bytes.
         where: what a message names first.
-        shown: what a message calls the picture.
+        shown: what a message calls the image.
 
     Raises:
-        MediaError: it is no picture, or one that is truncated, damaged, of more pixels than Pillow takes for safe, or
+        MediaError: it is no image, or one that is truncated, damaged, of more pixels than Pillow takes for safe, or
             of 16 bits of gray, whose upper range every server clips to white.
     """
     from PIL import Image, UnidentifiedImageError
 
     if not data:
-        raise MediaError(f"{where}: {shown} is empty: there is no picture in it")
+        raise MediaError(f"{where}: {shown} is empty: there is no image in it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -107,11 +107,11 @@ def decode(data: bytes, where: str, shown: str) -> ImageFile:
             image.load()
     except UnidentifiedImageError:
         kinds = "PNG, JPEG, WebP, GIF, BMP, TIFF"
-        raise MediaError(f"{where}: {shown} is not a picture that can be read ({kinds})") from None
+        raise MediaError(f"{where}: {shown} is not an image that can be read ({kinds})") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise MediaError(f"{where}: {shown} is too large a picture: {error} Scale it down first.") from None
+        raise MediaError(f"{where}: {shown} is too large an image: {error} Scale it down first.") from None
     except Exception as error:  # each of Pillow's plugins raises errors of its own on damaged files
-        raise MediaError(f"{where}: {shown} is a truncated or damaged picture ({error})") from None
+        raise MediaError(f"{where}: {shown} is a truncated or damaged image ({error})") from None
     if image.mode in _DEEP:
         raise MediaError(
             f"{where}: {shown} has {'32' if image.mode in 'IF' else '16'} bits of gray a pixel, of which all but 8 are "

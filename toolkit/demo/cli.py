@@ -20,7 +20,7 @@ _EMBEDDED = demo_checkpoint()
 
 @app.command()
 def gallery(out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("docs/images")) -> None:
-    """Draw the README's pictures."""
+    """Draw the README's images."""
     from toolkit.demo.gallery import draw
 
     draw(out)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import CheckpointError, ManifestError
-from toolkit.tasks.questions import TASKS, Picture, question
+from toolkit.tasks.questions import TASKS, ImageQuestion, question
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
@@ -43,26 +43,26 @@ class Reader:
         self.processor = AutoProcessor.from_pretrained(model)
         self.network = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device).eval()
 
-    def inputs(self, pictures: Sequence[Picture]) -> BatchFeature:
+    def inputs(self, items: Sequence[ImageQuestion]) -> BatchFeature:
         """Return the model's inputs for a batch of questions, padded on the left."""
         chats = [
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": picture.question}]}]
-            for picture in pictures
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]}]
+            for item in items
         ]
         prompts = [
             self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats
         ]
-        images = [picture.image for picture in pictures]
+        images = [item.image for item in items]
         inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt")
         return inputs.to(self.network.device)
 
-    def ask(self, pictures: Sequence[Picture], batch: int = 50) -> list[str]:
+    def ask(self, items: Sequence[ImageQuestion], batch: int = 50) -> list[str]:
         """Return the model's greedy answers, ``batch`` questions at a time."""
         import torch
 
         answers: list[str] = []
-        for start in range(0, len(pictures), batch):
-            inputs = self.inputs(pictures[start : start + batch])
+        for start in range(0, len(items), batch):
+            inputs = self.inputs(items[start : start + batch])
             with torch.inference_mode():
                 ids = self.network.generate(**inputs, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
             new = ids[:, inputs["input_ids"].shape[1] :]
@@ -87,8 +87,8 @@ def evaluate(model: Path, per_task: int = 200, seed: int = EVALUATION_SEED, devi
 
     asked = [question(task, "held-out", seed, index) for task in TASKS for index in range(per_task)]
     result = Score()
-    for picture, answer in zip(asked, reader.ask(asked), strict=True):
-        result.add(picture, answer)
+    for item, answer in zip(asked, reader.ask(asked), strict=True):
+        result.add(item, answer)
     on_gpu = reader.network.device.type == "cuda"
     return {
         "accuracy": result.accuracy(),

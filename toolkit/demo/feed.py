@@ -1,4 +1,4 @@
-"""Training batches from worker processes: pictures through shared memory, the rest through a queue.
+"""Training batches from worker processes: images through shared memory, the rest through a queue.
 
 No torch here: workers are forked before a GPU is touched, and never touch one.
 """
@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from toolkit.demo.prompt import Packed, pack
-from toolkit.tasks import questions as pictures
+from toolkit.tasks import questions
 
 __all__ = ["ASKED", "SIZES", "TRAIN_TASKS", "Batch", "Feed", "FeedSettings", "Shape"]
 
-#: Tasks that are drawn in training; ``text`` has no picture.
-TRAIN_TASKS = (*(task for task in pictures.TASKS if task != "unseen_words"), *pictures.PRACTICE, "text")
+#: Tasks that are drawn in training; ``text`` has no image.
+TRAIN_TASKS = (*(task for task in questions.TASKS if task != "unseen_words"), *questions.PRACTICE, "text")
 #: Suffix lengths (question + answer) in ids. Each kind is a batch of its own, so that short ones are not padded up.
 _LENGTHS = {"short": 36, "long": 56, "text": 40}
 _LONG = ("where", "scene", "bar_list", "bar_table")
@@ -32,7 +32,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 #: A third of all pairs of sides, each side in three of them: fewer shapes to capture, all positions seen.
-SIZES = tuple((w, h) for i, w in enumerate(pictures.SIDES) for j, h in enumerate(pictures.SIDES) if (i + j) % 3 == 0)
+SIZES = tuple((w, h) for i, w in enumerate(questions.SIDES) for j, h in enumerate(questions.SIDES) if (i + j) % 3 == 0)
 #: How often a task is drawn, before its error is taken into account.
 ASKED: dict[str, float] = {
     "colour_shape": 0.7,
@@ -52,7 +52,7 @@ ASKED: dict[str, float] = {
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shape:
-    """What batches have in common that one CUDA graph can run: picture size (0 x 0: none), batch, suffix length."""
+    """What batches have in common that one CUDA graph can run: image size (0 x 0: none), batch, suffix length."""
 
     width: int
     height: int
@@ -61,7 +61,7 @@ class Shape:
 
     @property
     def pixels(self) -> int:
-        """Bytes of the batch's pictures."""
+        """Bytes of the batch's images."""
         return self.batch * self.height * self.width * 3
 
     @property
@@ -81,12 +81,12 @@ class FeedSettings:
     most: int = 448
 
     def batch(self, width: int, height: int) -> int:
-        """Return how many questions make a batch of this picture size: as many as ``patches`` allow."""
+        """Return how many questions make a batch of this image size: as many as ``patches`` allow."""
         return self.most if not width else max(1, min(self.most, self.patches * 196 // (width * height)))
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes that the largest batch's pictures need."""
+        """Bytes that the largest batch's images need."""
         return max(self.batch(w, h) * w * h * 3 for w, h in SIZES)
 
 
@@ -113,7 +113,7 @@ class Feed:
         self._weights = context.Array("d", [ASKED[task] for task in TRAIN_TASKS], lock=False)
         for slot in range(settings.slots):
             self._free.put(slot)
-        pictures.warm_up()
+        questions.warm_up()
         self._workers = [
             context.Process(target=self._work, args=(number,), daemon=True) for number in range(settings.workers)
         ]
@@ -131,7 +131,7 @@ class Feed:
             slot, shape, packed, tasks = self._ready.get(timeout=timeout)
         except queue.Empty:
             if any(worker.exitcode for worker in self._workers):
-                raise RuntimeError("a process that draws training pictures died") from None
+                raise RuntimeError("a process that draws training images died") from None
             raise
         view = np.frombuffer(self._slots[slot], np.uint8, shape.pixels)
         return Batch(slot, shape, packed, tasks, view.reshape(shape.batch, shape.height, shape.width, 3))
@@ -157,23 +157,23 @@ class Feed:
             weights = dict(zip(TRAIN_TASKS, self._weights, strict=True))
             kind = rng.choices(list(_KINDS), [sum(weights[task] for task in tasks) for tasks in _KINDS.values()])[0]
             size = (0, 0) if kind == "text" else rng.choice(SIZES)
-            fitting = [task for task in _KINDS[kind] if pictures.fits(task, *size)]
+            fitting = [task for task in _KINDS[kind] if questions.fits(task, *size)]
             shape = Shape(*size, self.settings.batch(*size), _LENGTHS[kind])
             tasks = rng.choices(fitting, [weights[task] for task in fitting], k=shape.batch)
             self._ready.put((slot, shape, self._draw(rng, slot, shape, tasks), _numbers(tasks)))
 
     def _draw(self, rng: random.Random, slot: int, shape: Shape, tasks: list[str]) -> Packed:
-        """Draw one question for each of ``tasks``: pictures into the slot, texts into what is returned."""
+        """Draw one question for each of ``tasks``: images into the slot, texts into what is returned."""
         if not shape.width:
-            asked = [pictures.text_question(rng) for _ in tasks]
-            return pack([q for q, _ in asked], [a for _, a in asked], picture=False, length=shape.length)
+            asked = [questions.text_question(rng) for _ in tasks]
+            return pack([q for q, _ in asked], [a for _, a in asked], image=False, length=shape.length)
         pixels = np.frombuffer(self._slots[slot], np.uint8, shape.pixels)
         pixels = pixels.reshape(shape.batch, shape.height, shape.width, 3)
         drawn = []
         for row, task in enumerate(tasks):
-            picture = pictures.draw(rng, task, shape.width, shape.height, "train")
-            pixels[row] = np.asarray(picture.image)
-            drawn.append(picture)
+            item = questions.draw(rng, task, shape.width, shape.height, "train")
+            pixels[row] = np.asarray(item.image)
+            drawn.append(item)
         return pack([p.question for p in drawn], [p.answer for p in drawn], length=shape.length)
 
 

@@ -129,8 +129,8 @@ class Step:
     def _plain(self, pixels: Tensor, ids: Tensor, predicts: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
         """Return (loss, mean loss of each answer [B]) and write all gradients."""
         with self._autocast():
-            picture = self.model.encode(pixels) if shape.width else None
-            logits = self.model(self._prefix[shape.width > 0], picture, shape.grid, ids)
+            image = self.model.encode(pixels) if shape.width else None
+            logits = self.model(self._prefix[shape.width > 0], image, shape.grid, ids)
         targets = torch.roll(ids, -1, 1)
         losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         losses = losses * predicts
@@ -356,7 +356,7 @@ class Learner:
                 tested = clock()
 
     def _noisy(self, batch: OnDevice) -> Tensor:
-        """Normalize the pictures; most batches get some noise, so that no pixel is to be trusted."""
+        """Normalize the images; most batches get some noise, so that no pixel is to be trusted."""
         pixels = normalize(batch.pixels)
         if self.noise.random() < 0.7:
             pixels += torch.randn_like(pixels) * (self.noise.random() * 0.12)

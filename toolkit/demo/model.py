@@ -1,7 +1,7 @@
-"""Qwen2-VL as a plain module for batches whose pictures share one size: much faster to train than the general one.
+"""Qwen2-VL as a plain module for batches whose images share one size: much faster to train than the general one.
 
 Parameters carry the hub's names (``model.*``, ``visual.*``), and logits equal transformers' (a test holds them to it).
-Positions follow from the picture's size alone, so nothing here depends on data, and a CUDA graph can replay it.
+Positions follow from the image's size alone, so nothing here depends on data, and a CUDA graph can replay it.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class _PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, settings.vision_embed_dim, kernel, stride=kernel, bias=False)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Embed [B, N, 3 x 14 x 14]. A still picture repeats its frame, so the kernel's frames add up."""
+        """Embed [B, N, 3 x 14 x 14]. A still image repeats its frame, so the kernel's frames add up."""
         weight = self.proj.weight.sum(2).flatten(1)
         return F.linear(patches, weight).float()
 
@@ -154,7 +154,7 @@ class _Vision(nn.Module):
         return self._tables[rows, columns]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Encode normalized pictures [B, H, W, 3] into merged patches [B, H/28 x W/28, hidden_size]."""
+        """Encode normalized images [B, H, W, 3] into merged patches [B, H/28 x W/28, hidden_size]."""
         batch, height, width, _ = pixels.shape
         patch, merge = self.settings.patch_size, self.settings.spatial_merge_size
         rows, columns = height // patch, width // patch
@@ -233,7 +233,7 @@ class _Language(nn.Module):
 
 
 class TinyQwen2VL(nn.Module):
-    """The whole model: :meth:`encode` pictures, then :meth:`forward` prefix + picture + suffix to logits."""
+    """The whole model: :meth:`encode` images, then :meth:`forward` prefix + image + suffix to logits."""
 
     def __init__(self, settings: Settings | None = None) -> None:
         super().__init__()
@@ -254,13 +254,13 @@ class TinyQwen2VL(nn.Module):
         """Return cosines and sines [tokens, head_dim] of the m-rope positions (Qwen2-VL paper, section 2.1).
 
         ``rows`` x ``columns`` merged patches stand between ``before`` and ``after`` text tokens. Text counts up in
-        all three axes alike; a patch has the picture's start in time plus its row and column; the text behind goes
+        all three axes alike; a patch has the image's start in time plus its row and column; the text behind goes
         on from the largest position used.
         """
         key = (before, rows, columns, after)
         if key not in self._tables:
             cells = rows * columns
-            picture = torch.stack(
+            image = torch.stack(
                 [
                     torch.zeros(cells, dtype=torch.long),
                     torch.arange(rows).repeat_interleave(columns),
@@ -269,7 +269,7 @@ class TinyQwen2VL(nn.Module):
             )
             start = before + max(rows, columns)
             text = (torch.arange(before).expand(3, -1), (start + torch.arange(after)).expand(3, -1))
-            position = torch.cat([text[0], before + picture, text[1]], 1).float()
+            position = torch.cat([text[0], before + image, text[1]], 1).float()
             head = self.settings.head_dim
             inverse = 1.0 / self.settings.rope_theta ** (torch.arange(0, head, 2, dtype=torch.float) / head)
             by_axis = position[:, :, None] * inverse
@@ -279,19 +279,19 @@ class TinyQwen2VL(nn.Module):
         return self._tables[key]
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode normalized pictures [B, H, W, 3] into [B, H/28 x W/28, hidden_size]."""
+        """Encode normalized images [B, H, W, 3] into [B, H/28 x W/28, hidden_size]."""
         return self.visual(pixels)  # type: ignore[no-any-return]
 
-    def forward(self, prefix: Tensor, picture: Tensor | None, grid: tuple[int, int], suffix: Tensor) -> Tensor:
+    def forward(self, prefix: Tensor, image: Tensor | None, grid: tuple[int, int], suffix: Tensor) -> Tensor:
         """Return logits [B, S, vocab_size] at the suffix's positions.
 
-        ``prefix`` int64 [P] is shared by the batch, ``picture`` is :meth:`encode`'s result of ``grid`` merged patches
-        (rows, columns; ``None`` and (0, 0) without picture), ``suffix`` int64 [B, S].
+        ``prefix`` int64 [P] is shared by the batch, ``image`` is :meth:`encode`'s result of ``grid`` merged patches
+        (rows, columns; ``None`` and (0, 0) without image), ``suffix`` int64 [B, S].
         """
         embed = self.model.embed_tokens
         parts = [embed(prefix).expand(suffix.shape[0], -1, -1), embed(suffix)]
-        if picture is not None:
-            parts.insert(1, picture.float())
+        if image is not None:
+            parts.insert(1, image.float())
         x = torch.cat(parts, 1)
         cos, sin = self.positions(prefix.shape[0], *grid, suffix.shape[1], suffix.device)
         for layer in self.model.layers:

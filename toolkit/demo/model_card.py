@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.demo.record import ACCURACY, TRAINING, read_record
-from toolkit.tasks import questions as pictures
+from toolkit.tasks import questions
 
 __all__ = ["card", "write_card"]
 
@@ -22,11 +22,11 @@ tags: [qwen2_vl, synthetic]
 # The embedded Qwen2-VL
 
 A Qwen2-VL of {parameters:.1f} million parameters ({megabytes:.1f} MB in fp16), trained from nothing to answer
-questions about drawn pictures. It ships with the toolkit so that quantizing, serving and benchmarking can be tried and
+questions about drawn images. It ships with the toolkit so that quantizing, serving and benchmarking can be tried and
 tested in minutes, on any machine, with a model that has quality to lose.
 
 It is a true `Qwen2VLForConditionalGeneration`: the hub's file format and tensor names, m-rope, 2x2 patch merging and
-pictures of any size. transformers and vLLM load it as they load its big siblings.
+images of any size. transformers and vLLM load it as they load its big siblings.
 
 | part | |
 |---|---|
@@ -43,7 +43,7 @@ Share of right answers to held-out questions: {asked} a task through transformer
 |---|---|---|---|
 {rows}
 
-An answer counts when its text is equal, for bars when its number is within 5%. Held-out pictures come from seeds of
+An answer counts when its text is equal, for bars when its number is within 5%. Held-out images come from seeds of
 their own; `unseen_words` shows only words that training never drew, `handwritten` only scans that it never saw.
 What it got wrong is listed in accuracy.json.
 
@@ -52,7 +52,7 @@ What it got wrong is listed in accuracy.json.
 - **Data:** {samples:,} questions, drawn while training by `toolkit/tasks/questions.py` with matplotlib's fonts, sides
 of
   112 to 336 px. Real data are scikit-learn's `load_digits` (1,797 handwritten digits of 8x8 px, UCI) and a list of
-  English words. Lists (shapes from left to right, all bars, spelling) and short texts without a picture are trained
+  English words. Lists (shapes from left to right, all bars, spelling) and short texts without an image are trained
   on besides.
 - **Recipe:** {steps:,} steps on answers only; Muon (rate {muon:g}) for matrices, AdamW ({adamw:g}) for the rest;
   {warmup} steps of warm-up, flat for {flat:.0%} of the time, then straight to zero; batches of up to {patches:,}
@@ -65,7 +65,7 @@ of
 
 ## What it is for, and what not
 
-For trying the toolkit, for tests, for seeing what quantization does to accuracy. Not for real pictures: it knows
+For trying the toolkit, for tests, for seeing what quantization does to accuracy. Not for real images: it knows
 photographs, documents and free conversation as little as any question of another form than those above. Nor do its
 speeds tell about large models: its layers are too small for 4-bit weights to save time.
 
@@ -98,7 +98,7 @@ def card(model: Path) -> str:
         asked=_span(accuracy),
         fast_asked=_span(training),
         dtype=accuracy["dtype"],
-        rows="\n".join(_row(task, training, accuracy) for task in pictures.TASKS),
+        rows="\n".join(_row(task, training, accuracy) for task in questions.TASKS),
         samples=training["samples"],
         steps=training["steps"],
         muon=rates["muon"],
@@ -121,12 +121,12 @@ def card(model: Path) -> str:
 
 def _span(record: dict[str, Any]) -> str:
     """Return how many questions were asked a task."""
-    counts = [record["questions"][task] for task in pictures.TASKS]
+    counts = [record["questions"][task] for task in questions.TASKS]
     return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def _row(task: str, training: dict[str, Any], accuracy: dict[str, Any]) -> str:
-    example = pictures.question(task, "held-out", accuracy["seed"], 0)
+    example = questions.question(task, "held-out", accuracy["seed"], 0)
     through, fast = accuracy["accuracy"][task], training["accuracy"][task]
     return f"| {task} | {example.question} *{example.answer}* | {through:.1%} | {fast:.1%} |"
 

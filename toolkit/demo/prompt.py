@@ -1,6 +1,6 @@
 """Questions as token ids, laid out exactly as the checkpoint's chat template lays them out.
 
-A prompt is a prefix shared by all questions (system turn, start of the user's turn), the picture's merged patches,
+A prompt is a prefix shared by all questions (system turn, start of the user's turn), the image's merged patches,
 and a suffix: the question, the start of the assistant's turn and, in training, the answer.
 """
 
@@ -40,14 +40,14 @@ def _ids(text: str) -> list[int]:
 
 
 @cache
-def prefix(picture: bool) -> tuple[int, ...]:
-    """Return the ids before the picture, or before the question where there is none."""
-    return tuple(_ids(_USER + ("<|vision_start|>" if picture else "")))
+def prefix(image: bool) -> tuple[int, ...]:
+    """Return the ids before the image, or before the question where there is none."""
+    return tuple(_ids(_USER + ("<|vision_start|>" if image else "")))
 
 
 @lru_cache(maxsize=20_000)
-def _question_ids(question: str, picture: bool) -> tuple[int, ...]:
-    start = "<|vision_end|>" if picture else ""
+def _question_ids(question: str, image: bool) -> tuple[int, ...]:
+    start = "<|vision_end|>" if image else ""
     return tuple(_ids(f"{start}{question}<|im_end|>\n<|im_start|>assistant\n"))
 
 
@@ -65,13 +65,13 @@ class Packed:
 
 
 def pack(
-    questions: Sequence[str], answers: Sequence[str] | None, *, picture: bool = True, length: int | None = None
+    questions: Sequence[str], answers: Sequence[str] | None, *, image: bool = True, length: int | None = None
 ) -> Packed:
     """Pack questions, with answers to train on or without (``None``) to decode from.
 
     ``length`` fixes S; without it S is the longest suffix. Raises ``ValueError`` when a suffix is longer.
     """
-    heads = [_question_ids(question, picture) for question in questions]
+    heads = [_question_ids(question, image) for question in questions]
     tails = [[*_ids(answer), END] for answer in answers] if answers is not None else [[] for _ in heads]
     longest = max(len(head) + len(tail) for head, tail in zip(heads, tails, strict=True))
     if length is None:

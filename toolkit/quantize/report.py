@@ -1,4 +1,4 @@
-"""The layers' report: what quantizing costs each decoder layer, as JSON for `--from-report` and as a picture."""
+"""The layers' report: what quantizing costs each decoder layer, as JSON for `--from-report` and as an image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pictures are painted with: colours, shapes, fonts, backgrounds, and places that do not overlap. PIL only."""
+"""What images are painted with: colours, shapes, fonts, backgrounds, and places that do not overlap. PIL only."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ TEXT_FONTS = (
 
 
 class NoRoom(Exception):
-    """The shapes asked for do not fit the picture; draw again."""
+    """The shapes asked for do not fit the image; draw again."""
 
 
 @cache
@@ -107,7 +107,7 @@ def ink_for(rng: random.Random, paper: Colour) -> Colour:
 def canvas(
     rng: random.Random, width: int, height: int, shown: list[str], dark: float = 0.15
 ) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """Return an empty picture on whose background every colour named in ``shown`` can be told."""
+    """Return an empty image on whose background every colour named in ``shown`` can be told."""
     for _ in range(20):
         paper = background(rng, dark)
         if all(sum(abs(p - c) for p, c in zip(paper, COLOURS[name], strict=True)) > 110 for name in shown):

@@ -1,8 +1,8 @@
-"""Questions about pictures: one seeded generator a task.
+"""Questions about images: one seeded generator a task.
 
 The stream of random numbers is keyed by split, seed, task and index, so training, calibration and held-out
 questions never share one, and any question can be drawn again by itself. Two tasks also keep their subject apart:
-``unseen_words`` shows only words that no training picture shows, ``handwritten`` only scans that training never saw.
+``unseen_words`` shows only words that no training image shows, ``handwritten`` only scans that training never saw.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
     "PRACTICE",
     "SIDES",
     "TASKS",
-    "Picture",
+    "ImageQuestion",
     "Split",
     "draw",
     "fits",
@@ -39,9 +39,9 @@ Split = Literal["train", "held-out"]
 
 #: The tasks that held-out questions are asked about.
 TASKS = ("colour_shape", "counting", "where", "digits", "words", "unseen_words", "bars", "handwritten")
-#: Lists of all that a picture shows, trained on besides: dense answers teach what the short questions need.
+#: Lists of all that an image shows, trained on besides: dense answers teach what the short questions need.
 PRACTICE = ("scene", "bar_list", "bar_table", "spelling")
-#: Sides of pictures in pixels: multiples of 28, one merged patch, so that no processor resizes them.
+#: Sides of images in pixels: multiples of 28, one merged patch, so that no processor resizes them.
 SIDES = tuple(range(112, 337, 28))
 #: Charts need room for their axis labels.
 _CHART_SIDE = 168
@@ -51,8 +51,8 @@ _HELD_OUT_SCANS = 400
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture, a question about it and the one right answer.
+class ImageQuestion:
+    """An image, a question about it and the one right answer.
 
     ``metric`` says how an answer is scored: ``exact``, or ``relaxed`` (a number within 5%).
     """
@@ -75,14 +75,14 @@ def fits(task: str, width: int, height: int) -> bool:
     return task not in _CHARTS or min(width, height) >= _CHART_SIDE
 
 
-def question(task: str, split: Split, seed: int, index: int, size: tuple[int, int] | None = None) -> Picture:
-    """Draw question ``index`` of a task: the same picture for the same arguments, whatever was drawn before."""
+def question(task: str, split: Split, seed: int, index: int, size: tuple[int, int] | None = None) -> ImageQuestion:
+    """Draw question ``index`` of a task: the same image for the same arguments, whatever was drawn before."""
     rng = random.Random(f"{split}/{seed}/{task}/{index}")
     width, height = size or random_size(rng, task)
     return draw(rng, task, width, height, split)
 
 
-def draw(rng: random.Random, task: str, width: int, height: int, split: Split) -> Picture:
+def draw(rng: random.Random, task: str, width: int, height: int, split: Split) -> ImageQuestion:
     """Draw the next question of a task (one of ``TASKS`` or ``PRACTICE``), ``width`` x ``height`` pixels, RGB."""
     painter = _PAINTERS[task]
     while True:
@@ -93,7 +93,7 @@ def draw(rng: random.Random, task: str, width: int, height: int, split: Split) -
 
 
 def warm_up() -> None:
-    """Load what every picture may need, so that forked processes share it."""
+    """Load what every image may need, so that forked processes share it."""
     _scans()
     for name in drawing.TEXT_FONTS:
         drawing.font(name, 40)
@@ -116,7 +116,7 @@ def _distinct(rng: random.Random, count: int) -> list[_Thing]:
     return rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
 
 
-def _colour_shape(rng: random.Random, width: int, height: int, split: Split) -> Picture:
+def _colour_shape(rng: random.Random, width: int, height: int, split: Split) -> ImageQuestion:
     count = 1 if rng.random() < 0.6 else rng.randint(2, 3)
     things = list(zip(rng.sample(list(COLOURS), count), rng.sample(SHAPES, count), strict=True))
     colour, shape = things[0]
@@ -132,10 +132,10 @@ def _colour_shape(rng: random.Random, width: int, height: int, split: Split) -> 
     else:
         spots = drawing.place(rng, width, height, count, 0.13, 0.24)
         asked, answer = rng.choice([(f"What colour is the {shape}?", colour), (f"Which shape is {colour}?", shape)])
-    return Picture("colour_shape", _paint(rng, width, height, things, spots), asked, answer)
+    return ImageQuestion("colour_shape", _paint(rng, width, height, things, spots), asked, answer)
 
 
-def _counting(rng: random.Random, width: int, height: int, split: Split) -> Picture:
+def _counting(rng: random.Random, width: int, height: int, split: Split) -> ImageQuestion:
     colours = list(COLOURS)
     count = rng.randint(1, 5)
     if rng.random() < 0.7:
@@ -153,14 +153,14 @@ def _counting(rng: random.Random, width: int, height: int, split: Split) -> Pict
         things += [(rng.choice(colours), rng.choice(others)) for _ in range(count - answer)]
         asked = f"How many {_plural(shape)} are there?"
     spots = drawing.place(rng, width, height, count, 0.1, 0.17 if count > 3 else 0.24)
-    return Picture("counting", _paint(rng, width, height, things, spots), asked, str(answer))
+    return ImageQuestion("counting", _paint(rng, width, height, things, spots), asked, str(answer))
 
 
 def _plural(shape: str) -> str:
     return f"{shape}es" if shape == "cross" else f"{shape}s"
 
 
-def _where(rng: random.Random, width: int, height: int, split: Split) -> Picture:
+def _where(rng: random.Random, width: int, height: int, split: Split) -> ImageQuestion:
     things = _distinct(rng, rng.choice([2, 2, 3]))
     sideways = rng.random() < 0.5
     while True:
@@ -174,10 +174,10 @@ def _where(rng: random.Random, width: int, height: int, split: Split) -> Picture
             break
     (colour, shape), (other_colour, other_shape) = things[:2]
     asked = f"On which side of the {other_colour} {other_shape} is the {colour} {shape}?"
-    return Picture("where", _paint(rng, width, height, things, spots), asked, answer)
+    return ImageQuestion("where", _paint(rng, width, height, things, spots), asked, answer)
 
 
-def _scene(rng: random.Random, width: int, height: int, split: Split) -> Picture:
+def _scene(rng: random.Random, width: int, height: int, split: Split) -> ImageQuestion:
     things = _distinct(rng, rng.randint(1, 4))
     for _ in range(50):
         spots = sorted(drawing.place(rng, width, height, len(things), 0.1, 0.18))
@@ -186,7 +186,9 @@ def _scene(rng: random.Random, width: int, height: int, split: Split) -> Picture
     else:
         raise NoRoom("shapes stand above each other")
     answer = ", ".join(f"{colour} {shape}" for colour, shape in things)
-    return Picture("scene", _paint(rng, width, height, things, spots), "List the shapes from left to right.", answer)
+    return ImageQuestion(
+        "scene", _paint(rng, width, height, things, spots), "List the shapes from left to right.", answer
+    )
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------
@@ -220,31 +222,33 @@ def _written(rng: random.Random, width: int, height: int, text: str) -> Image.Im
     return image
 
 
-def _digits(rng: random.Random, width: int, height: int, split: Split) -> Picture:
+def _digits(rng: random.Random, width: int, height: int, split: Split) -> ImageQuestion:
     number = "".join(rng.choice("0123456789") for _ in range(rng.randint(2, 5)))
     asked = rng.choice(["What number is written?", "Read the number.", "Which number is shown?"])
-    return Picture("digits", _written(rng, width, height, number), asked, number)
+    return ImageQuestion("digits", _written(rng, width, height, number), asked, number)
 
 
-def _read_word(task: str, rng: random.Random, width: int, height: int, word: str) -> Picture:
+def _read_word(task: str, rng: random.Random, width: int, height: int, word: str) -> ImageQuestion:
     asked = rng.choice(["What word is written?", "Read the word.", "Which word is shown?"])
-    return Picture(task, _written(rng, width, height, word), asked, word)
+    return ImageQuestion(task, _written(rng, width, height, word), asked, word)
 
 
-def _words(rng: random.Random, width: int, height: int, split: Split) -> Picture:
+def _words(rng: random.Random, width: int, height: int, split: Split) -> ImageQuestion:
     made_up = split == "train" and rng.random() < 0.65
     return _read_word("words", rng, width, height, pseudo_word(rng) if made_up else rng.choice(WORDS))
 
 
-def _unseen_words(rng: random.Random, width: int, height: int, split: Split) -> Picture:
+def _unseen_words(rng: random.Random, width: int, height: int, split: Split) -> ImageQuestion:
     if split == "train":
         raise ValueError("unseen_words are held out: training never draws them")
     return _read_word("unseen_words", rng, width, height, rng.choice(UNSEEN_WORDS))
 
 
-def _spelling(rng: random.Random, width: int, height: int, split: Split) -> Picture:
+def _spelling(rng: random.Random, width: int, height: int, split: Split) -> ImageQuestion:
     word = rng.choice(WORDS) if rng.random() < 0.25 else pseudo_word(rng)
-    return Picture("spelling", _written(rng, width, height, word), "Spell the word that is written.", " ".join(word))
+    return ImageQuestion(
+        "spelling", _written(rng, width, height, word), "Spell the word that is written.", " ".join(word)
+    )
 
 
 # ---- bar charts ------------------------------------------------------------------------------------------------
@@ -298,7 +302,7 @@ def _chart(rng: random.Random, width: int, height: int) -> _Chart:
     return _Chart(image, labels, colours, values)
 
 
-def _bars(rng: random.Random, width: int, height: int, split: Split) -> Picture:
+def _bars(rng: random.Random, width: int, height: int, split: Split) -> ImageQuestion:
     chart = _chart(rng, width, height)
     at = rng.randrange(len(chart.values))
     label, colour = chart.labels[at], chart.colours[at]
@@ -309,22 +313,22 @@ def _bars(rng: random.Random, width: int, height: int, split: Split) -> Picture:
             f"What is the value of the {colour} bar?",
         ]
     )
-    return Picture("bars", chart.image, asked, str(chart.values[at]), metric="relaxed")
+    return ImageQuestion("bars", chart.image, asked, str(chart.values[at]), metric="relaxed")
 
 
-def _bar_list(rng: random.Random, width: int, height: int, split: Split) -> Picture:
+def _bar_list(rng: random.Random, width: int, height: int, split: Split) -> ImageQuestion:
     chart = _chart(rng, width, height)
-    return Picture("bar_list", chart.image, "List the values of the bars.", ", ".join(map(str, chart.values)))
+    return ImageQuestion("bar_list", chart.image, "List the values of the bars.", ", ".join(map(str, chart.values)))
 
 
-def _bar_table(rng: random.Random, width: int, height: int, split: Split) -> Picture:
+def _bar_table(rng: random.Random, width: int, height: int, split: Split) -> ImageQuestion:
     """Name each bar before its value, by label or by colour: what one bar's question has to bind."""
     chart = _chart(rng, width, height)
     by_label = rng.random() < 0.5
     asked = "List the labels and values of the bars." if by_label else "List the colours and values of the bars."
     names: list[str] | str = chart.labels if by_label else chart.colours
     answer = ", ".join(f"{name} {value}" for name, value in zip(names, chart.values, strict=True))
-    return Picture("bar_table", chart.image, asked, answer)
+    return ImageQuestion("bar_table", chart.image, asked, answer)
 
 
 # ---- handwriting -----------------------------------------------------------------------------------------------
@@ -339,7 +343,7 @@ def _scans() -> tuple[Any, Any]:
     return (data.images * (255 / 16)).astype("uint8"), data.target
 
 
-def _handwritten(rng: random.Random, width: int, height: int, split: Split) -> Picture:
+def _handwritten(rng: random.Random, width: int, height: int, split: Split) -> ImageQuestion:
     scans, labels = _scans()
     first_held_out = len(labels) - _HELD_OUT_SCANS
     at = rng.randrange(first_held_out) if split == "train" else rng.randrange(first_held_out, len(labels))
@@ -357,7 +361,7 @@ def _handwritten(rng: random.Random, width: int, height: int, split: Split) -> P
     corner = (rng.randint(0, width - side), rng.randint(0, height - side))
     image.paste(Image.new("RGB", (side, side), ink), corner, stroke)
     asked = rng.choice(["Which digit is handwritten?", "What handwritten digit is this?"])
-    return Picture("handwritten", image, asked, str(int(labels[at])))
+    return ImageQuestion("handwritten", image, asked, str(int(labels[at])))
 
 
 def _slant(rng: random.Random, stroke: Image.Image) -> Image.Image:
@@ -372,7 +376,7 @@ def _slant(rng: random.Random, stroke: Image.Image) -> Image.Image:
     return stroke.transform(stroke.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
 
-_PAINTERS: dict[str, Callable[[random.Random, int, int, Split], Picture]] = {
+_PAINTERS: dict[str, Callable[[random.Random, int, int, Split], ImageQuestion]] = {
     "colour_shape": _colour_shape,
     "counting": _counting,
     "where": _where,
@@ -388,11 +392,11 @@ _PAINTERS: dict[str, Callable[[random.Random, int, int, Split], Picture]] = {
 }
 
 
-# ---- no picture ------------------------------------------------------------------------------------------------
+# ---- no image ------------------------------------------------------------------------------------------------
 
 
 def text_question(rng: random.Random) -> tuple[str, str]:
-    """Return a question without a picture and its answer: spelling, joining letters, small sums."""
+    """Return a question without an image and its answer: spelling, joining letters, small sums."""
     kind = rng.random()
     if kind < 0.5:
         word = rng.choice(WORDS) if rng.random() < 0.4 else pseudo_word(rng)

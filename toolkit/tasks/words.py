@@ -1,4 +1,4 @@
-"""The words that pictures show: real ones seen in training, real ones kept back, and made-up ones.
+"""The words that images show: real ones seen in training, real ones kept back, and made-up ones.
 
 A reader that only remembers its training words is useless, so most words it trains on are made up: they teach letters.
 """
@@ -18,9 +18,9 @@ _HERE = Path(__file__).parent
 _ALL = sorted((_HERE / "words.txt").read_text(encoding="ascii").split())
 _SHORT = [word for word in _ALL if len(word) <= 5]
 
-#: Words of 3 to 5 letters that no training picture shows.
+#: Words of 3 to 5 letters that no training image shows.
 UNSEEN_WORDS: tuple[str, ...] = tuple(_SHORT[4::6])
-#: Words of 3 to 6 letters that training pictures show.
+#: Words of 3 to 6 letters that training images show.
 WORDS: tuple[str, ...] = tuple(word for word in _ALL if word not in set(UNSEEN_WORDS))
 
 _KEPT_BACK = frozenset(UNSEEN_WORDS)

@@ -198,7 +198,7 @@ class Flip:
         right: the right answer.
         before: what A said.
         after: what B said.
-        image: data URL of one of its pictures; None where neither report holds any.
+        image: data URL of one of its images; None where neither report holds any.
     """
 
     task: str
@@ -222,6 +222,6 @@ def flips(found: Comparison, most: int) -> list[Flip]:
 
 
 def _image(found: Comparison, item: Item) -> str | None:
-    """A picture of the item that either report holds; they hold those of questions that flipped there."""
+    """An image of the item that either report holds; they hold those of questions that flipped there."""
     held = [side.report.accuracy.thumbnails for side in (found.a, found.b) if side.report.accuracy]
-    return next((known[sha] for known in held for sha in item.pictures if sha in known), None)
+    return next((known[sha] for known in held for sha in item.images if sha in known), None)

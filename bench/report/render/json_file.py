@@ -18,7 +18,7 @@ __all__ = ["FILE", "UPGRADED", "read", "render", "schema"]
 FILE = "report.json"
 #: Among the warnings of a report that was read from schema version 1.
 UPGRADED = (
-    "the report is of schema version 1: its answers were scored and judged anew, and which questions share a picture "
+    "the report is of schema version 1: its answers were scored and judged anew, and which questions share an image "
     "is not known, so each counts by itself"
 )
 
@@ -61,7 +61,9 @@ def read(path: Path) -> Report:
     try:
         if version == 1:
             data = _second(data)
-        return Report.model_validate(_third(data) if version < 3 else data)
+        if version < 3:
+            data = _third(data)
+        return Report.model_validate(_fourth(data) if version < 4 else data)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise BenchError(f"{file}: not a valid report of schema version {version}: {error!r}") from error
     except ValidationError as error:
@@ -72,9 +74,19 @@ def read(path: Path) -> Report:
         ) from error
 
 
+def _fourth(old: dict[str, Any]) -> dict[str, Any]:
+    """Bring a report of schema version 3 to 4: what was asked about are images, no longer pictures."""
+    data = copy.deepcopy(old) | {"schema_version": 4}
+    for part in ("accuracy", "fidelity"):
+        for item in (data.get(part) or {}).get("items", ()):
+            if "pictures" in item:
+                item["images"] = item.pop("pictures")
+    return data
+
+
 def _third(old: dict[str, Any]) -> dict[str, Any]:
     """Bring a report of schema version 2 to 3: all its loads are closed loops."""
-    data = copy.deepcopy(old) | {"schema_version": SCHEMA_VERSION}
+    data = copy.deepcopy(old) | {"schema_version": 3}
     work = data["workload"]
     work["output_tokens"] = str(work["output_tokens"])
     for point in data["speed"]:
@@ -98,7 +110,7 @@ def _second(old: dict[str, Any]) -> dict[str, Any]:
         for role in ROLES:
             again = grade(item["metric"], item[role]["text"], item["answers"])
             item[role] |= {"score": again.score, "note": again.note}
-        alone = {"choices": [], "cluster": f"question {item['id']}", "pictures": []}
+        alone = {"choices": [], "cluster": f"question {item['id']}", "images": []}
         items.append(Item.model_validate(item | alone))
     pairs = [accuracy.pair(item) for item in items]
     margin = data["verdict"]["margin"]

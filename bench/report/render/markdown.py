@@ -71,7 +71,7 @@ def _flips(shown: View) -> list[str]:
     ]
     parts = [table(["", "item", "question", "right answer", *shown.labels], rows)]
     if len(shown.flips) > FLIPS_SHOWN:
-        parts.append(f"{len(shown.flips) - FLIPS_SHOWN} more, and the pictures, are in report.html.")
+        parts.append(f"{len(shown.flips) - FLIPS_SHOWN} more, and the images, are in report.html.")
     return parts
 
 

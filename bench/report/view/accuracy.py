@@ -20,7 +20,7 @@ class AccuracyRow:
     Attributes:
         needs: how many questions would settle the verdict; empty where it is settled.
         n: questions.
-        clusters: groups of questions that share a picture; None where every question stands alone.
+        clusters: groups of questions that share an image; None where every question stands alone.
         total: whether it is the row of all tasks.
     """
 
@@ -104,7 +104,7 @@ class Flip:
 
     Attributes:
         right: the right answer.
-        images: data URLs of its pictures, those that the report holds.
+        images: data URLs of its images, those that the report holds.
         missing: which of them it does not hold, in words.
         said: what both systems answered, the baseline first.
     """
@@ -135,10 +135,10 @@ def flips(report: Report) -> list[Flip]:
 
 def _flip(item: Item, report: Report) -> Flip:
     thumbnails = report.accuracy.thumbnails if report.accuracy else {}
-    images = [url for sha in item.pictures if (url := thumbnails.get(sha))]
+    images = [url for sha in item.images if (url := thumbnails.get(sha))]
     missing = ""
-    if len(item.pictures) > len(images):
-        missing = f"{'its picture is' if len(item.pictures) == 1 else 'some of its pictures are'} not kept"
+    if len(item.images) > len(images):
+        missing = f"{'its image is' if len(item.images) == 1 else 'some of its images are'} not kept"
     return Flip(
         id=item.id,
         task=item.task,

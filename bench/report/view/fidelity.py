@@ -29,7 +29,7 @@ class Drifted:
 
     Attributes:
         kl: nats a token.
-        images: data URLs of its pictures, those that the report holds.
+        images: data URLs of its images, those that the report holds.
         fate: where the candidate's answer parts from the baseline's.
     """
 
@@ -62,7 +62,7 @@ def _drifted_item(item: FidelityItem, thumbnails: Mapping[str, str]) -> Drifted:
         kl=words.nats(item.mean_kl or 0.0),
         tokens=item.tokens,
         prompt=item.prompt,
-        images=[url for sha in item.pictures if (url := thumbnails.get(sha))],
+        images=[url for sha in item.images if (url := thumbnails.get(sha))],
         baseline=item.baseline or "(empty)",
         candidate=item.candidate or "(empty)",
         fate=fate,

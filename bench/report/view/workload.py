@@ -36,14 +36,14 @@ def workload_text(report: Report) -> str:
     if loads:
         ramp = f", after a ramp of {work.ramp_s:g} s" if work.ramp_s else ""
         prompt = f"prompts of {work.prompt_tokens} tokens, " if work.prompt_tokens else ""
-        pictures = f"pictures of {', '.join(work.image_sizes)}"
+        images = f"images of {', '.join(work.image_sizes)}"
         if work.images_per_request != "1":
-            pictures += f", {work.images_per_request} a request"
+            images += f", {work.images_per_request} a request"
         preset = f"Preset {work.preset}: " if work.preset else "Requests: "
         text.append(
-            f"Load: {'; '.join(loads)}, in {work.rounds} rounds{ramp}. {preset}{prompt}{pictures}, exactly "
+            f"Load: {'; '.join(loads)}, in {work.rounds} rounds{ramp}. {preset}{prompt}{images}, exactly "
             f"{work.output_tokens} output tokens (end-of-text is ignored). "
-            "Every picture and prompt is new to the server, warm-up inputs are others."
+            "Every image and prompt is new to the server, warm-up inputs are others."
         )
     turns = "in turns, a few questions or one block of load each" if work.interleaved else "one after the other"
     text.append(f"The systems were measured {turns}. Seed {work.seed}.")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["image_manifest", "padded_batch", "prepared", "random_model", "text_manifest", "with_channels"]
 
-#: Width and height of the calibration pictures, in twenty-eighths of the side they are to have on average.
+#: Width and height of the calibration images, in twenty-eighths of the side they are to have on average.
 _ASPECTS = ((16, 16), (20, 14), (14, 18), (12, 24), (18, 16))
 
 
@@ -118,7 +118,7 @@ def text_manifest(settings: Settings, model: Path, samples: int, seed: int) -> P
 
 
 def image_manifest(settings: Settings, samples: int) -> Path:
-    """Return a manifest of the embedded model's calibration chats, their pictures enlarged; made if not there yet."""
+    """Return a manifest of the embedded model's calibration chats, their images enlarged; made if not there yet."""
     directory = settings.work / f"images-{settings.image_size}-{samples}"
     path = directory / "calib.jsonl"
     if path.is_file():
@@ -154,7 +154,7 @@ def padded_batch(samples: Sequence[PreparedSample], pad: int) -> dict[str, torch
 
     Returns:
         ``input_ids`` and ``attention_mask`` int64 [B, T], T the longest; ``pixel_values`` and ``image_grid_thw`` of all
-        samples in a row, if any sample has pictures.
+        samples in a row, if any sample has images.
     """
     import torch
 

@@ -191,7 +191,7 @@ def _full(part: dict[str, Any]) -> list[str]:
     data = part["calibration"]
     return [
         f"{len(part['layers'])} layers, random weights, {data['samples']} samples of {data['tokens']:,} tokens, "
-        f"{data['vision_tokens']:,} of them of pictures. From the start of the command to its end, with Python's "
+        f"{data['vision_tokens']:,} of them of images. From the start of the command to its end, with Python's "
         f"imports, reading the source (just written, so in the page cache) and writing {_gb(part['output_bytes'])}.",
         "",
         *_run_rows({"7B": part}),
@@ -271,7 +271,7 @@ def _quality(part: dict[str, Any]) -> list[str]:
         drift.append([name, group, f"{method['kl']:.5f}", compared, f"{sum(method['layer_errors']):.4f}"])
     data = part["calibration"]
     lines = [
-        f"The embedded model, trained, {data['samples']} calibration chats with pictures ({data['tokens']:,} tokens). "
+        f"The embedded model, trained, {data['samples']} calibration chats with images ({data['tokens']:,} tokens). "
         f"KL divergence from fp16 on the {source['answer_tokens']:,} tokens of {source['chats']} held-out answers, "
         f"nats a token; 95% interval of the mean difference from *{_OURS}* over chats (above 0: worse than it); sum "
         f"over layers of the relative output error on {source['error_tokens']:,} held-out tokens.",

@@ -68,7 +68,7 @@ def speed(settings: Settings) -> dict[str, Any]:
 
 
 def full(settings: Settings) -> dict[str, Any]:
-    """Time the whole command on a whole model of the 7B's shape, with pictures."""
+    """Time the whole command on a whole model of the 7B's shape, with images."""
     model, manifest = inputs.random_model(settings, "7b"), inputs.image_manifest(settings, settings.samples)
     out = settings.work / "full"
     return _command(settings, model, manifest, out)

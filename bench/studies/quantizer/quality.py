@@ -100,10 +100,10 @@ class Examiner:
 
     def _right(self) -> dict[str, list[int]]:
         right: dict[str, list[int]] = {}
-        for pictures, inputs in zip(self._batches, self._inputs, strict=True):
+        for images, inputs in zip(self._batches, self._inputs, strict=True):
             with torch.inference_mode():
                 ids = self.model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)
             answers = self._processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for picture, answer in zip(pictures, answers, strict=True):
-                right.setdefault(picture.task, []).append(int(is_right(picture, answer)))
+            for image, answer in zip(images, answers, strict=True):
+                right.setdefault(image.task, []).append(int(is_right(image, answer)))
         return right

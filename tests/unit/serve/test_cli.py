@@ -15,7 +15,7 @@ from serve.cli import register
 from serve.process import state
 from tests.support.fake_server import Behaviour, serving
 from tests.support.serve import Start
-from tests.unit.serve.http.test_images import picture
+from tests.unit.serve.http.test_images import image
 
 #: The event stream of an answer that ran into max_tokens.
 CUT = b'data: {"choices":[{"index":0,"delta":{"content":"xxxx"},"finish_reason":"length"}]}\n\ndata: [DONE]\n\n'
@@ -83,10 +83,10 @@ def test_mistakes_are_one_message_and_exit_2(arguments: list[str], message: str)
 
 
 def test_ask_streams_to_stdout(tmp_path: Path) -> None:
-    image = str(picture(tmp_path / "a.png", "PNG"))
+    shown = str(image(tmp_path / "a.png", "PNG"))
     with serving(Behaviour(text=lambda body: "seven")) as server:
-        assert qvl("ask", "--url", server.url, "--image", image, "--image", image, "How many?").stdout == "seven\n"
-        printed = json.loads(qvl("ask", "--url", server.url, "--image", image, "--json", "How many?").stdout)
+        assert qvl("ask", "--url", server.url, "--image", shown, "--image", shown, "How many?").stdout == "seven\n"
+        printed = json.loads(qvl("ask", "--url", server.url, "--image", shown, "--json", "How many?").stdout)
     assert [part["type"] for part in server.bodies[0]["messages"][0]["content"]] == ["image_url", "image_url", "text"]
     assert printed["text"] == "seven" and printed["finish_reason"] == "stop"
 

@@ -1,7 +1,7 @@
 """How much the loss depends on vision tokens and how much on text tokens: weights for a calibration's tokens.
 
 MBQ (Li et al., "MBQ: Modality-Balanced Quantization for Large Vision-Language Models", arXiv 2412.19509) finds that a
-decoder layer's error at a text token costs far more than one at a vision token, while pictures fill most of a
+decoder layer's error at a text token costs far more than one at a vision token, while images fill most of a
 calibration's tokens. It measures mean |dL/dy| over the tokens of each modality and weights their errors by it.
 
 Here the gradient is taken without ever holding the model: layers are streamed forward, then backward, each recomputed
@@ -97,7 +97,7 @@ def measure(
     if not chosen:
         raise ManifestError(
             "modalities can't be balanced: no calibration sample has an image or video. "
-            "Calibrate with pictures, or leave out --balance modality"
+            "Calibrate with images, or leave out --balance modality"
         )
     shell, config = load_shell(checkpoint, device)
     states = States.join(embed(shell, chosen, device, torch.device("cpu")))

@@ -172,7 +172,7 @@ class LayerStream:
         if alone is not None:
             raise ResourceError(
                 f"out of memory on {self.device}: one sample of {alone} tokens does not fit. Leave such samples "
-                f"out with --max-tokens {self._tokens_that_fit(alone)}, use smaller pictures with --max-pixels, "
+                f"out with --max-tokens {self._tokens_that_fit(alone)}, use smaller images with --max-pixels, "
                 "or free memory"
             )
         if self.chunk_tokens // 2 < _MIN_CHUNK_TOKENS:

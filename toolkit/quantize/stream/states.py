@@ -36,7 +36,7 @@ class States:
     """The calibration samples between two decoder layers, joined in one row of T tokens.
 
     ``hidden``: [1, T, D] float32. ``rope``: cosines and sines [..., 1, T, head]. ``lengths``: tokens of each sample.
-    ``vision``: [T] bool, true where a token is a piece of a picture. ``hidden`` may wait in host memory, the others are
+    ``vision``: [T] bool, true where a token is a piece of an image. ``hidden`` may wait in host memory, the others are
     on the device.
     """
 

@@ -108,7 +108,7 @@ def test_failed_requests_mark_the_report_and_exit_2(
         (["--prompt-tokens", "3"], "must have at least 8"),
         (["--images-per-request", "0"], "--images-per-request 0: must be at least 1"),
         (["--duration", "0"], "--duration 0: must be more than 0"),
-        (["--images", "nowhere"], "no such directory of pictures"),
+        (["--images", "nowhere"], "no such directory of images"),
         (["--fidelity", "-1"], "--fidelity -1: must be 0 or more"),
         (["--resume"], "holds no interrupted run"),
     ],

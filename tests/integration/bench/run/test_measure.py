@@ -110,7 +110,7 @@ def test_load_inputs_are_unique_warmed_in_every_size_and_equal_for_both() -> Non
         digests = [hashlib.sha256(body).hexdigest() for body in server.raw_bodies]
         assert len(digests) == len(set(digests))
         warm = server.bodies[: len(server.bodies) - 24]
-        assert {len(body["messages"][0]["content"]) for body in warm} == {1, 2}  # with a picture and without
+        assert {len(body["messages"][0]["content"]) for body in warm} == {1, 2}  # with an image and without
     assert sorted(a.raw_bodies) == sorted(b.raw_bodies)
 
 

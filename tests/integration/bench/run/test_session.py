@@ -25,7 +25,7 @@ from bench.run.progress import Progress
 from bench.run.session import Host, measured
 from tests.support.factory import config
 from tests.support.fake_server import Behaviour, FakeServer, serving
-from tests.unit.bench.questions.test_datasets import docvqa, picture, write
+from tests.unit.bench.questions.test_datasets import docvqa, image, write
 from toolkit.errors import BenchError, ManifestError, MediaError, ServerError
 
 
@@ -284,12 +284,12 @@ def test_a_set_is_read_from_a_directory_asked_and_shown(tmp_path: Path, dirs: tu
     assert [row.task for row in found.accuracy.tasks] == ["docvqa"]
     assert (found.accuracy.overall.n, found.accuracy.overall.difference.lost) == (4, 4)
     assert {item.cluster for item in found.accuracy.items} <= {f"docvqa {14000 + doc}" for doc in range(3)}
-    assert set(found.accuracy.thumbnails) == {sha for item in found.accuracy.items for sha in item.pictures}
+    assert set(found.accuracy.thumbnails) == {sha for item in found.accuracy.items for sha in item.images}
 
 
-def test_the_demos_pictures_are_there_when_the_report_is_written(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
+def test_the_demos_images_are_there_when_the_report_is_written(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
     def write_demo(directory: Path, per_task: int | None) -> Path:
-        (directory / "a.png").write_bytes(picture("red")["bytes"])
+        (directory / "a.png").write_bytes(image("red")["bytes"])
         line = {"id": "1", "task": "t", "image": "a.png", "question": "What?", "answers": ["nothing it says"]}
         (directory / "t.jsonl").write_text(json.dumps(line))
         return directory / "t.jsonl"
@@ -433,11 +433,11 @@ def test_a_failed_run_goes_on_once_the_server_is_well(tmp_path: Path, dirs: tupl
     assert report.accuracy is not None and report.accuracy.overall.baseline.value == 1.0
 
 
-def test_fidelity_is_measured_on_ones_own_pictures(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
+def test_fidelity_is_measured_on_ones_own_images(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     for number, colour in enumerate(("red", "green", "blue")):
-        (mine / f"{number}.png").write_bytes(picture(colour)["bytes"])
+        (mine / f"{number}.png").write_bytes(image(colour)["bytes"])
     says = {
         name: Behaviour(whole=lambda body, answer=answer: answer, model=name)
         for name, answer in (("fp16", "a square"), ("awq", "a square, perhaps"))
@@ -453,9 +453,9 @@ def test_fidelity_is_measured_on_ones_own_pictures(tmp_path: Path, dirs: tuple[P
     assert str(mine) in found.fidelity.source
 
 
-def test_a_picture_that_cannot_be_read_is_named_before_anything_boots(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
+def test_an_image_that_cannot_be_read_is_named_before_anything_boots(tmp_path: Path, dirs: tuple[Path, Path]) -> None:
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "torn.png").write_bytes(picture("red")["bytes"][:40])
+    (tmp_path / "mine" / "torn.png").write_bytes(image("red")["bytes"][:40])
     booter = Booter(tmp_path)
     with pytest.raises(MediaError, match=r"torn\.png"):
         go(settings(*dirs, "none", images=tmp_path / "mine"), booter)

@@ -76,9 +76,9 @@ def test_both_tools_get_equal_loads_and_no_equal_requests(monkeypatch: pytest.Mo
         prompts += [line.get("prompt") or line["content"][-1]["text"] for line in lines]
     assert len(set(prompts)) == len(prompts) == 2 * 6 + 2 * 2 + 2 * 6 + 2 * 3 + 2 + 2 * 3
     assert {len(prompt.split()) for prompt in prompts} == {16}
-    text, picture = tool.calls[0], tool.calls[-1]
-    assert (text[0]["--dataset-name"], picture[0]["--dataset-name"]) == ("custom", "custom_image")
-    assert picture[1][0]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    text, image = tool.calls[0], tool.calls[-1]
+    assert (text[0]["--dataset-name"], image[0]["--dataset-name"]) == ("custom", "custom_image")
+    assert image[1][0]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
     for body in sent:
         assert body["temperature"] == 0 and body["ignore_eos"] and body["max_tokens"] == 8
 

@@ -205,8 +205,8 @@ def test_the_guard_judges_what_goes_to_the_second_server(start: Start, client: h
     assert client.post(ask, json=QUESTION, headers={"authorization": "Bearer k2"}).status_code == 401
     assert client.post(ask, json=QUESTION | {"max_tokens": 9}, headers=key).status_code == 400
     assert client.post(ask, json=QUESTION | {"user": "x" * 3000}, headers=key).status_code == 413
-    picture = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}]
-    fetching = QUESTION | {"messages": [{"role": "user", "content": picture}]}
+    image = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}]
+    fetching = QUESTION | {"messages": [{"role": "user", "content": image}]}
     assert client.post(ask, json=fetching, headers=key).status_code == 400
     assert second.asked == []
     assert client.post(ask, json=QUESTION, headers=key).is_success and len(second.asked) == 1

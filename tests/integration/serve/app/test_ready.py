@@ -125,8 +125,8 @@ def test_ready_once_an_image_question_was_answered() -> None:
             assert (await client.head("/ready")).content == b""
 
     run(test)
-    (picture, text) = engine.bodies[0]["messages"][0]["content"]
-    assert picture["image_url"]["url"].startswith("data:image/png;base64,") and text["text"]
+    (image, text) = engine.bodies[0]["messages"][0]["content"]
+    assert image["image_url"]["url"].startswith("data:image/png;base64,") and text["text"]
     assert engine.bodies[0]["model"] == "m" and engine.bodies[0]["logprobs"] is True
     assert engine.scopes[0]["app"] == "vllm's"  # its handlers look there for the engine
     assert 100 < (REGISTRY.get_sample_value("qvl_start_seconds") or 0) < 110

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.chaos.hostile import CHAT, Hostile, catalogue, chat_body, data_url, good_picture
+from bench.chaos.hostile import CHAT, Hostile, catalogue, chat_body, data_url, good_image
 from serve.guard.app import Guard
 from serve.settings.limits import Limits
 from tests.support.guard_app import KEY, App, Client, chat, count
@@ -33,9 +33,9 @@ def test_hostile_requests_are_refused_and_counted(entry: Hostile) -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_good_pictures_pass_as_they_are(format: str) -> None:
+def test_good_images_pass_as_they_are(format: str) -> None:
     client = Client()
-    url = data_url(good_picture(format=format), f"image/{format.lower()}")
+    url = data_url(good_image(format=format), f"image/{format.lower()}")
     body = chat_body("m", url, url, max_tokens=4)
     assert run(client, body=body).status == 200
     assert client.app.requests[0][1] == body
@@ -85,7 +85,7 @@ def test_a_limit_is_set_where_none_was_asked_for() -> None:
 
 
 def test_limits_are_the_settings() -> None:
-    picture = data_url(good_picture(56))
+    image = data_url(good_image(56))
     small = {
         "max_images": 1,
         "max_image_pixels": 56 * 56 - 1,
@@ -95,9 +95,9 @@ def test_limits_are_the_settings() -> None:
         "max_json_depth": 6,
     }
     request = {
-        "max_images": (chat_body("m", picture, picture), "image_count"),
-        "max_image_pixels": (chat_body("m", picture), "image_pixels"),
-        "max_image_bytes": (chat_body("m", picture), "image_bytes"),
+        "max_images": (chat_body("m", image, image), "image_count"),
+        "max_image_pixels": (chat_body("m", image), "image_pixels"),
+        "max_image_bytes": (chat_body("m", image), "image_bytes"),
         "max_prompt_chars": (chat(), "prompt_length"),
         "max_body_bytes": (chat(stop="x" * 60), "body_size"),
         "max_json_depth": (chat(metadata={"a": [[[[[1]]]]]}), "too_deep"),
@@ -107,8 +107,8 @@ def test_limits_are_the_settings() -> None:
         assert run(Client(), body=body).status == 200, name
         assert run(Client(Limits(api_key=KEY, **{name: value})), body=body).error["code"] == reason
     together = Limits(api_key=KEY, max_request_pixels=2 * 56 * 56 - 1)
-    assert run(Client(together), body=chat_body("m", picture)).status == 200
-    assert run(Client(together), body=chat_body("m", picture, picture)).error["code"] == "image_pixels"
+    assert run(Client(together), body=chat_body("m", image)).status == 200
+    assert run(Client(together), body=chat_body("m", image, image)).error["code"] == "image_pixels"
 
 
 def test_fields_routes_and_videos_can_be_allowed() -> None:
@@ -208,7 +208,7 @@ BROKEN = b'data: {"error": {"message": "Internal server error", "code": 500}}\n\
 
 
 class Fails(App):
-    """Fails the first `times` requests as vLLM does when it has lost a picture."""
+    """Fails the first `times` requests as vLLM does when it has lost an image."""
 
     def __init__(self, times: int, stream: bool, roles: int = 1) -> None:
         super().__init__()

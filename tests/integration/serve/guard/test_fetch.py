@@ -1,4 +1,4 @@
-"""Pictures by URL: what is fetched, and above all what is not."""
+"""Images by URL: what is fetched, and above all what is not."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import httpx
 import pytest
 
-from bench.chaos.hostile import chat_body, data_url, good_picture
+from bench.chaos.hostile import chat_body, data_url, good_image
 from serve.guard.fetch import Fetcher, is_public
 from serve.http.errors import Refusal
 from tests.support.guard_app import Client
 
 PUBLIC = "93.184.215.14"
-PICTURE = good_picture()
+IMAGE = good_image()
 
 
-def found(content: bytes = PICTURE, status: int = 200) -> httpx.Response:
+def found(content: bytes = IMAGE, status: int = 200) -> httpx.Response:
     async def pieces() -> Any:
         yield content
 
@@ -29,10 +29,10 @@ def found(content: bytes = PICTURE, status: int = 200) -> httpx.Response:
 def fetcher(
     handler: Callable[[httpx.Request], httpx.Response] | None = None,
     names: dict[str, list[str]] | None = None,
-    hosts: tuple[str, ...] = ("pictures.example", "other.example", "here.example:8080"),
+    hosts: tuple[str, ...] = ("images.example", "other.example", "here.example:8080"),
     **settings: Any,
 ) -> Fetcher:
-    known = {"pictures.example": [PUBLIC], "other.example": ["2606:4700::1111"], "here.example": [PUBLIC]}
+    known = {"images.example": [PUBLIC], "other.example": ["2606:4700::1111"], "here.example": [PUBLIC]}
 
     async def resolve(host: str, port: int) -> list[str]:
         found = (known | (names or {})).get(host)
@@ -40,11 +40,11 @@ def fetcher(
             raise OSError("no such name")
         return found
 
-    def picture(request: httpx.Request) -> httpx.Response:
+    def image(request: httpx.Request) -> httpx.Response:
         return found()
 
     options = {"max_bytes": 10_000, "seconds": 2.0} | settings
-    return Fetcher(hosts, resolve=resolve, transport=httpx.MockTransport(handler or picture), **options)
+    return Fetcher(hosts, resolve=resolve, transport=httpx.MockTransport(handler or image), **options)
 
 
 def refused(fetch: Fetcher, url: str) -> Refusal:
@@ -61,10 +61,10 @@ def test_the_connection_goes_to_the_address_that_was_checked() -> None:
         seen.append(request)
         return found()
 
-    assert asyncio.run(fetcher(handler).fetch("https://pictures.example/a.png?b=1#c")) == PICTURE
+    assert asyncio.run(fetcher(handler).fetch("https://images.example/a.png?b=1#c")) == IMAGE
     assert str(seen[0].url) == f"https://{PUBLIC}/a.png?b=1"
-    assert seen[0].headers["host"] == "pictures.example"
-    assert seen[0].extensions["sni_hostname"] == "pictures.example"
+    assert seen[0].headers["host"] == "images.example"
+    assert seen[0].extensions["sni_hostname"] == "images.example"
     assert "authorization" not in seen[0].headers and "cookie" not in seen[0].headers
     asyncio.run(fetcher(handler).fetch("http://OTHER.example./x"))
     assert seen[1].url.host == "2606:4700::1111"
@@ -76,22 +76,22 @@ def test_the_connection_goes_to_the_address_that_was_checked() -> None:
     "url",
     [
         "https://unknown.example/a.png",
-        "https://pictures.example:8080/a.png",
+        "https://images.example:8080/a.png",
         "https://here.example/a.png",
-        "https://pictures.example.evil.example/",
-        "https://evil.example/pictures.example",
-        "https://pictures.example@evil.example/",
-        "https://user:password@pictures.example/",
-        "https://evil.example\\@pictures.example/",
-        "https://pictures.example%00.evil.example/",
-        "https://pictures.example%2eevil.example/",
-        "ftp://pictures.example/a.png",
-        "file://pictures.example/etc/passwd",
-        "gopher://pictures.example/",
+        "https://images.example.evil.example/",
+        "https://evil.example/images.example",
+        "https://images.example@evil.example/",
+        "https://user:password@images.example/",
+        "https://evil.example\\@images.example/",
+        "https://images.example%00.evil.example/",
+        "https://images.example%2eevil.example/",
+        "ftp://images.example/a.png",
+        "file://images.example/etc/passwd",
+        "gopher://images.example/",
         "https:///a.png",
         "https://",
         "http://[::1",
-        "http://pictures.example:99999/",
+        "http://images.example:99999/",
         f"http://{PUBLIC}/a.png",
     ],
 )
@@ -103,7 +103,7 @@ def test_what_the_list_does_not_name_is_not_asked(url: str) -> None:
 
 
 def test_without_a_list_nothing_is_fetched() -> None:
-    assert "data URL" in refused(fetcher(hosts=()), "https://pictures.example/").message
+    assert "data URL" in refused(fetcher(hosts=()), "https://images.example/").message
 
 
 @pytest.mark.parametrize(
@@ -122,10 +122,10 @@ def test_addresses_that_are_not_public(address: str) -> None:
     def handler(request: httpx.Request) -> httpx.Response:
         raise AssertionError(f"asked {request.url}")
 
-    message = refused(fetcher(handler, {"pictures.example": [address]}), "https://pictures.example/").message
-    assert message == refused(fetcher(handler, {"pictures.example": []}), "https://pictures.example/").message
+    message = refused(fetcher(handler, {"images.example": [address]}), "https://images.example/").message
+    assert message == refused(fetcher(handler, {"images.example": []}), "https://images.example/").message
     # One public address among others does not help.
-    refused(fetcher(handler, {"pictures.example": [PUBLIC, address]}), "https://pictures.example/")
+    refused(fetcher(handler, {"images.example": [PUBLIC, address]}), "https://images.example/")
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", PUBLIC, "1.1.1.1", "2606:4700::1111", "2a00:1450:4001::1"])
@@ -135,14 +135,14 @@ def test_addresses_that_are_public(address: str) -> None:
 
 def test_the_real_resolver_finds_loopback() -> None:
     fetch = Fetcher(("localhost",), 1000, 2.0)
-    assert refused(fetch, "http://localhost/").message == "A picture's URL can't be fetched."
+    assert refused(fetch, "http://localhost/").message == "An image's URL can't be fetched."
 
 
 @pytest.mark.parametrize(
     "target",
     [
         "http://127.0.0.1/", "http://localhost/", "http://169.254.169.254/latest/meta-data/", "file:///etc/passwd",
-        "https://unknown.example/", "//evil.example/", "http://inside.example/", "https://pictures.example:22/",
+        "https://unknown.example/", "//evil.example/", "http://inside.example/", "https://images.example:22/",
     ],
 )  # fmt: skip
 def test_redirects_are_checked_like_the_first(target: str) -> None:
@@ -152,8 +152,8 @@ def test_redirects_are_checked_like_the_first(target: str) -> None:
         asked.append(str(request.url))
         return httpx.Response(302, headers={"location": target})
 
-    hosts = ("pictures.example", "inside.example")
-    refused(fetcher(handler, {"inside.example": ["10.0.0.1"]}, hosts=hosts), "https://pictures.example/")
+    hosts = ("images.example", "inside.example")
+    refused(fetcher(handler, {"inside.example": ["10.0.0.1"]}, hosts=hosts), "https://images.example/")
     assert len(asked) == 1
 
 
@@ -166,10 +166,10 @@ def test_redirects_within_the_list_are_followed_but_not_for_ever() -> None:
             return found()
         return httpx.Response(307, headers={"location": "/end" if "other" in asked[-1] else "//other.example/next"})
 
-    assert asyncio.run(fetcher(handler).fetch("https://pictures.example/")) == PICTURE
-    assert asked == ["pictures.example/", "other.example/next", "other.example/end"]
+    assert asyncio.run(fetcher(handler).fetch("https://images.example/")) == IMAGE
+    assert asked == ["images.example/", "other.example/next", "other.example/end"]
     again = fetcher(lambda request: httpx.Response(302, headers={"location": "/again"}))
-    assert "too often" in refused(again, "https://pictures.example/").message
+    assert "too often" in refused(again, "https://images.example/").message
 
 
 def test_a_name_that_changes_its_address_gains_nothing() -> None:
@@ -183,8 +183,8 @@ def test_a_name_that_changes_its_address_gains_nothing() -> None:
         asked.append(request.url.host)
         return httpx.Response(302, headers={"location": "/again"})
 
-    fetch = Fetcher(("pictures.example",), 1000, 2.0, resolve=resolve, transport=httpx.MockTransport(handler))
-    refused(fetch, "https://pictures.example/")
+    fetch = Fetcher(("images.example",), 1000, 2.0, resolve=resolve, transport=httpx.MockTransport(handler))
+    refused(fetch, "https://images.example/")
     assert asked == [PUBLIC]
 
 
@@ -198,7 +198,7 @@ def test_size_and_time_are_bounded() -> None:
             yield b"x" * 1000
 
     huge = fetcher(lambda request: httpx.Response(200, content=endless()))
-    assert refused(huge, "https://pictures.example/").reason == "image_bytes"
+    assert refused(huge, "https://images.example/").reason == "image_bytes"
     assert read <= 12_000
 
     async def slow() -> Any:
@@ -206,28 +206,28 @@ def test_size_and_time_are_bounded() -> None:
         await asyncio.sleep(30)
 
     stuck = fetcher(lambda request: httpx.Response(200, content=slow()), seconds=0.1)
-    refused(stuck, "https://pictures.example/")
+    refused(stuck, "https://images.example/")
 
 
 @pytest.mark.parametrize("status", [204, 401, 404, 500])
 def test_only_success_is_taken(status: int) -> None:
     fetch = fetcher(lambda request: found(b"internal words", status))
-    assert "internal" not in refused(fetch, "https://pictures.example/").message
+    assert "internal" not in refused(fetch, "https://images.example/").message
 
 
-def test_a_fetched_picture_reaches_the_engine_as_a_data_url() -> None:
+def test_a_fetched_image_reaches_the_engine_as_a_data_url() -> None:
     client = Client(fetcher=fetcher())
-    url = "https://pictures.example/a.png"
+    url = "https://images.example/a.png"
     assert asyncio.run(client.ask(body=chat_body("m", url, url, max_tokens=3))).status == 200
     inner = json.loads(client.app.requests[0][1])
     parts = inner["messages"][0]["content"]
-    assert [part["image_url"]["url"] for part in parts[:2]] == [data_url(PICTURE)] * 2
+    assert [part["image_url"]["url"] for part in parts[:2]] == [data_url(IMAGE)] * 2
     assert inner["max_tokens"] == 3
     assert asyncio.run(client.ask(body=chat_body("m", url))).status == 200
     assert json.loads(client.app.requests[1][1])["max_tokens"] == 4096
 
 
-def test_what_is_fetched_is_checked_like_any_picture() -> None:
+def test_what_is_fetched_is_checked_like_any_image() -> None:
     client = Client(fetcher=fetcher(lambda request: found(b"<svg/>")))
-    answer = asyncio.run(client.ask(body=chat_body("m", "https://pictures.example/a.png")))
+    answer = asyncio.run(client.ask(body=chat_body("m", "https://images.example/a.png")))
     assert answer.error["code"] == "image_format"

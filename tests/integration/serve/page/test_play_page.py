@@ -57,31 +57,31 @@ def encoded(width: int, height: int, kind: str = "PNG", colour: str = "navy", **
     return buffer.getvalue()
 
 
-def pictures(request: dict[str, Any]) -> list[bytes]:
-    """The pictures of a chat request's last message."""
+def images(request: dict[str, Any]) -> list[bytes]:
+    """The images of a chat request's last message."""
     parts = request["messages"][-1]["content"]
     urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
     return [base64.b64decode(url.partition(",")[2]) for url in urls]
 
 
-def test_a_dropped_picture_is_asked_about_on_both_sides(setting: Setting) -> None:
+def test_a_dropped_image_is_asked_about_on_both_sides(setting: Setting) -> None:
     first, second, tab = setting()
-    picture = encoded(60, 40)
-    drop(tab, ("night.png", "image/png", picture))
-    tab.wait("document.querySelectorAll('#pictures li').length === 1")
-    assert tab.page.locator("#pictures li").inner_text().split("\n")[:2] == ["night.png", "60 × 40"]
+    image = encoded(60, 40)
+    drop(tab, ("night.png", "image/png", image))
+    tab.wait("document.querySelectorAll('#images li').length === 1")
+    assert tab.page.locator("#images li").inner_text().split("\n")[:2] == ["night.png", "60 × 40"]
     ask(tab, "What is it?")
-    assert texts(tab) == ["I see 1 pictures and 1 messages."] * 2
+    assert texts(tab) == ["I see 1 images and 1 messages."] * 2
     for server in (first, second):
         (_, request), *others = server.asked
         assert not others
-        assert pictures(request) == [picture]  # byte by byte, as it was
+        assert images(request) == [image]  # byte by byte, as it was
         assert request["stream_options"] == {"include_usage": True} and request["temperature"] == 0
         assert request["model"] == server.name and request["max_tokens"] == 256
     figures = tab.evaluate("[...document.querySelectorAll('.figures dd')].map(e => e.textContent)")
     assert len(figures) == 8 and figures[3] == "7 (9)" and figures[1].endswith(" tokens/s")
     assert tab.page.locator(".verdict").inner_text() == "Both answers are the same."
-    assert tab.evaluate("document.querySelector('#status').textContent").startswith("demo-awq: I see 1 pictures")
+    assert tab.evaluate("document.querySelector('#status').textContent").startswith("demo-awq: I see 1 images")
     assert tab.problems == []
     base = tab.page.url.removesuffix("play")
     assert all(url.startswith(base) for url in tab.requests)
@@ -103,16 +103,16 @@ def test_a_conversation_goes_on_with_each_side_s_own_answers(setting: Setting) -
     tab.page.get_by_text("Settings", exact=True).click()
     tab.page.get_by_label("System prompt").fill("Be brief.")
     drop(tab, ("a.png", "image/png", encoded(30, 30)))
-    tab.wait("document.querySelectorAll('#pictures li').length === 1")
+    tab.wait("document.querySelectorAll('#images li').length === 1")
     ask(tab, "First?")
     ask(tab, "Second?")
-    assert texts(tab) == ["I see 0 pictures and 4 messages."] * 2
+    assert texts(tab) == ["I see 0 images and 4 messages."] * 2
     for server in (first, second):
         _, request = server.asked[-1]
         assert [message["role"] for message in request["messages"]] == ["system", "user", "assistant", "user"]
         assert request["messages"][0]["content"] == "Be brief."
         assert request["messages"][1]["content"][0]["type"] == "image_url"
-        assert request["messages"][2]["content"] == "I see 1 pictures and 2 messages."
+        assert request["messages"][2]["content"] == "I see 1 images and 2 messages."
     tab.page.get_by_role("button", name="Start over").click()
     assert tab.page.locator(".turn").count() == 0
     ask(tab, "Third?")
@@ -166,7 +166,7 @@ def test_answers_errors_and_file_names_are_text(setting: Setting) -> None:
     tab.page.get_by_label("System prompt").click()
     tab.wait("!document.querySelector('#sides').textContent.includes('onerror')")
     drop(tab, (f"{HOSTILE}.png", "image/png", encoded(30, 30)), (HOSTILE, "image/png", b"none"))
-    tab.wait("document.querySelectorAll('#pictures li').length === 1")
+    tab.wait("document.querySelectorAll('#images li').length === 1")
     tab.wait("document.querySelector('#problem').textContent.includes('onerror')")
     ask(tab, f"say {HOSTILE}")
     assert texts(tab) == [HOSTILE] * 2
@@ -181,11 +181,11 @@ def test_answers_errors_and_file_names_are_text(setting: Setting) -> None:
 def test_refusals_are_shown_in_words_and_the_question_is_kept(setting: Setting) -> None:
     _, _, tab = setting(beside=False)
     drop(tab, ("a.png", "image/png", encoded(30, 30)))
-    tab.wait("document.querySelectorAll('#pictures li').length === 1")
+    tab.wait("document.querySelectorAll('#images li').length === 1")
     ask(tab, "refuse 429 You ask too often.")
     assert failures(tab) == ["You ask too often. Try again in 7 s."]
     assert tab.page.get_by_label("Question", exact=True).input_value() == "refuse 429 You ask too often."
-    assert tab.page.locator("#pictures li").count() == 1
+    assert tab.page.locator("#images li").count() == 1
     ask(tab, "break")
     assert failures(tab) == ["The answer broke off."] and texts(tab) == ["I"]
     ask(tab, "refuse 503 Draining.")
@@ -228,11 +228,11 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(setting: Setting, tmp_path
 def test_a_big_photo_is_scaled_to_the_guard_s_limit_and_the_page_says_so(setting: Setting) -> None:
     first, _, tab = setting(Limits(max_image_pixels=100_000), beside=False)
     drop(tab, ("photo.jpg", "image/jpeg", encoded(3000, 2000, "JPEG")), ("small.png", "image/png", encoded(50, 50)))
-    tab.wait("document.querySelectorAll('#pictures li').length === 2")
-    said = tab.page.locator("#pictures").inner_text()
+    tab.wait("document.querySelectorAll('#images li').length === 2")
+    said = tab.page.locator("#images").inner_text()
     assert "3000 × 2000, scaled to 387 × 258" in said and "50 × 50" in said
     ask(tab, "say ok")
-    photo, small = (Image.open(io.BytesIO(picture)) for picture in pictures(first.asked[0][1]))
+    photo, small = (Image.open(io.BytesIO(image)) for image in images(first.asked[0][1]))
     assert photo.size == (387, 258) and photo.format == "JPEG" and small.size == (50, 50)
     red, green, blue = photo.convert("RGB").getpixel((100, 100))  # type: ignore[misc]
     assert red < 8 and green < 8 and 120 < blue < 136  # navy still
@@ -242,9 +242,9 @@ def test_a_big_photo_is_scaled_to_the_guard_s_limit_and_the_page_says_so(setting
 def test_a_big_photo_is_scaled_to_what_the_model_has_room_for(setting: Setting) -> None:
     first, _, tab = setting(beside=False)
     drop(tab, *[(f"{i}.jpg", "image/jpeg", encoded(4000, 3000, "JPEG")) for i in range(3)])
-    tab.wait("document.querySelectorAll('#pictures li').length === 3")
+    tab.wait("document.querySelectorAll('#images li').length === 3")
     ask(tab, "say ok")
-    sizes = [Image.open(io.BytesIO(picture)).size for picture in pictures(first.asked[0][1])]
+    sizes = [Image.open(io.BytesIO(image)).size for image in images(first.asked[0][1])]
     tokens = sum(round(w / 28) * round(h / 28) for w, h in sizes)  # as Qwen2-VL's processor rounds
     assert 0.8 * first.length < tokens < first.length - 256
 
@@ -253,37 +253,37 @@ def test_a_big_photo_is_scaled_to_what_the_model_has_room_for(setting: Setting) 
 def test_a_format_that_servers_refuse_is_sent_as_png(setting: Setting, kind: str) -> None:
     first, _, tab = setting(beside=False)
     drop(tab, ("a", f"image/{kind.lower()}", encoded(40, 30, kind, "red")))
-    tab.wait("document.querySelectorAll('#pictures li').length === 1")
+    tab.wait("document.querySelectorAll('#images li').length === 1")
     ask(tab, "say ok")
-    (sent,) = pictures(first.asked[0][1])
+    (sent,) = images(first.asked[0][1])
     image = Image.open(io.BytesIO(sent))
     assert (image.format, image.size, image.convert("RGB").getpixel((1, 1))) == ("PNG", (40, 30), (255, 0, 0))
 
 
-def test_a_picture_too_heavy_for_the_guard_is_made_lighter(setting: Setting) -> None:
+def test_an_image_too_heavy_for_the_guard_is_made_lighter(setting: Setting) -> None:
     noise = Image.effect_noise((600, 600), 90)
     buffer = io.BytesIO()
     noise.save(buffer, "PNG")
     first, _, tab = setting(Limits(max_image_bytes=60_000), beside=False)
     drop(tab, ("noise.png", "image/png", buffer.getvalue()))
-    tab.wait("document.querySelectorAll('#pictures li').length === 1")
+    tab.wait("document.querySelectorAll('#images li').length === 1")
     ask(tab, "say ok")
-    (sent,) = pictures(first.asked[0][1])
+    (sent,) = images(first.asked[0][1])
     assert len(buffer.getvalue()) > 200_000 and len(sent) <= 60_000
 
 
-def test_what_is_no_picture_and_one_too_many_are_refused_by_name(setting: Setting) -> None:
+def test_what_is_no_image_and_one_too_many_are_refused_by_name(setting: Setting) -> None:
     _, _, tab = setting(Limits(max_images=2), beside=False)
     problem = tab.page.get_by_role("alert")
     drop(tab, ("notes.txt", "text/plain", b"hello"))
     tab.wait("!document.querySelector('#problem').hidden")
-    assert problem.inner_text() == "notes.txt is not a picture that this browser can read."
+    assert problem.inner_text() == "notes.txt is not an image that this browser can read."
     drop(tab, *[(f"{i}.png", "image/png", encoded(30, 30)) for i in range(3)])
-    tab.wait("document.querySelectorAll('#pictures li').length === 2")
-    tab.wait("document.querySelector('#problem').textContent.includes('takes 2 pictures')")
+    tab.wait("document.querySelectorAll('#images li').length === 2")
+    tab.wait("document.querySelector('#problem').textContent.includes('takes 2 images')")
     ask(tab, "say ok")
     drop(tab, ("3.png", "image/png", encoded(30, 30)))  # the conversation holds two already
-    tab.wait("document.querySelector('#problem').textContent.includes('takes 2 pictures')")
+    tab.wait("document.querySelector('#problem').textContent.includes('takes 2 images')")
 
 
 def test_settings_out_of_range_are_pointed_at(setting: Setting) -> None:
@@ -304,7 +304,7 @@ def test_settings_out_of_range_are_pointed_at(setting: Setting) -> None:
     assert "Write a question" in tab.page.get_by_role("alert").inner_text() and not first.asked
 
 
-def test_a_pasted_picture_counts(setting: Setting) -> None:
+def test_a_pasted_image_counts(setting: Setting) -> None:
     first, _, tab = setting(beside=False)
     tab.evaluate(
         """(content) => {
@@ -315,19 +315,19 @@ def test_a_pasted_picture_counts(setting: Setting) -> None:
         }""",
         base64.b64encode(encoded(20, 20)).decode(),
     )
-    tab.wait("document.querySelectorAll('#pictures li').length === 1")
-    assert "Pasted picture" in tab.page.locator("#pictures").inner_text()
+    tab.wait("document.querySelectorAll('#images li').length === 1")
+    assert "Pasted image" in tab.page.locator("#images").inner_text()
     ask(tab, "say ok")
-    assert len(pictures(first.asked[0][1])) == 1
+    assert len(images(first.asked[0][1])) == 1
 
 
 def test_all_of_it_by_keyboard(setting: Setting, tmp_path: Path) -> None:
     first, _, tab = setting()
-    picture = tmp_path / "cat.png"
-    picture.write_bytes(encoded(30, 30))
+    image = tmp_path / "cat.png"
+    image.write_bytes(encoded(30, 30))
     keyboard = tab.page.keyboard
     visited: list[str] = []
-    tab.page.on("filechooser", lambda chooser: chooser.set_files(picture))
+    tab.page.on("filechooser", lambda chooser: chooser.set_files(image))
 
     def tab_to(name: str, key: str = "Tab") -> None:
         for _ in range(25):
@@ -340,12 +340,12 @@ def test_all_of_it_by_keyboard(setting: Setting, tmp_path: Path) -> None:
                 return
         pytest.fail(f"{name} is not reached: {visited}")
 
-    tab_to("Choose pictures")
+    tab_to("Choose images")
     keyboard.press("Enter")
-    tab.wait("document.querySelectorAll('#pictures li').length === 1")
+    tab.wait("document.querySelectorAll('#images li').length === 1")
     tab_to("Remove cat.png", "Shift+Tab")
     keyboard.press("Enter")
-    tab.wait("document.querySelectorAll('#pictures li').length === 0")
+    tab.wait("document.querySelectorAll('#images li').length === 0")
     assert tab.evaluate("document.activeElement.id") == "choose"
     tab_to("Use the sample")
     keyboard.press("Enter")
@@ -398,7 +398,7 @@ def test_axe_finds_nothing_in_any_state_and_nothing_overflows(setting: Setting, 
 
     check()
     tab.page.get_by_role("button", name="Use the sample").click()
-    tab.wait("document.querySelectorAll('#pictures li').length === 1")
+    tab.wait("document.querySelectorAll('#images li').length === 1")
     check()
     ask(tab, f"say {'x' * 300}")
     ask(tab, "refuse 400 " + "No. " * 40)

@@ -29,7 +29,7 @@ from bench.judge.fidelity import (
     truncated_kl,
 )
 from bench.load.endpoint import Endpoint
-from bench.questions.tasks import Picture, load_questions
+from bench.questions.tasks import ImageData, load_questions
 from toolkit.errors import BenchError, MediaError
 
 END = 0
@@ -266,7 +266,7 @@ def test_what_is_asked() -> None:
     assert found.top_k == 7 and found.candidate.tokens == 36  # cut answers have no end to score
 
 
-def test_pictures_are_sent_before_the_prompt(tmp_path: Path) -> None:
+def test_images_are_sent_before_the_prompt(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
     toy = Toy(lambda prompt: "a", sure(0.9))
     run(toy, toy, items_from_images(tmp_path, "Which colour?"))
@@ -349,8 +349,8 @@ def test_log_probabilities_that_are_none_are_malformed() -> None:
     assert found.candidate.scored == 0
 
 
-def test_a_picture_that_vanished_is_marked(tmp_path: Path) -> None:
-    gone = Item("gone", "?", (Picture("image/png", "0", tmp_path / "gone.png"),))
+def test_an_image_that_vanished_is_marked(tmp_path: Path) -> None:
+    gone = Item("gone", "?", (ImageData("image/png", "0", tmp_path / "gone.png"),))
     toy = Toy(lambda prompt: "a", sure(0.9))
     found = run(toy, toy, [gone, *asks(2)])
     assert found.items[0].failure and "vanished" in found.items[0].failure and found.candidate.scored == 2
@@ -448,29 +448,29 @@ def test_items_of_a_cluster_are_drawn_together() -> None:
 # --- items ------------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_of_a_directory(tmp_path: Path) -> None:
+def test_images_of_a_directory(tmp_path: Path) -> None:
     (tmp_path / "b" / "deep").mkdir(parents=True)
     for name, colour in (("z.PNG", "red"), ("b/deep/y.webp", "blue"), ("b/x.jpeg", "green"), ("a.jpg", "white")):
         Image.new("RGB", (8, 8), colour).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "._z.png").write_bytes(b"\0\5")  # what macOS leaves on other file systems
     items = items_from_images(tmp_path, "What?")
     assert [item.id for item in items] == ["a.jpg", "b/deep/y.webp", "b/x.jpeg", "z.PNG"]
     assert {item.text for item in items} == {"What?"} and len({item.cluster for item in items}) == 4
-    assert items[1].pictures[0].data_url().startswith("data:image/webp;base64,")
+    assert items[1].images[0].data_url().startswith("data:image/webp;base64,")
 
 
-def test_directories_that_hold_no_pictures(tmp_path: Path) -> None:
+def test_directories_that_hold_no_images(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="no such directory"):
         items_from_images(tmp_path / "nowhere")
-    with pytest.raises(MediaError, match="no pictures in it"):
+    with pytest.raises(MediaError, match="no images in it"):
         items_from_images(tmp_path)
     Image.new("RGB", (64, 64)).save(tmp_path / "ok.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "ok.png").read_bytes()[:60])
     with pytest.raises(MediaError, match=r"cut\.png is a truncated"):
         items_from_images(tmp_path)
     (tmp_path / "cut.png").write_text("text")
-    with pytest.raises(MediaError, match=r"cut\.png is not a picture"):
+    with pytest.raises(MediaError, match=r"cut\.png is not an image"):
         items_from_images(tmp_path)
 
 

@@ -203,16 +203,14 @@ def test_graded_sign_flips_are_drawn_and_repeatable() -> None:
     assert stats.sign_flip(differences + 1.0, seed=1, resamples=999) < 0.01
 
 
-def clustered(
-    rng: np.random.Generator, pictures: int, each: int, lost: float, won: float, together: float
-) -> np.ndarray:
-    """Differences of right/wrong scores [pictures * each]: on some pictures all questions share their fate."""
-    own, common = rng.random((pictures, each)), rng.random((pictures, 1))
-    luck = np.where(rng.random((pictures, 1)) < together, common, own).ravel()
+def clustered(rng: np.random.Generator, images: int, each: int, lost: float, won: float, together: float) -> np.ndarray:
+    """Differences of right/wrong scores [images * each]: on some images all questions share their fate."""
+    own, common = rng.random((images, each)), rng.random((images, 1))
+    luck = np.where(rng.random((images, 1)) < together, common, own).ravel()
     return np.where(luck < lost, -1.0, np.where(luck < lost + won, 1.0, 0.0))
 
 
-def test_plain_mcnemar_calls_equal_systems_different_on_shared_pictures_and_sign_flips_do_not() -> None:
+def test_plain_mcnemar_calls_equal_systems_different_on_shared_images_and_sign_flips_do_not() -> None:
     rng, clusters = np.random.default_rng(8), list(np.repeat(np.arange(100), 5))
     plain = robust = 0
     for _ in range(400):

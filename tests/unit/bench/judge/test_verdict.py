@@ -24,7 +24,7 @@ def scores_of(differences: Array) -> tuple[list[float], list[float]]:
 
 
 def binary(rng: np.random.Generator, n: int, lost: float, won: float, each: int = 1, together: float = 0.0) -> Array:
-    """Differences [n] of right/wrong scores; ``each`` questions a picture, a share of which share their fate."""
+    """Differences [n] of right/wrong scores; ``each`` questions an image, a share of which share their fate."""
     own, common = rng.random((n // each, each)), rng.random((n // each, 1))
     luck = np.where(rng.random((n // each, 1)) < together, common, own).ravel()
     return np.where(luck < lost, -1.0, np.where(luck < lost + won, 1.0, 0.0))
@@ -87,9 +87,9 @@ def test_equal_graded_answers_still_leave_something_open() -> None:
     assert judge(found).judgement == "can't tell"
 
 
-def test_questions_on_one_picture_count_less() -> None:
+def test_questions_on_one_image_count_less() -> None:
     before, after = scores_of(np.repeat(binary(np.random.default_rng(1), 100, 0.1, 0.02), 5))
-    clusters = [f"picture {at // 5}" for at in range(500)]
+    clusters = [f"image {at // 5}" for at in range(500)]
     alone, together = compare(before, after, seed=0), compare(before, after, seed=0, clusters=clusters)
     assert together.clusters == 100
     assert together.difference.value == alone.difference.value
@@ -197,7 +197,7 @@ def test_equal_systems_are_rarely_called_worse() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("each", "together"), [(4, 0.0), (4, 0.5), (4, 1.0), (10, 0.5)])
-def test_shared_pictures_keep_both_errors_nominal(each: int, together: float) -> None:
+def test_shared_images_keep_both_errors_nominal(each: int, together: float) -> None:
     rng, draws = np.random.default_rng(each), 500
     _, worse = shares(rng, draws, 0.001, n=1000, lost=0.04, won=0.04, each=each, together=together)
     assert worse <= at_most(0.025, draws)
@@ -207,12 +207,12 @@ def test_shared_pictures_keep_both_errors_nominal(each: int, together: float) ->
 
 
 @pytest.mark.slow
-def test_rare_losses_on_shared_pictures_are_rarely_called_no_worse() -> None:
+def test_rare_losses_on_shared_images_are_rarely_called_no_worse() -> None:
     fine, _ = shares(np.random.default_rng(3), 1500, MARGIN, n=2000, lost=0.01, won=0.0, each=4, together=0.6)
     assert fine <= at_most(0.025, 1500)
 
 
-def test_not_knowing_of_shared_pictures_would_be_wrong() -> None:
+def test_not_knowing_of_shared_images_would_be_wrong() -> None:
     """What the clusters are for: without them equal systems are called worse many times too often."""
     rng, worse = np.random.default_rng(4), 0
     for seed in range(200):
@@ -268,7 +268,7 @@ def test_as_many_items_as_said_settle_it_four_times_in_five() -> None:
     assert 0.7 <= fine <= 0.9
 
 
-def test_shared_pictures_need_more_items() -> None:
+def test_shared_images_need_more_items() -> None:
     before, after = scores_of(np.repeat(np.r_[-np.ones(3), np.ones(3), np.zeros(94)], 5))
     alone = judge(compare(before, after, seed=0)).items_needed
     found = compare(before, after, seed=0, clusters=[at // 5 for at in range(500)])

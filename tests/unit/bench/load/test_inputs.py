@@ -81,14 +81,14 @@ def test_other_lengths_are_refused(text: str, words: str) -> None:
         parse_lengths(text, "--prompt-tokens")
 
 
-def test_every_picture_and_prompt_is_unique_and_repeatable() -> None:
+def test_every_image_and_prompt_is_unique_and_repeatable() -> None:
     inputs = SpeedInputs("n", ((56, 84), None, (84, 56), (28, 28)), 16, images=Lengths(1, 3))
     requests = [inputs.request(block, i) for block in ("warm-up/1", "load/0/1", "load/1/1") for i in range(40)]
     assert len({request.text for request in requests}) == len(requests)
-    pictures = [picture for request in requests for picture in request.images]
-    assert len(pictures) == len(set(pictures)) > 100
+    images = [image for request in requests for image in request.images]
+    assert len(images) == len(set(images)) > 100
     # A server may key its cache by pixels rather than by bytes.
-    assert len({(pixels(p).size, pixels(p).tobytes()) for p in pictures}) == len(pictures)
+    assert len({(pixels(p).size, pixels(p).tobytes()) for p in images}) == len(images)
     assert inputs.request("load/0/1", 4) == inputs.request("load/0/1", 4)
     assert inputs.request("load/0/1", 0) != SpeedInputs("other", inputs.sizes, 16).request("load/0/1", 0)
 
@@ -132,7 +132,7 @@ def test_images_and_answers_follow_their_distributions() -> None:
     requests = [inputs.request("b", i) for i in range(400)]
     assert {len(request.images) for request in requests} == {0, 1, 2, 3}
     assert {request.max_tokens for request in requests} == set(range(2, 10))
-    # Lengths are drawn one by one: short answers come with any number of pictures.
+    # Lengths are drawn one by one: short answers come with any number of images.
     assert len({(len(request.images), request.max_tokens) for request in requests}) == 32
     assert all(request.fixed_length for request in requests)
 

@@ -275,7 +275,7 @@ def test_a_busy_event_loop_is_recorded() -> None:
         started = time.perf_counter()
         await asyncio.sleep(0.1)
         for _ in range(8):
-            time.sleep(0.05)  # what a client does that encodes pictures while it measures
+            time.sleep(0.05)  # what a client does that encodes images while it measures
             await asyncio.sleep(0)
         end = time.perf_counter()
         return Trace(due, started, end, (started + 0.01,))

@@ -10,7 +10,7 @@ import pytest
 from bench.load.endpoint import http_client
 from bench.machine.server_metrics import DEFINITIONS, ServerPoint, Snapshot, parse, read
 
-#: A vLLM 0.32 on a CPU after its first image question, and after three more about one picture; histograms cut down.
+#: A vLLM 0.32 on a CPU after its first image question, and after three more about one image; histograms cut down.
 PAGES = Path(__file__).parent / "pages"
 BEFORE = (PAGES / "vllm-0.32-before.txt").read_text()
 AFTER = (PAGES / "vllm-0.32-after.txt").read_text()

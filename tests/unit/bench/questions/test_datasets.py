@@ -66,7 +66,7 @@ SCHEMAS = {
 }
 
 
-def picture(colour: str, kind: str = "PNG") -> dict[str, Any]:
+def image(colour: str, kind: str = "PNG") -> dict[str, Any]:
     buffer = io.BytesIO()
     Image.new("RGB", (24, 16), colour).save(buffer, kind)
     return {"bytes": buffer.getvalue(), "path": f"{colour}.{kind.lower()}"}
@@ -76,7 +76,7 @@ def docvqa(number: int, colour: str = "red", **changes: Any) -> dict[str, Any]:
     row = {
         "questionId": str(number),
         "question": "What is the date?",
-        "image": picture(colour),
+        "image": image(colour),
         "docId": 14000 + number // 2,
         "answers": ["1/8/93", "January 8, 1993"],
         "data_split": "val",
@@ -87,7 +87,7 @@ def docvqa(number: int, colour: str = "red", **changes: Any) -> dict[str, Any]:
 def textvqa(number: int, **changes: Any) -> dict[str, Any]:
     people = ["nokia"] * 8 + ["the nokia", "toyota"]
     row = {"image_id": "003a8ae2ef43b901", "question_id": number, "question": "what is the brand?", "answers": people}
-    return row | {"image": picture("blue", "JPEG")} | changes
+    return row | {"image": image("blue", "JPEG")} | changes
 
 
 def mmmu(number: int, **changes: Any) -> dict[str, Any]:
@@ -95,8 +95,8 @@ def mmmu(number: int, **changes: Any) -> dict[str, Any]:
         "id": f"validation_Art_{number}",
         "question": "Which is shown in <image 1>?",
         "options": "['a dog', \"a cat's tail\", '<image 2>']",
-        "image_1": picture("red"),
-        "image_2": picture("green"),
+        "image_1": image("red"),
+        "image_2": image("green"),
         "answer": "B",
         "question_type": "multiple-choice",
     }
@@ -104,7 +104,7 @@ def mmmu(number: int, **changes: Any) -> dict[str, Any]:
 
 
 def chartqa(kind: str, answer: str, colour: str = "red") -> dict[str, Any]:
-    return {"type": f"{kind}_test", "question": "How many?", "answer": answer, "image": picture(colour)}
+    return {"type": f"{kind}_test", "question": "How many?", "answer": answer, "image": image(colour)}
 
 
 def write(directory: Path, name: str, *parts: list[dict[str, Any]], split: str | None = None) -> Path:
@@ -129,10 +129,10 @@ def test_docvqa(tmp_path: Path) -> None:
     assert (first.task, first.metric, first.answers) == ("docvqa", "anls", ("1/8/93", "January 8, 1993"))
     assert first.question == "What is the date?\nAnswer the question using a single word or phrase."
     assert [q.cluster_id for q in found] == [f"docvqa {doc}" for doc in (14000, 14000, 14001, 14001, 14002)]
-    assert first.pictures[0].data == rows[0]["image"]["bytes"]
-    assert first.pictures[0].mime == "image/png"
-    assert first.pictures[0] is found[1].pictures[0]
-    assert found[3].pictures == found[2].pictures != found[4].pictures
+    assert first.images[0].data == rows[0]["image"]["bytes"]
+    assert first.images[0].mime == "image/png"
+    assert first.images[0] is found[1].images[0]
+    assert found[3].images == found[2].images != found[4].images
     assert score(first, "January 8, 1993") == 1.0
 
 
@@ -149,7 +149,7 @@ def test_chartqa(tmp_path: Path) -> None:
 def test_textvqa(tmp_path: Path) -> None:
     found = load_dataset("textvqa", write(tmp_path, "textvqa", [textvqa(34602), textvqa(34603)]))
     assert found[0].question == "What is the brand?\nAnswer the question using a single word or phrase."
-    assert (found[0].metric, len(found[0].answers), found[0].pictures[0].mime) == ("vqa", 10, "image/jpeg")
+    assert (found[0].metric, len(found[0].answers), found[0].images[0].mime) == ("vqa", 10, "image/jpeg")
     assert {question.cluster_id for question in found} == {"textvqa 003a8ae2ef43b901"}
     assert [score(found[0], answer) for answer in ("Nokia.", "Toyota", "sony")] == [1.0, pytest.approx(0.3), 0.0]
 
@@ -167,10 +167,10 @@ def test_mmmu(tmp_path: Path) -> None:
         "Which is shown in <image 1>?\nA. a dog\nB. a cat's tail\nC. <image 2>\n\n"
         "Answer with the option's letter from the given choices directly."
     )
-    assert [p.data for p in choice.pictures] == [rows[0][column]["bytes"] for column in ("image_1", "image_2")]
+    assert [p.data for p in choice.images] == [rows[0][column]["bytes"] for column in ("image_1", "image_2")]
     assert [score(choice, answer) for answer in ("(B)", "A", "a cat's tail")] == [1.0, 0.0, 1.0]
     assert "ambiguous" in (grade(choice, "A or B").note or "")
-    assert (opened.answers, opened.choices, len(opened.pictures)) == (("1/2", "0.5"), (), 1)
+    assert (opened.answers, opened.choices, len(opened.images)) == (("1/2", "0.5"), (), 1)
     assert [score(opened, answer) for answer in ("It is 0.5.", "0.51")] == [1.0, 0.0]
     assert third.choices == ("$x_1$", "{2}")
 
@@ -184,12 +184,12 @@ def test_options_may_be_a_real_list(tmp_path: Path) -> None:
             ("image_1", IMAGE),
         ]
     )
-    table = pa.Table.from_pylist([rows[0] | {"image_1": picture("red")}], schema=schema)
+    table = pa.Table.from_pylist([rows[0] | {"image_1": image("red")}], schema=schema)
     pq.write_table(table, tmp_path / "validation-00000-of-00001.parquet")
     assert load_dataset("mmmu", tmp_path)[0].choices == ("x", "y")
 
 
-def test_a_sample_reads_only_its_pictures(tmp_path: Path) -> None:
+def test_a_sample_reads_only_its_images(tmp_path: Path) -> None:
     rows = [docvqa(number) for number in range(10)]
     whole = load_dataset("docvqa", write(tmp_path, "docvqa", rows), per_task=3, seed=4)
     kept = {question.id for question in whole}
@@ -214,7 +214,7 @@ def test_a_sample_reads_only_its_pictures(tmp_path: Path) -> None:
         ("mmmu", mmmu(0, answer="AB"), "not the letter"),
         ("mmmu", mmmu(0, options="['a"), "is no question of mmmu"),
         ("mmmu", mmmu(0, options="7"), "is no list"),
-        ("chartqa", {"type": "human_test", "question": "q", "answer": None, "image": picture("red")}, "answer is None"),
+        ("chartqa", {"type": "human_test", "question": "q", "answer": None, "image": image("red")}, "answer is None"),
     ],
 )
 def test_a_row_that_is_no_question_is_named(tmp_path: Path, name: str, row: dict[str, Any], words: str) -> None:
@@ -227,12 +227,12 @@ def test_a_row_that_is_no_question_is_named(tmp_path: Path, name: str, row: dict
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (None, "no picture"),
+        (None, "no image"),
         ({"bytes": None, "path": "a.png"}, "has no bytes"),
-        ({"bytes": picture("red")["bytes"][:60], "path": None}, "truncated or damaged"),
+        ({"bytes": image("red")["bytes"][:60], "path": None}, "truncated or damaged"),
     ],
 )
-def test_a_bad_picture_is_named(tmp_path: Path, image: Any, words: str) -> None:
+def test_a_bad_image_is_named(tmp_path: Path, image: Any, words: str) -> None:
     source = write(tmp_path, "docvqa", [docvqa(0), docvqa(1), docvqa(2, image=image)])
     with pytest.raises(MediaError, match=words) as caught:
         load_dataset("docvqa", source)

@@ -44,13 +44,13 @@ def test_questions_are_read(tmp_path: Path) -> None:
     file = write(tmp_path, entry(), "", entry(id=7, image=None, images=["a.png", url], metric="anls", answers=["b", 3]))
     first, second = load_questions(file)
     assert first.metric == "exact"
-    assert first.pictures[0].data_url() == "data:image/png;base64," + base64.b64encode(png()).decode()
-    assert (second.id, second.answers, len(second.pictures)) == ("7", ("b", "3"), 2)
-    assert second.pictures[1].data_url() == url
+    assert first.images[0].data_url() == "data:image/png;base64," + base64.b64encode(png()).decode()
+    assert (second.id, second.answers, len(second.images)) == ("7", ("b", "3"), 2)
+    assert second.images[1].data_url() == url
 
 
-def test_a_question_may_have_no_picture_when_it_says_so(tmp_path: Path) -> None:
-    assert load_questions(write(tmp_path, entry(image=None, images=[])))[0].pictures == ()
+def test_a_question_may_have_no_image_when_it_says_so(tmp_path: Path) -> None:
+    assert load_questions(write(tmp_path, entry(image=None, images=[])))[0].images == ()
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_choices_are_asked_and_the_answer_is_a_letter(tmp_path: Path) -> None:
     assert [score(found[0], answer) for answer in ("B", "red", "blue")] == [1.0, 1.0, 0.0]
 
 
-def test_questions_on_one_picture_are_a_cluster_unless_told(tmp_path: Path) -> None:
+def test_questions_on_one_image_are_a_cluster_unless_told(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(png("blue"))
     lines = [
         entry(id="1"),
@@ -138,12 +138,12 @@ def test_a_binary_file_is_said(tmp_path: Path) -> None:
     ("data", "words"),
     [
         (None, "no file at"),
-        (b"hello", "is not a picture"),
+        (b"hello", "is not an image"),
         (png()[:60], "truncated or damaged"),
         (b"", "is empty"),
     ],
 )
-def test_a_bad_picture_is_named(tmp_path: Path, data: bytes | None, words: str) -> None:
+def test_a_bad_image_is_named(tmp_path: Path, data: bytes | None, words: str) -> None:
     if data is not None:
         (tmp_path / "b.png").write_bytes(data)
     file = write(tmp_path, entry(), entry(id="b", image="b.png"))
@@ -158,22 +158,22 @@ def test_a_broken_data_url_is_said(tmp_path: Path, url: str) -> None:
         load_questions(write(tmp_path, entry(image=url)))
 
 
-def test_an_address_without_a_picture_is_said(tmp_path: Path) -> None:
+def test_an_address_without_an_image_is_said(tmp_path: Path) -> None:
     with serving() as server:
         with pytest.raises(MediaError, match="HTTP 404"):
             load_questions(write(tmp_path, entry(image=f"{server.url}/a.png")))
-        with pytest.raises(MediaError, match="is not a picture"):
+        with pytest.raises(MediaError, match="is not an image"):
             load_questions(write(tmp_path, entry(image=f"{server.url}/version")))
         gone = server.url
     with pytest.raises(MediaError, match="can't be fetched"):
         load_questions(write(tmp_path, entry(image=f"{gone}/a.png")))
 
 
-def test_a_picture_that_vanishes_is_said(tmp_path: Path) -> None:
+def test_an_image_that_vanishes_is_said(tmp_path: Path) -> None:
     question = load_questions(write(tmp_path, entry()))[0]
     (tmp_path / "a.png").unlink()
     with pytest.raises(MediaError, match="vanished"):
-        question.pictures[0].data_url()
+        question.images[0].data_url()
 
 
 def test_a_sample_is_per_task_seeded_and_in_order() -> None:

@@ -22,7 +22,7 @@ from bench.roles import ROLES, Role
 from bench.run.config import BenchConfig
 from bench.run.measured import Measurements, Stretch
 from bench.run.session import Outcome
-from tests.support.factory import CONFIG, pictured, questions, report, system, trace
+from tests.support.factory import CONFIG, about_images, questions, report, system, trace
 
 
 def ids(task: str, *numbers: int) -> set[str]:
@@ -62,18 +62,18 @@ def test_graded_scores_get_bootstrap_intervals() -> None:
     assert found.overall.difference.low < found.overall.difference.value < found.overall.difference.high
 
 
-def test_questions_on_one_picture_are_one_piece_of_evidence() -> None:
-    asked = pictured(8, each=5)
-    lost = {q.id for q in asked if q.pictures == asked[0].pictures}  # all five on the first picture
+def test_questions_on_one_image_are_one_piece_of_evidence() -> None:
+    asked = about_images(8, each=5)
+    lost = {q.id for q in asked if q.images == asked[0].images}  # all five on the first image
     together = report({"candidate": lost}, asked=asked).accuracy
-    alone = report({"candidate": lost}, asked=[replace(q, pictures=()) for q in asked]).accuracy
+    alone = report({"candidate": lost}, asked=[replace(q, images=()) for q in asked]).accuracy
     assert together is not None and alone is not None
     a, b = together.overall, alone.overall
     assert (a.n, a.clusters, a.difference.lost) == (40, 8, 5) and (b.clusters, b.difference.lost) == (40, 5)
     assert a.difference.p_value == 1.0 and b.difference.p_value == stats.mcnemar(5, 0)
     assert a.difference.design_effect > 4 and b.difference.design_effect == 1.0
     assert a.difference.low < b.difference.low and a.difference.high > b.difference.high
-    assert {item.cluster for item in together.items} == {q.pictures[0].sha256 for q in asked}
+    assert {item.cluster for item in together.items} == {q.images[0].sha256 for q in asked}
 
 
 def test_rows_say_what_the_statistics_say() -> None:
@@ -125,8 +125,8 @@ def test_answers_carry_what_it_takes_to_score_them_again() -> None:
     assert found.items[1].cluster == "sign 7"
 
 
-def test_flipped_items_have_their_picture_and_no_others_do() -> None:
-    asked = pictured(6, each=2)
+def test_flipped_items_have_their_image_and_no_others_do() -> None:
+    asked = about_images(6, each=2)
     found = report({"baseline": {"scans-1"}, "candidate": {"scans-0", "scans-6", "scans-3"}}, asked=asked).accuracy
     assert found is not None
     assert [(item.id, item.flip) for item in found.flipped] == [
@@ -135,16 +135,16 @@ def test_flipped_items_have_their_picture_and_no_others_do() -> None:
         ("scans-3", "lost"),
         ("scans-6", "lost"),
     ]
-    assert set(found.thumbnails) == {asked[i].pictures[0].sha256 for i in (0, 1, 3)}  # 0 and 6 share theirs
-    assert all(item.pictures == [q.pictures[0].sha256] for item, q in zip(found.items, asked, strict=True))
+    assert set(found.thumbnails) == {asked[i].images[0].sha256 for i in (0, 1, 3)}  # 0 and 6 share theirs
+    assert all(item.images == [q.images[0].sha256] for item, q in zip(found.items, asked, strict=True))
 
 
-def test_a_picture_that_is_gone_loses_no_report(tmp_path: Path) -> None:
+def test_an_image_that_is_gone_loses_no_report(tmp_path: Path) -> None:
     file = tmp_path / "gone.png"
-    asked = [replace(q, pictures=(replace(q.pictures[0], path=file, data=None),)) for q in pictured(1, each=2)]
+    asked = [replace(q, images=(replace(q.images[0], path=file, data=None),)) for q in about_images(1, each=2)]
     found = report({"candidate": {"scans-0"}}, asked=asked)
     assert found.accuracy is not None and found.accuracy.thumbnails == {}
-    assert any("1 pictures of answers that flipped were gone" in warning for warning in found.warnings)
+    assert any("1 images of answers that flipped were gone" in warning for warning in found.warnings)
 
 
 def test_verdicts_are_said_in_words() -> None:
@@ -331,7 +331,7 @@ def test_what_the_server_counted_is_added_up_over_the_rounds() -> None:
     assert (point.server.preemptions, point.server.finished) == (1, 4)
     assert point.server.queue_mean_ms == pytest.approx(5.0)
     assert point.energy_j_per_token == pytest.approx(12.0 / 40) and other.energy_j_per_token is None
-    assert any("25% of the pictures in its cache" in warning for warning in out.warnings)
+    assert any("25% of the images in its cache" in warning for warning in out.warnings)
 
 
 def test_an_interrupted_run_keeps_what_it_has_and_judges_nothing_over_all() -> None:

@@ -18,7 +18,7 @@ from bench.report.render.json_file import read
 from bench.report.render.plots import speed_curves
 from bench.report.schema import SCHEMA_VERSION, Report
 from bench.roles import Role
-from tests.support.factory import first_version, pictured, questions, report, second_version
+from tests.support.factory import about_images, first_version, questions, report, second_version
 from tests.support.paths import RESULTS
 from toolkit.errors import BenchError
 
@@ -35,13 +35,13 @@ def test_json_survives_a_round_trip(tmp_path: Path) -> None:
 
 
 def test_the_schema_has_a_version() -> None:
-    assert json.loads(json_file.render(report()))["schema_version"] == SCHEMA_VERSION == 3
+    assert json.loads(json_file.render(report()))["schema_version"] == SCHEMA_VERSION == 4
 
 
 def test_the_printed_schema_describes_what_is_written() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     check = jsonschema.Draft202012Validator(json.loads(json_file.schema()))
-    asked = pictured(4, each=2)
+    asked = about_images(4, each=2)
     for found in (
         report({"candidate": {"scans-1"}}, asked=asked),
         report(failure=Failure("http", "no")),
@@ -61,8 +61,9 @@ def test_the_committed_reports_can_be_read(file: Path) -> None:
     data = json.loads(file.read_text())
     found = json_file.read(file)
     assert (json_file.UPGRADED in found.warnings) == (data["schema_version"] == 1)
-    if data["schema_version"] == SCHEMA_VERSION:
-        assert json.loads(json_file.render(found)) == data
+    if data["schema_version"] >= 3:
+        now = json.loads(file.read_text().replace('"pictures": [', '"images": ['))  # its name before version 4
+        assert json.loads(json_file.render(found)) == now | {"schema_version": SCHEMA_VERSION}
 
 
 def test_a_report_of_the_first_version_is_judged_anew(tmp_path: Path) -> None:
@@ -112,10 +113,11 @@ def test_a_damaged_report_of_the_first_version_is_said(tmp_path: Path, damage: d
         ("{", "can't be read as JSON"),
         ("[]", "no schema_version"),
         ("{}", "no schema_version"),
-        ('{"schema_version": 99}', "schema version 99, this qvl reads 1 to 3"),
+        ('{"schema_version": 99}', "schema version 99, this qvl reads 1 to 4"),
         ('{"schema_version": 1}', "not a valid report"),
         ('{"schema_version": 2}', "not a valid report"),
         ('{"schema_version": 3}', "not a valid report"),
+        ('{"schema_version": 4}', "not a valid report"),
     ],
 )
 def test_what_is_no_report_is_said(tmp_path: Path, text: str | None, words: str) -> None:
@@ -247,24 +249,24 @@ def test_the_pages_figures_are_the_reports(page: str) -> None:
 
 def flipping() -> tuple[Report, set[str], set[str]]:
     """A report with many flips over two tasks, and the ids that were lost and won."""
-    asked = pictured(40, each=2) + pictured(30, each=2, task="signs")
+    asked = about_images(40, each=2) + about_images(30, each=2, task="signs")
     lost = {f"scans-{i}" for i in range(0, 70, 2)} | {"signs-1"}
     won = {f"scans-{i}" for i in range(1, 30, 2)}
     return report({"candidate": lost, "baseline": won}, asked=asked), lost, won
 
 
-def test_the_page_shows_every_flip_with_its_picture() -> None:
+def test_the_page_shows_every_flip_with_its_image() -> None:
     found, lost, won = flipping()
     page = html_file.render(found)
     shown = re.findall(
-        r'<article class="card flip (lost|won) .*?<img src="(.*?)" alt="Picture 1 of (.*?)"', page, re.DOTALL
+        r'<article class="card flip (lost|won) .*?<img src="(.*?)" alt="Image 1 of (.*?)"', page, re.DOTALL
     )
     assert {name for kind, _, name in shown if kind == "lost"} == lost
     assert {name for kind, _, name in shown if kind == "won"} == won
     assert len(shown) == page.count("<article") == len(lost) + len(won)
     assert found.accuracy is not None
-    pictures = {item.id: found.accuracy.thumbnails[item.pictures[0]] for item in found.accuracy.flipped}
-    assert {name: url for _, url, name in shown} == pictures
+    images = {item.id: found.accuracy.thumbnails[item.images[0]] for item in found.accuracy.flipped}
+    assert {name: url for _, url, name in shown} == images
     text = " ".join(" ".join(parsed(page).text).split())
     assert "scans 35 lost, 15 won" in text and "signs 1 lost, 0 won" in text
     assert "All 51" in text and "Lost 36" in text and "Won 15" in text
@@ -349,7 +351,7 @@ def test_markdown_lists_the_flips() -> None:
     asked = questions(80)
     text = markdown.render(report({"candidate": {q.id for q in asked[:100]}}, asked=asked))
     assert text.count("| lost |") == markdown.FLIPS_SHOWN
-    assert f"{100 - markdown.FLIPS_SHOWN} more, and the pictures, are in report.html" in text
+    assert f"{100 - markdown.FLIPS_SHOWN} more, and the images, are in report.html" in text
 
 
 def test_what_is_printed_is_escaped() -> None:

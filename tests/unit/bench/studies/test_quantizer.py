@@ -212,10 +212,10 @@ def test_an_awq_layer_has_the_files_weights_norms_and_biases(tmp_path: Path) -> 
 
 
 def test_samples_are_padded_on_the_left() -> None:
-    def sample(ids: list[int], pictures: int) -> PreparedSample:
+    def sample(ids: list[int], images: int) -> PreparedSample:
         inputs = {"input_ids": torch.tensor([ids])}
-        if pictures:
-            inputs |= {"pixel_values": torch.ones(4 * pictures, 6), "image_grid_thw": torch.ones(pictures, 3)}
+        if images:
+            inputs |= {"pixel_values": torch.ones(4 * images, 6), "image_grid_thw": torch.ones(images, 3)}
         return PreparedSample(inputs, len(ids), 0, "")
 
     batch = padded_batch([sample([1, 2, 3], 1), sample([4], 0), sample([5, 6], 2)], pad=9)

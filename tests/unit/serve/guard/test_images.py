@@ -40,11 +40,11 @@ def test_sizes_are_those_that_pillow_sees(format: str, width: int, height: int, 
         mode = "L" if mode in ("P", "RGBA") else mode
     option = {"JPEG": "progressive", "WEBP": "lossless", "PNG": "optimize", "GIF": "interlace"}.get(format)
     data = written(format, (width, height), mode, **({option: alternative} if option else {}))
-    picture = examine(data)
+    found = examine(data)
     with Image.open(io.BytesIO(data)) as image:
-        assert (picture.width, picture.height) == image.size
-        assert picture.mime == image.get_format_mimetype()
-    assert picture.frames == 1
+        assert (found.width, found.height) == image.size
+        assert found.mime == image.get_format_mimetype()
+    assert found.frames == 1
 
 
 @settings(max_examples=100, deadline=None)
@@ -68,12 +68,12 @@ def test_a_file_that_goes_on_is_refused(format: str, more: bytes) -> None:
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(FORMATS), st.data())
 def test_damaged_files_are_refused_or_read_never_more(format: str, data: st.DataObject) -> None:
-    """Whatever bytes change, the answer is a picture or a Refusal, and a picture is no smaller than Pillow's."""
+    """Whatever bytes change, the answer is an image or a Refusal, and an image is no smaller than Pillow's."""
     whole = bytearray(written(format, (17, 13)))
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(2, len(whole) - 1))] = data.draw(st.integers(0, 255))
     try:
-        picture = examine(bytes(whole))
+        found = examine(bytes(whole))
     except Refusal:
         return
     try:
@@ -81,7 +81,7 @@ def test_damaged_files_are_refused_or_read_never_more(format: str, data: st.Data
             width, height = image.size
     except Exception:  # Pillow will not have it: then nothing is decoded
         return
-    assert picture.width * picture.height >= width * height
+    assert found.width * found.height >= width * height
 
 
 @settings(max_examples=300, deadline=None)
@@ -96,8 +96,8 @@ def test_frames_are_counted(format: str, lossless: bool) -> None:
     buffer = io.BytesIO()
     more = {"lossless": lossless} if format == "WEBP" else {}
     frames[0].save(buffer, format, save_all=True, append_images=frames[1:], **more)
-    picture = examine(buffer.getvalue())
-    assert (picture.frames, picture.width, picture.height) == (3, 20, 10)
+    image = examine(buffer.getvalue())
+    assert (image.frames, image.width, image.height) == (3, 20, 10)
 
 
 def test_bombs_are_seen_without_being_unpacked() -> None:
@@ -109,9 +109,9 @@ def test_bombs_are_seen_without_being_unpacked() -> None:
 def test_a_gif_frame_beyond_its_screen_counts() -> None:
     data = bytearray(gif_of(1))
     data[data.index(b"\x2c") + 5 : data.index(b"\x2c") + 9] = struct.pack("<HH", 3000, 2000)
-    picture = examine(bytes(data))
+    found = examine(bytes(data))
     with Image.open(io.BytesIO(bytes(data))) as image:
-        assert (picture.width, picture.height) == image.size == (3000, 2000)
+        assert (found.width, found.height) == image.size == (3000, 2000)
 
 
 def test_a_jpeg_of_many_scans_is_refused() -> None:
@@ -133,8 +133,8 @@ def test_a_jpeg_with_a_preview_inside_is_read() -> None:
     exif[270] = "caption"
     whole = written("JPEG", (40, 30), exif=exif.tobytes())
     segment = b"\xff\xe5" + struct.pack(">H", len(preview) + 2) + preview
-    picture = examine(whole[:2] + segment + whole[2:])
-    assert (picture.width, picture.height) == (40, 30)
+    image = examine(whole[:2] + segment + whole[2:])
+    assert (image.width, image.height) == (40, 30)
 
 
 def test_two_headers_are_refused() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from serve.http.images import image_url, sample_picture
+from serve.http.images import image_url, sample_image
 from toolkit.errors import MediaError
 
 
-def picture(path: Path, kind: str, size: tuple[int, int] = (64, 48)) -> Path:
+def image(path: Path, kind: str, size: tuple[int, int] = (64, 48)) -> Path:
     Image.effect_noise(size, 60).convert("RGB").save(path, kind)
     return path
 
@@ -20,7 +20,7 @@ def picture(path: Path, kind: str, size: tuple[int, int] = (64, 48)) -> Path:
     ("kind", "mime"), [("PNG", "image/png"), ("JPEG", "image/jpeg"), ("WEBP", "image/webp"), ("GIF", "image/gif")]
 )
 def test_type_by_content_not_by_name(tmp_path: Path, kind: str, mime: str) -> None:
-    path = picture(tmp_path / "picture.dat", kind)
+    path = image(tmp_path / "image.dat", kind)
     head, _, data = image_url(str(path)).partition(",")
     assert head == f"data:{mime};base64"
     assert base64.b64decode(data) == path.read_bytes()
@@ -42,14 +42,14 @@ def test_directory(tmp_path: Path) -> None:
         image_url(str(tmp_path))
 
 
-def test_what_is_no_picture_is_not_sent(tmp_path: Path) -> None:
+def test_what_is_no_image_is_not_sent(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("hello, I am text")
-    with pytest.raises(MediaError, match=r"--image: .*a\.png is not a picture"):
+    with pytest.raises(MediaError, match=r"--image: .*a\.png is not an image"):
         image_url(str(tmp_path / "a.png"))
 
 
-def test_sample_picture_is_one() -> None:
-    head, _, data = sample_picture().partition(",")
+def test_sample_image_is_one() -> None:
+    head, _, data = sample_image().partition(",")
     assert head == "data:image/png;base64"
     with Image.open(io.BytesIO(base64.b64decode(data))) as image:
         image.load()

@@ -34,10 +34,10 @@ def test_a_card_with_room_changes_nothing() -> None:
     assert fitted(16) == (ServerConfig(backend="gpu"), [])
 
 
-def test_pictures_give_way_before_the_context() -> None:
+def test_images_give_way_before_the_context() -> None:
     found, notes = fitted(10.6)
     assert found.settings.max_pixels == 4096 * 784 and found.max_model_len == 16384
-    assert "pictures of up to 3,211,264 pixels" in notes[0] and "--max-model-len decides otherwise" in notes[0]
+    assert "images of up to 3,211,264 pixels" in notes[0] and "--max-model-len decides otherwise" in notes[0]
 
 
 def test_then_the_context() -> None:

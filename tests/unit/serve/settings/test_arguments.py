@@ -83,5 +83,5 @@ def test_middleware_from_the_inside_out(demo: Checkpoint) -> None:
     found = flags(arguments)
     assert {"--disable-fastapi-docs", "--disable-uvicorn-access-log"} <= set(found)
     assert found["--api-server-count"] == "1"
-    # No pictures from clients, but the probe's own; no videos unless they are allowed.
+    # No images from clients, but the probe's own; no videos unless they are allowed.
     assert json.loads(found["--limit-mm-per-prompt"] or "") == {"image": 1, "video": 0}

@@ -31,7 +31,7 @@ def processor() -> Any:
     return AutoProcessor.from_pretrained(demo_checkpoint())
 
 
-def picture(size: tuple[int, int] = (112, 140), colour: str = "red") -> bytes:
+def image(size: tuple[int, int] = (112, 140), colour: str = "red") -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", size, colour).save(stream, "PNG")
     return stream.getvalue()
@@ -55,8 +55,8 @@ def inputs_of(path: Path, processor: Any, **settings: Any) -> list[Any]:
 
 
 def test_every_way_to_name_an_image_gives_the_same_inputs(tmp_path: Path, processor: Any) -> None:
-    (tmp_path / "a b.png").write_bytes(picture())
-    data_url = "data:image/png;base64," + base64.b64encode(picture()).decode()
+    (tmp_path / "a b.png").write_bytes(image())
+    data_url = "data:image/png;base64," + base64.b64encode(image()).decode()
     ways = [
         {"type": "image_url", "image_url": {"url": "a b.png"}},
         {"type": "image_url", "image_url": data_url},
@@ -88,7 +88,7 @@ def site(tmp_path: Path) -> Iterator[str]:
 
 
 def test_images_from_a_url(tmp_path: Path, processor: Any, site: str) -> None:
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(image())
     here, there = inputs_of(
         manifest(tmp_path, chat({"image": "a.png"}), chat({"image_url": {"url": f"{site}/a.png"}})), processor
     )
@@ -105,7 +105,7 @@ def test_qwen_style_bare_lists_and_plain_text(tmp_path: Path, processor: Any) ->
 
 
 def test_bounds_on_pixels(tmp_path: Path, processor: Any) -> None:
-    (tmp_path / "a.png").write_bytes(picture((280, 280)))
+    (tmp_path / "a.png").write_bytes(image((280, 280)))
     small = {"type": "image", "image": "a.png", "max_pixels": 56 * 56}
     path = manifest(tmp_path, chat({"image": "a.png"}), chat(small))
     assert [p.vision_tokens for p in inputs_of(path, processor)] == [100, 4]
@@ -117,7 +117,7 @@ def test_a_video_as_frames_and_as_a_file(tmp_path: Path, processor: Any) -> None
     import numpy as np
 
     for i in range(4):
-        (tmp_path / f"{i}.png").write_bytes(picture((112, 112), "red" if i < 2 else "blue"))
+        (tmp_path / f"{i}.png").write_bytes(image((112, 112), "red" if i < 2 else "blue"))
     writer = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 4, (112, 112))
     for i in range(8):  # two seconds
         writer.write(np.full((112, 112, 3), (0, 0, 255) if i < 4 else (255, 0, 0), np.uint8))
@@ -186,7 +186,7 @@ def test_no_manifest_or_an_empty_one(tmp_path: Path) -> None:
         read_manifest(tmp_path)
     with pytest.raises(ManifestError, match="has no samples"):
         read_manifest(manifest(tmp_path, "", "  "))
-    (tmp_path / "calib.jsonl").write_bytes(picture())
+    (tmp_path / "calib.jsonl").write_bytes(image())
     with pytest.raises(ManifestError, match="not UTF-8"):
         read_manifest(tmp_path / "calib.jsonl")
 
@@ -217,8 +217,8 @@ def test_a_video_file_gives_the_frames_that_are_asked_for(tmp_path: Path, proces
 
 
 def test_what_cannot_be_brought_to_size_is_one_line(tmp_path: Path, processor: Any) -> None:
-    (tmp_path / "a.png").write_bytes(picture((112, 112)))
-    (tmp_path / "b.png").write_bytes(picture((56, 112)))
+    (tmp_path / "a.png").write_bytes(image((112, 112)))
+    (tmp_path / "b.png").write_bytes(image((56, 112)))
     for part, message in [
         ({"type": "video", "video": ["a.png", "b.png"]}, "frames are of two sizes, 112 x 112 and 56 x 112"),
         ({"type": "image", "image": "a.png", "max_pixels": 100}, "can't be brought to size"),

@@ -12,14 +12,14 @@ from toolkit.calibration import media
 from toolkit.errors import MediaError
 
 
-def picture(kind: str = "PNG", size: tuple[int, int] = (200, 200)) -> bytes:
+def image(kind: str = "PNG", size: tuple[int, int] = (200, 200)) -> bytes:
     buffer = io.BytesIO()
     Image.effect_noise(size, 90).save(buffer, kind)
     return buffer.getvalue()
 
 
-def test_a_picture_by_path_file_url_and_data_url_is_one(tmp_path: Path) -> None:
-    data = picture()
+def test_an_image_by_path_file_url_and_data_url_is_one(tmp_path: Path) -> None:
+    data = image()
     (tmp_path / "a b.png").write_bytes(data)
     inline = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     for reference in ("a b.png", str(tmp_path / "a b.png"), f"file://{tmp_path}/a%20b.png", inline):
@@ -45,22 +45,22 @@ def test_what_cannot_be_read_is_named_with_its_place(tmp_path: Path, reference: 
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_a_truncated_picture_is_seen(kind: str) -> None:
-    data = picture(kind)
-    with pytest.raises(MediaError, match=r"^m.jsonl:7: a is a truncated or damaged picture"):
+def test_a_truncated_image_is_seen(kind: str) -> None:
+    data = image(kind)
+    with pytest.raises(MediaError, match=r"^m.jsonl:7: a is a truncated or damaged image"):
         media.decode(data[: len(data) // 2], "m.jsonl:7", "a")
 
 
-@pytest.mark.parametrize(("data", "message"), [(b"", "is empty"), (b"hello, I am text", "not a picture")])
-def test_what_is_no_picture_is_said(data: bytes, message: str) -> None:
+@pytest.mark.parametrize(("data", "message"), [(b"", "is empty"), (b"hello, I am text", "not an image")])
+def test_what_is_no_image_is_said(data: bytes, message: str) -> None:
     with pytest.raises(MediaError, match=f"^m.jsonl:7: a .*{message}"):
         media.decode(data, "m.jsonl:7", "a")
 
 
-def test_a_picture_of_too_many_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_too_many_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)  # Pillow warns above it and refuses at twice as much
     with pytest.raises(MediaError, match="too large"):
-        media.decode(picture(), "m.jsonl:7", "a")
+        media.decode(image(), "m.jsonl:7", "a")
 
 
 def test_long_references_are_cut_in_messages() -> None:
@@ -135,6 +135,6 @@ def test_gray_of_more_than_8_bits_is_refused(mode: str, kind: str, bits: int) ->
 
 
 def test_a_data_url_need_not_name_its_kind(tmp_path: Path) -> None:
-    data = picture()
+    data = image()
     for head in ("data:image;base64", "data:;base64", "data:image/png;charset=utf-8;base64"):
         assert media.read(f"{head},{base64.b64encode(data).decode()}", tmp_path, "here") == data

@@ -21,7 +21,7 @@ from toolkit.demo.quiz import Score, decode, score
 from toolkit.demo.record import read_record, write_record
 from toolkit.errors import CheckpointError, ManifestError
 from toolkit.paths import demo_checkpoint
-from toolkit.tasks import questions as pictures
+from toolkit.tasks import questions
 
 WEIGHTS = demo_checkpoint() / "model.safetensors"
 
@@ -53,14 +53,14 @@ def fast() -> TinyQwen2VL:
 @pytest.mark.parametrize("size", [(224, 224), (112, 308), (336, 140)])
 def test_the_fast_model_equals_transformers(reader: Reader, fast: TinyQwen2VL, size: tuple[int, int]) -> None:
     for task in ("counting", "words", "where"):
-        picture = pictures.question(task, "held-out", 11, 0, size)
-        inputs = reader.inputs([picture])
-        packed = pack([picture.question], None)
+        image = questions.question(task, "held-out", 11, 0, size)
+        inputs = reader.inputs([image])
+        packed = pack([image.question], None)
         before = torch.tensor(prefix(True))
         merged = size[0] * size[1] // 28**2
         ids = [*before.tolist(), *[1022] * merged, *packed.ids[0].tolist()]
         assert inputs["input_ids"][0].tolist() == ids
-        pixels = torch.from_numpy(np.asarray(picture.image).copy())[None]
+        pixels = torch.from_numpy(np.asarray(image.image).copy())[None]
         with torch.inference_mode():
             expected = reader.network(**inputs).logits[:, -packed.ids.shape[1] :]
             encoded = fast.encode(normalize(pixels))
@@ -70,8 +70,8 @@ def test_the_fast_model_equals_transformers(reader: Reader, fast: TinyQwen2VL, s
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=2e-3)
 
 
-def test_the_fast_model_equals_transformers_without_a_picture(reader: Reader, fast: TinyQwen2VL) -> None:
-    packed = pack(["Spell the word lamp."], None, picture=False)
+def test_the_fast_model_equals_transformers_without_an_image(reader: Reader, fast: TinyQwen2VL) -> None:
+    packed = pack(["Spell the word lamp."], None, image=False)
     before = torch.tensor(prefix(False))
     ids = torch.cat([before[None], torch.from_numpy(packed.ids)], 1)
     with torch.inference_mode():
@@ -83,7 +83,7 @@ def test_the_fast_model_equals_transformers_without_a_picture(reader: Reader, fa
 @pytest.mark.slow
 def test_decoding_a_batch_answers_as_generate_does(reader: Reader, fast: TinyQwen2VL) -> None:
     tasks = ("counting", "words", "bars", "bar_list")
-    asked = [pictures.question(task, "held-out", 21, i, (224, 168)) for task in tasks for i in range(2)]
+    asked = [questions.question(task, "held-out", 21, i, (224, 168)) for task in tasks for i in range(2)]
     assert decode(fast, asked) == reader.ask(asked)
     counted = score(fast, {(224, 168): asked}, chunk=5)
     assert sum(n for _, n in counted.right.values()) == len(asked)
@@ -95,16 +95,16 @@ def test_decoding_a_batch_answers_as_generate_does(reader: Reader, fast: TinyQwe
 
 @pytest.mark.slow
 def test_the_shipped_model_answers(reader: Reader) -> None:
-    asked = [pictures.question(task, "held-out", EVALUATION_SEED, i) for task in pictures.TASKS for i in range(12)]
+    asked = [questions.question(task, "held-out", EVALUATION_SEED, i) for task in questions.TASKS for i in range(12)]
     result = Score()
-    for picture, answer in zip(asked, reader.ask(asked, batch=24), strict=True):
-        result.add(picture, answer)
-    assert set(result.accuracy()) == set(pictures.TASKS)
+    for image, answer in zip(asked, reader.ask(asked, batch=24), strict=True):
+        result.add(image, answer)
+    assert set(result.accuracy()) == set(questions.TASKS)
     assert min(result.accuracy().values()) >= 0.9, result.wrong
 
 
 def test_the_shipped_model_counts_what_make_ask_shows(reader: Reader) -> None:
-    assert reader.ask([gallery.shapes_picture()]) == ["5"]
+    assert reader.ask([gallery.shapes_image()]) == ["5"]
 
 
 def test_the_shipped_files_are_whole_and_small() -> None:
@@ -120,7 +120,7 @@ def test_the_shipped_files_are_whole_and_small() -> None:
 def test_the_records_belong_to_the_shipped_weights() -> None:
     training, accuracy = (read_record(demo_checkpoint() / name) for name in ("training.json", "accuracy.json"))
     assert training["parameters"] == sum(value.numel() for value in load_file(WEIGHTS).values())
-    assert set(accuracy["accuracy"]) == set(pictures.TASKS) <= set(training["accuracy"])
+    assert set(accuracy["accuracy"]) == set(questions.TASKS) <= set(training["accuracy"])
     assert min(accuracy["accuracy"].values()) >= 0.9 and min(accuracy["questions"].values()) >= 100
     seeds = {*training["seeds"].values(), accuracy["seed"]}
     assert len(seeds) == 4 and accuracy["seed"] == EVALUATION_SEED

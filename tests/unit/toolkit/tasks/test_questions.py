@@ -16,11 +16,11 @@ from toolkit.demo import gallery
 from toolkit.demo.prompt import END, answer_text, pack
 from toolkit.demo.quiz import Score, is_right
 from toolkit.errors import ManifestError
-from toolkit.tasks import questions as pictures
+from toolkit.tasks import questions
 from toolkit.tasks.manifests import CALIBRATION_SEED, TASKS_SEED, write_calibration, write_tasks
 from toolkit.tasks.words import UNSEEN_WORDS, WORDS, pseudo_word
 
-ALL = (*pictures.TASKS, *pictures.PRACTICE)
+ALL = (*questions.TASKS, *questions.PRACTICE)
 REPOSITORY = ROOT
 
 
@@ -32,14 +32,14 @@ def files(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-# ---- pictures ----
+# ---- images ----
 
 
 @pytest.mark.parametrize("task", ALL)
 def test_a_question_is_the_same_whatever_was_drawn_before(task: str) -> None:
-    first = pictures.question(task, "held-out", 3, 7)
-    pictures.question(task, "held-out", 3, 6)
-    again = pictures.question(task, "held-out", 3, 7)
+    first = questions.question(task, "held-out", 3, 7)
+    questions.question(task, "held-out", 3, 6)
+    again = questions.question(task, "held-out", 3, 7)
     assert (first.question, first.answer, first.image.tobytes()) == (
         again.question,
         again.answer,
@@ -49,25 +49,25 @@ def test_a_question_is_the_same_whatever_was_drawn_before(task: str) -> None:
 
 
 @pytest.mark.parametrize("task", [task for task in ALL if task != "unseen_words"])
-def test_splits_and_seeds_share_no_picture(task: str) -> None:
-    def drawn(split: pictures.Split, seed: int) -> set[bytes]:
-        return {pictures.question(task, split, seed, i, (224, 224)).image.tobytes() for i in range(6)}
+def test_splits_and_seeds_share_no_image(task: str) -> None:
+    def drawn(split: questions.Split, seed: int) -> set[bytes]:
+        return {questions.question(task, split, seed, i, (224, 224)).image.tobytes() for i in range(6)}
 
     sets = [drawn("train", 1), drawn("held-out", 1), drawn("held-out", 2)]
     assert len(set.union(*sets)) == sum(map(len, sets)) == 18
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(ALL), st.integers(0, 10_000), st.sampled_from(pictures.SIDES), st.sampled_from(pictures.SIDES))
+@given(st.sampled_from(ALL), st.integers(0, 10_000), st.sampled_from(questions.SIDES), st.sampled_from(questions.SIDES))
 def test_any_task_draws_at_any_size_that_fits_it(task: str, seed: int, width: int, height: int) -> None:
-    if not pictures.fits(task, width, height):
+    if not questions.fits(task, width, height):
         assert task in ("bars", "bar_list", "bar_table") and min(width, height) < 168
         return
-    picture = pictures.question(task, "held-out", seed, 0, (width, height))
-    assert picture.image.size == (width, height)
-    assert picture.answer and picture.question.endswith(("?", "."))
-    packed = pack([picture.question], [picture.answer])
-    assert answer_text(packed.ids[0, packed.starts[0] :].tolist()) == picture.answer
+    image = questions.question(task, "held-out", seed, 0, (width, height))
+    assert image.image.size == (width, height)
+    assert image.answer and image.question.endswith(("?", "."))
+    packed = pack([image.question], [image.answer])
+    assert answer_text(packed.ids[0, packed.starts[0] :].tolist()) == image.answer
     assert END in packed.ids[0]
 
 
@@ -78,8 +78,8 @@ def test_unseen_words_are_never_trained_on() -> None:
     assert not made_up & set(UNSEEN_WORDS)
     assert all(3 <= len(word) <= 6 for word in made_up)
     with pytest.raises(ValueError, match="held out"):
-        pictures.question("unseen_words", "train", 1, 0)
-    assert pictures.question("unseen_words", "held-out", 1, 0).answer in UNSEEN_WORDS
+        questions.question("unseen_words", "train", 1, 0)
+    assert questions.question("unseen_words", "held-out", 1, 0).answer in UNSEEN_WORDS
 
 
 def test_held_out_scans_are_never_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,29 +93,29 @@ def test_held_out_scans_are_never_trained_on(monkeypatch: pytest.MonkeyPatch) ->
             taken.append(at)
             return self.scans[at]
 
-    scans, labels = pictures._scans()
-    monkeypatch.setattr(pictures, "_scans", lambda: (Scans(scans), labels))
+    scans, labels = questions._scans()
+    monkeypatch.setattr(questions, "_scans", lambda: (Scans(scans), labels))
     for index in range(300):
-        pictures.question("handwritten", "train", 1, index, (112, 112))
+        questions.question("handwritten", "train", 1, index, (112, 112))
     trained, taken[:] = set(taken), []
     for index in range(300):
-        pictures.question("handwritten", "held-out", 1, index, (112, 112))
+        questions.question("handwritten", "held-out", 1, index, (112, 112))
     assert max(trained) < 1_397 <= min(taken)
     assert len(trained) > 200
 
 
 def test_counting_counts_what_is_painted() -> None:
     for index in range(30):
-        picture = pictures.question("counting", "held-out", 5, index)
-        if picture.question in ("How many shapes are in the picture?", "Count the shapes."):
-            painted = len(picture.image.getcolors() or []) - 1  # each shape has a shade of its own
-            assert painted == int(picture.answer)
+        image = questions.question("counting", "held-out", 5, index)
+        if image.question in ("How many shapes are in the picture?", "Count the shapes."):
+            painted = len(image.image.getcolors() or []) - 1  # each shape has a shade of its own
+            assert painted == int(image.answer)
 
 
 def test_how_answers_are_scored() -> None:
     image = Image.new("RGB", (112, 112))
-    exact = pictures.Picture("digits", image, "?", "100")
-    relaxed = pictures.Picture("bars", image, "?", "100", metric="relaxed")
+    exact = questions.ImageQuestion("digits", image, "?", "100")
+    relaxed = questions.ImageQuestion("bars", image, "?", "100", metric="relaxed")
     assert is_right(exact, " 100 ") and not is_right(exact, "101") and not is_right(exact, "100.0")
     assert is_right(relaxed, "105") and is_right(relaxed, "95.0")
     assert not is_right(relaxed, "106") and not is_right(relaxed, "many") and not is_right(relaxed, "nan")
@@ -134,14 +134,14 @@ def test_tasks_as_files(tmp_path: Path) -> None:
     path = write_tasks(tmp_path / "a", per_task=2)
     rows = lines(path)
     assert path == tmp_path / "a" / "tasks.jsonl"
-    assert [row["task"] for row in rows] == [task for task in pictures.TASKS for _ in range(2)]
+    assert [row["task"] for row in rows] == [task for task in questions.TASKS for _ in range(2)]
     assert len({row["id"] for row in rows}) == len(rows)
     for row in rows:
         assert set(row) == {"id", "task", "image", "question", "answers", "metric"}
         assert row["metric"] == ("relaxed" if row["task"] == "bars" else "exact")
         assert len(row["answers"]) == 1 and row["question"]
-    asked = pictures.question("words", "held-out", TASKS_SEED, 1)
-    row = rows[pictures.TASKS.index("words") * 2 + 1]
+    asked = questions.question("words", "held-out", TASKS_SEED, 1)
+    row = rows[questions.TASKS.index("words") * 2 + 1]
     assert (row["question"], row["answers"]) == (asked.question, [asked.answer])
     with Image.open(path.parent / row["image"]) as image:
         assert image.convert("RGB").tobytes() == asked.image.tobytes()
@@ -155,16 +155,16 @@ def test_calibration_as_files(tmp_path: Path) -> None:
     path = write_calibration(tmp_path / "a", samples=24)
     rows = lines(path)
     assert path == tmp_path / "a" / "calib.jsonl" and len(rows) == 24
-    with_picture = 0
+    with_image = 0
     for row in rows:
         user, assistant = row["messages"]
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         assert isinstance(assistant["content"], str) and assistant["content"]
         if isinstance(user["content"], list):
-            with_picture += 1
+            with_image += 1
             url = user["content"][0]["image_url"]["url"]
             assert not Path(url).is_absolute() and (path.parent / url).is_file()
-    assert with_picture == 21
+    assert with_image == 21
     samples = read_manifest(path)
     assert len(samples) == 24
     assert sum(part["type"] == "image" for s in samples for m in s.messages for part in m["content"]) == 21
@@ -230,19 +230,19 @@ def test_the_verb_refuses_an_unknown_kind(tmp_path: Path) -> None:
     assert isinstance(result.exception, ManifestError) and "choose tasks or calibration" in str(result.exception)
 
 
-# ---- pictures of the README ----
+# ---- images of the README ----
 
 
-def test_the_picture_that_make_ask_shows_is_the_drawn_one() -> None:
-    picture = gallery.shapes_picture()
-    assert (picture.question, picture.answer) == ("How many shapes are in the picture?", "5")
+def test_the_image_that_make_ask_shows_is_the_drawn_one() -> None:
+    image = gallery.shapes_image()
+    assert (image.question, image.answer) == ("How many shapes are in the picture?", "5")
     with Image.open(REPOSITORY / "docs" / "images" / "shapes.png") as image:
-        assert image.convert("RGB").tobytes() == picture.image.tobytes()
+        assert image.convert("RGB").tobytes() == image.image.tobytes()
 
 
 def test_a_gallery_is_a_png(tmp_path: Path) -> None:
-    asked = [pictures.question(task, "held-out", 1, 0) for task in pictures.TASKS[:5]]
-    gallery.draw_gallery([(picture, "red") for picture in asked], tmp_path / "tasks.png")
+    asked = [questions.question(task, "held-out", 1, 0) for task in questions.TASKS[:5]]
+    gallery.draw_gallery([(image, "red") for image in asked], tmp_path / "tasks.png")
     with Image.open(tmp_path / "tasks.png") as image:
         assert image.size == (1000, 660)
         assert len(image.convert("RGB").getcolors(1 << 20) or []) > 500

@@ -17,7 +17,7 @@ from bench.report.schema import Drift, Fidelity, FidelityItem, Load, Report, Sha
 from bench.roles import ROLES, Role
 from bench.run.measured import Measurements, Stretch
 from tests.support.browser import Browser, Tab, chromium
-from tests.support.factory import CONFIG, pictured, trace
+from tests.support.factory import CONFIG, about_images, trace
 from tests.unit.bench.report.test_build import built
 
 pytestmark = pytest.mark.slow
@@ -30,11 +30,11 @@ def share(value: float, low: float, high: float) -> Share:
 
 
 def full() -> Report:
-    """A report with everything in it: loads of every kind, server counters, fidelity, flips with pictures."""
+    """A report with everything in it: loads of every kind, server counters, fidelity, flips with images."""
     config = CONFIG.replaced(
         concurrencies=(1, 16), rates=(2.0,), sweep=True, sweep_rates=2, rounds=3, slos="ttft=200ms,tpot=30ms"
     )
-    asked = pictured(12, each=3) + pictured(8, each=2, task="street signs with long names")
+    asked = about_images(12, each=3) + about_images(8, each=2, task="street signs with long names")
     wrong: dict[Role, set[str]] = {
         "baseline": {"scans-1", "scans-3"},
         "candidate": {"scans-0", "scans-2", "street signs with long names-1"},
@@ -72,7 +72,7 @@ def full() -> Report:
         FidelityItem(
             id=q.id,
             prompt=q.question,
-            pictures=[],
+            images=[],
             baseline="a",
             candidate="b",
             mean_kl=0.001 * number,
@@ -134,7 +134,7 @@ def rows(tab: Tab, table: str) -> list[list[str]]:
 def test_it_renders_without_a_complaint_and_loads_nothing_else(tab: Tab, page: Path) -> None:
     assert tab.problems == []
     assert tab.requests == [page.as_uri()]
-    # A glance at what drew: every plot has a size, every picture is whole.
+    # A glance at what drew: every plot has a size, every image is whole.
     assert tab.evaluate(
         "[...document.querySelectorAll('svg[role=img]')].every(s => s.getBoundingClientRect().height > 40)"
     )
@@ -251,4 +251,4 @@ def test_printed_it_shows_all_answers_on_white(browser: Browser, page: Path) -> 
 
 def test_the_pages_figures_are_in_report_json_too(page: Path) -> None:
     data = json.loads((page.parent / "report.json").read_text())
-    assert data["schema_version"] == 3 and len(data["speed"]) == 12
+    assert data["schema_version"] == 4 and len(data["speed"]) == 12

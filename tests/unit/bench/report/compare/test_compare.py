@@ -20,7 +20,7 @@ from bench.report.compare.conditions import parse_condition
 from bench.report.compare.figures import KNOWN, Figure, Metric, Side, figures
 from bench.report.render.json_file import read
 from bench.report.schema import Estimate, Report
-from tests.support.factory import first_version, pictured, questions, report, system
+from tests.support.factory import about_images, first_version, questions, report, system
 from tests.support.paths import RESULTS
 from toolkit.errors import BenchError
 
@@ -257,15 +257,15 @@ def test_accuracies_are_paired_by_item() -> None:
 
 
 def test_clusters_are_counted_as_in_one_report() -> None:
-    asked = pictured(8, each=5)
-    lost = {q.id for q in asked if q.pictures == asked[0].pictures}
+    asked = about_images(8, each=5)
+    lost = {q.id for q in asked if q.images == asked[0].images}
     found = compare(*sides(report(asked=asked), report({"candidate": lost}, asked=asked))).accuracy
     assert found is not None
     assert (found.clusters, found.difference.lost, found.difference.p_value) == (8, 5, 1.0)
 
 
 def test_one_side_that_knows_the_clusters_is_enough() -> None:
-    new = report(asked=pictured(8, each=5))
+    new = report(asked=about_images(8, each=5))
     assert new.accuracy is not None
     alone = [item.model_copy(update={"cluster": f"question {item.id}"}) for item in new.accuracy.items]
     old = new.model_copy(update={"accuracy": new.accuracy.model_copy(update={"items": alone})})

@@ -31,7 +31,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def samples(tmp_path_factory: pytest.TempPathFactory, source: Checkpoint) -> list[PreparedSample]:
-    """A text-only chat, three pictures asked about and answered, one not answered, one asked about twice."""
+    """A text-only chat, three images asked about and answered, one not answered, one asked about twice."""
     directory = tmp_path_factory.mktemp("sensitivity-calibration")
     lines = [json.loads(line) for line in calibration(directory).read_text(encoding="utf-8").splitlines()]
     question, answer = lines[1]["messages"]
@@ -52,7 +52,7 @@ def prepared(directory: Path, source: Checkpoint, lines: Sequence[dict[str, Any]
 
 
 def labels(source: Checkpoint, sample: PreparedSample) -> torch.Tensor:
-    """What is predicted, found in the text: each answer up to its end token, or all that is no picture."""
+    """What is predicted, found in the text: each answer up to its end token, or all that is no image."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source.path)
@@ -60,8 +60,8 @@ def labels(source: Checkpoint, sample: PreparedSample) -> torch.Tensor:
     pieces = tokenizer.decode(ids[0]).split("<|im_start|>assistant\n")
     found = torch.full_like(ids, -100)
     if len(pieces) == 1:
-        picture = torch.tensor([source.config["image_token_id"], source.config["video_token_id"]])
-        return torch.where(torch.isin(ids, picture), found, ids)
+        image = torch.tensor([source.config["image_token_id"], source.config["video_token_id"]])
+        return torch.where(torch.isin(ids, image), found, ids)
     at = len(tokenizer.encode(pieces[0]))
     for piece in pieces[1:]:
         at += len(tokenizer.encode("<|im_start|>assistant\n"))
@@ -87,11 +87,11 @@ def by_autograd(source: Checkpoint, samples: Sequence[PreparedSample]) -> list[f
         loss = model(**sample.inputs, labels=labels(source, sample), use_cache=False).loss
         for hook in hooks:
             hook.remove()
-        picture = sample.inputs["input_ids"][0] == source.config["image_token_id"]
+        image = sample.inputs["input_ids"][0] == source.config["image_token_id"]
         for index, gradient in enumerate(torch.autograd.grad(loss, outputs)):
             sizes = gradient[0].abs()
-            vision[index] += torch.tensor([sizes[picture].sum(), sizes[picture].numel()])
-            text[index] += torch.tensor([sizes[~picture].sum(), sizes[~picture].numel()])
+            vision[index] += torch.tensor([sizes[image].sum(), sizes[image].numel()])
+            text[index] += torch.tensor([sizes[~image].sum(), sizes[~image].numel()])
     means_v, means_t = (sums[:, 0] / sums[:, 1] for sums in (vision, text))
     ratios: list[float] = (means_v / means_t).tolist()
     return [max(ratio, statistics.median(ratios)) for ratio in ratios]
@@ -123,7 +123,7 @@ def test_an_output_head_of_its_own(tmp_path: Path, source: Checkpoint, samples: 
     assert found != pytest.approx(measure(source, samples, CPU), rel=0.01)
 
 
-def test_the_first_samples_with_pictures_are_taken(source: Checkpoint, samples: list[PreparedSample]) -> None:
+def test_the_first_samples_with_images_are_taken(source: Checkpoint, samples: list[PreparedSample]) -> None:
     assert measure(source, samples, CPU, limit=2) == measure(source, samples[1:3], CPU)
     assert measure(source, samples, CPU, limit=2) != measure(source, samples, CPU, limit=3)
 
