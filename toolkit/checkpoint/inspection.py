@@ -339,20 +339,19 @@ def _value_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     """Read every floating tensor: NaN and infinity anywhere, zero and negative values among the scales."""
     from rich.progress import Progress
 
+    from toolkit.checkpoint.values import read_values
     from toolkit.console import err
 
     packed = {f"{m}.scales" for m in checkpoint.quantized_modules()}
-    floats = [t for t in checkpoint.tensors.values() if t.dtype in _16_BIT]
     with Progress(console=err, transient=True) as progress:
-        task = progress.add_task("reading values", total=sum(t.nbytes for t in floats))
-        for info in floats:
-            tensor = checkpoint.get(info.name)
-            bad = tensor.numel() - int(tensor.isfinite().sum())
-            if bad:
-                yield Problem("error", f"{info.name}: {bad:,} of {tensor.numel():,} values are NaN or infinite")
-            if info.name in packed:
-                yield from _scale_problems(checkpoint, info.name, tensor)
-            progress.advance(task, info.nbytes)
+        task = progress.add_task("reading values", total=checkpoint.nbytes)
+        for found in read_values(checkpoint):
+            name, total = found.tensor.name, found.tensor.numel
+            if found.not_finite:
+                yield Problem("error", f"{name}: {found.not_finite:,} of {total:,} values are NaN or infinite")
+            if name in packed:
+                yield from _scale_problems(checkpoint, name, checkpoint.get(name))
+            progress.advance(task, found.tensor.nbytes)
 
 
 def _scale_problems(checkpoint: Checkpoint, name: str, scales: Tensor) -> Iterator[Problem]:

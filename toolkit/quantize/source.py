@@ -78,6 +78,8 @@ def open_source(model: str, out: Path, recipe: Recipe, force: bool) -> Source:
         source_identity(checkpoint),
         _adapter_stamps(recipe.adapter),
     )
+    if any(tensor.dtype == "F32" for tensor in checkpoint.tensors.values()):
+        note("the source holds fp32 weights: what is not packed (vision tower, embeddings, norms) is written as fp16")
     if left:
         note(f"left in 16 bits: {source.left_in_words}")
     return source
