@@ -9,6 +9,7 @@ from typing import Any
 
 from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
 from toolkit.checkpoint.left_out import Linear, describe
+from toolkit.checkpoint.problems import refuse_broken
 from toolkit.console import note
 from toolkit.errors import AlreadyQuantized
 from toolkit.quantize.identity import file_stamps, source_identity
@@ -59,6 +60,7 @@ def open_source(model: str, out: Path, recipe: Recipe, force: bool) -> Source:
             f"{checkpoint.path} is AWQ already ({checkpoint.quantization.version}, group size "
             f"{checkpoint.quantization.group_size}): quantize its fp16 source, or `qvl convert` it to the other format"
         )
+    refuse_broken(checkpoint)
     check_settings(checkpoint, recipe)
     CheckpointWriter(out, force, source=checkpoint.path).check_out()
     if recipe.adapter is not None:
