@@ -94,7 +94,11 @@ def stop(
     from serve.process.status import known_servers
     from toolkit.console import note, out
 
-    ports = [server.port for server in known_servers()] if everything else [port]
+    known = known_servers() if everything else []
+    ports = [server.port for server in known if server.state != "elsewhere"] if everything else [port]
+    for server in known:
+        if server.state == "elsewhere":
+            note(f"port {server.port} is left alone: {server.reason}")
     if not ports:
         note("no server is running")
     for each in ports:
