@@ -116,6 +116,7 @@ def start(
     """
     began = time.monotonic()
     prepared = _prepare(model, config)
+    config = config.fitted(prepared.served)
     try:
         with state.locked("start", "servers"):
             _refuse_taken_port(config)

@@ -263,6 +263,12 @@ class ServerConfig(Settings):
             )
         return self.max_model_len
 
+    def fitted(self, checkpoint: Checkpoint) -> Self:
+        """Return a copy whose guard gives no longer answers than the context holds; vLLM refuses who asks for more."""
+        if self.guard is None or self.guard.max_tokens <= (context := self.max_model_len_for(checkpoint)):
+            return self
+        return self.replaced(guard=self.guard.replaced(max_tokens=context))
+
     def max_num_seqs_for(self) -> int | None:
         """Return how many sequences are computed together; None leaves it to vLLM."""
         return self.max_num_seqs or self.settings.max_num_seqs or (None if self.on_gpu else 8)

@@ -104,8 +104,10 @@ class Limits(Settings):
     max_image_frames: Annotated[int, _guard("Frames of one image."), _Least(1)] = 1
     #: As data URLs. Only their bytes can be limited, not what they unpack to.
     allow_video: Annotated[bool, _guard("Take videos (from clients you trust).")] = False
-    #: Of `max_tokens` and `max_completion_tokens`.
-    max_tokens: Annotated[int, _guard("Largest max_tokens that may be asked for."), _Least(1)] = 4096
+    #: Of `max_tokens` and `max_completion_tokens`; set where neither is given. A shorter context makes it less.
+    max_tokens: Annotated[int, _guard("Largest max_tokens that may be asked for; at most the context."), _Least(1)] = (
+        4096
+    )
     #: For /v1/completions `n` times the prompts.
     max_n: Annotated[int, _guard("Most answers (n) in one request."), _Least(1)] = 4
     #: Tokens are counted by vLLM, against --max-model-len.
