@@ -42,6 +42,7 @@ def serve(
     if vllm_flags and not vllm_flags[0].startswith("-"):
         raise ServerError(f"{vllm_flags[0]!r} after the model is not understood. Flags for vLLM come after -- .")
     config = config.replaced(extra=tuple(vllm_flags or ()))
+    foreground.warn_of_keys(config)
     config = tuned(model, config, foreground.voice(config))
     try:
         foreground.serve(model, config)

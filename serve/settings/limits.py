@@ -18,6 +18,8 @@ __all__ = ["REASONS", "SPECIAL_TOKENS", "Limits"]
 REASONS = (
     "header",
     "key",
+    "key_expired",
+    "scope",
     "route",
     "method",
     "body_size",
@@ -36,6 +38,7 @@ REASONS = (
     "prompt_length",
     "field",
     "special_token",
+    "tokens",
     "rate",
     "concurrency",
     "timeout",
@@ -72,8 +75,13 @@ class Limits(Settings):
 
     error: ClassVar[type[QvlError]] = ServerError
 
-    #: Blank lines and lines that start with # are skipped.
-    api_key_file: Annotated[str | None, _guard("File of API keys, one a line; read again when it changes.")] = None
+    #: See `serve.guard.keyfile`. Blank lines and lines that start with # are skipped.
+    api_key_file: Annotated[
+        str | None,
+        _guard(
+            "File of API keys, one a line: KEY [name= expires= scope= tokens-per-day=]. Read again when it changes."
+        ),
+    ] = None
     #: One more key. With neither, everyone who reaches the server may use it. The option is the server's.
     api_key: str | None = Field(default=None, repr=False)
     #: Routes beyond the usual, as "METHOD /path". Of their bodies only size, time and JSON are checked.

@@ -112,6 +112,18 @@ def test_key_from_the_environment_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
     assert ServerConfig().api_key == "outside"
 
 
+@pytest.mark.parametrize("name", ["QVL_API_KEY", "VLLM_API_KEY"])
+def test_an_empty_variable_opens_no_door(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """QVL_API_KEY=$(cat missing) is not meant to do without a key, not even on this machine."""
+    monkeypatch.setenv(name, "")
+    with pytest.raises(ServerError, match=f"{name} is set and empty"):
+        ServerConfig(guard=Limits())
+    ServerConfig(guard=Limits(api_key_file=str(tmp_path / "keys")))
+    ServerConfig(guard=Limits(), api_key="a-key")
+    with pytest.raises(ServerError, match="--api-key is empty"):
+        ServerConfig(host="0.0.0.0", api_key="")
+
+
 def test_a_key_opens_the_door_to_others(tmp_path: Path) -> None:
     keys = Limits(api_key_file=str(tmp_path / "keys"))
     assert ServerConfig(host="0.0.0.0", guard=keys).guard == keys
