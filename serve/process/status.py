@@ -11,7 +11,7 @@ import httpx
 import psutil
 
 from serve.process import state
-from serve.process.bootlog import decisive_lines, read_from
+from serve.process.bootlog import decisive_lines, last_words, read_from
 
 __all__ = ["Status", "describe", "known_server", "known_servers", "readiness"]
 
@@ -72,7 +72,7 @@ def describe(known: state.ServerState) -> Status:
         kind, reason = "elsewhere", f"started on {known.host or 'another machine'}: ask there"
     elif not alive:
         kind = "restarting" if known.supervised else "dead"
-        reason = "; ".join(decisive_lines(read_from(Path(known.log)), limit=2)) or None
+        reason = "; ".join(decisive_lines(last_words(read_from(Path(known.log))), limit=2)) or None
     elif not known.ready:
         kind = "booting"
     else:
