@@ -185,7 +185,7 @@ def _refused(client: httpx.Client, response: httpx.Response) -> ServerError:
     except (ValueError, AttributeError):
         message = response.text[:400] or "no message"
     advice = {
-        401: " Give the server's key with --api-key or QVL_API_KEY.",
+        401: " Give the server's key in the environment variable QVL_API_KEY.",
         404: " Is it an OpenAI-compatible API, and the --model one that it lists under /v1/models?",
     }.get(response.status_code, "")
     return ServerError(f"{_where(client)} answers {response.status_code}: {message}{advice}")

@@ -42,6 +42,7 @@ def serve(
     if vllm_flags and not vllm_flags[0].startswith("-"):
         raise ServerError(f"{vllm_flags[0]!r} after the model is not understood. Flags for vLLM come after -- .")
     config = config.replaced(extra=tuple(vllm_flags or ()))
+    foreground.warn_of_keys(config)
     config = tuned(model, config, foreground.voice(config))
     try:
         foreground.serve(model, config)
@@ -94,7 +95,11 @@ def stop(
     from serve.process.status import known_servers
     from toolkit.console import note, out
 
-    ports = [server.port for server in known_servers()] if everything else [port]
+    known = known_servers() if everything else []
+    ports = [server.port for server in known if server.state != "elsewhere"] if everything else [port]
+    for server in known:
+        if server.state == "elsewhere":
+            note(f"port {server.port} is left alone: {server.reason}")
     if not ports:
         note("no server is running")
     for each in ports:

@@ -55,6 +55,7 @@ class _Option:
     hidden: bool
     before: str | None
     asked: bool | Callable[[Any], str]
+    instead: str | None
 
 
 def Option(
@@ -71,6 +72,7 @@ def Option(
     hidden: bool = False,
     before: str | None = None,
     asked: bool | Callable[[Any], str] = True,
+    instead: str | None = None,
 ) -> _Option:
     """Say how a field of `Settings` stands on the command line.
 
@@ -89,6 +91,8 @@ def Option(
         hidden: leave it out of the help.
         before: name of the verb's parameter or field before which the help has it, if not where its model stands.
         asked: whether it decides what comes out, so that it belongs into `Settings.asked`; or how it is written there.
+        instead: where a secret belongs; whoever gives it on the command line, which every user of the machine can
+            read, is told so.
     """
     return _Option(
         help=help,
@@ -103,6 +107,7 @@ def Option(
         hidden=hidden,
         before=before,
         asked=asked,
+        instead=instead,
     )
 
 
@@ -198,9 +203,18 @@ def _given(model: type[Settings], values: dict[str, Any], context: typer.Context
             given[name] = inner.from_options(_given(inner, values, context))
         elif name in values:
             value = values.pop(name)
-            if getattr(context.get_parameter_source(name), "name", "") in _GIVEN:
+            source = getattr(context.get_parameter_source(name), "name", "")
+            if source in _GIVEN:
                 given[name] = value
+            option = _of(field)
+            if source == "COMMANDLINE" and option is not None and option.instead is not None:
+                _warn_of(_spelling(name, field), option.instead)
     return given
+
+
+def _warn_of(option: str, instead: str) -> None:
+    text = f"{option} on the command line can be read by every user of this machine (ps). Give {instead} instead."
+    typer.secho(f"warning: {text}", err=True, fg="yellow")
 
 
 def _options(model: type[Settings]) -> Iterator[tuple[str, FieldInfo]]:

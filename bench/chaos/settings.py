@@ -23,7 +23,9 @@ class SoakSettings(Settings):
 
     url: Annotated[str | None, Option("Root of the server; without, one with the embedded model is started.")] = None
     model: Annotated[str, Option("What requests call it.")] = "demo"
-    api_key: Annotated[str | None, Option("What requests bring.", envvar="QVL_API_KEY")] = None
+    api_key: Annotated[
+        str | None, Option("What requests bring.", envvar="QVL_API_KEY", instead="the environment variable QVL_API_KEY")
+    ] = None
     minutes: Annotated[float, Option("How long.")] = 30
     workers: Annotated[int, Option("Clients at one time.")] = 4
     pause: Annotated[float, Option("Mean seconds between a client's requests.")] = 0.2

@@ -123,7 +123,7 @@ async def discover(
             ) from error
         if response.status_code in (401, 403):
             raise ServerError(
-                f"{shown} refuses the API key (HTTP {response.status_code}); pass the right one with --api-key"
+                f"{shown} refuses the API key (HTTP {response.status_code}); give the right one in QVL_API_KEY"
             )
         try:
             served = [str(entry["id"]) for entry in response.json()["data"]] if response.status_code == 200 else []

@@ -271,7 +271,13 @@ class BenchConfig(Settings):
     ] = 120.0
     api_key: Annotated[
         str | None,
-        Option("Key for servers given by URL.", envvar="QVL_API_KEY", panel=_SERVERS, asked=False),
+        Option(
+            "Key for servers given by URL.",
+            envvar="QVL_API_KEY",
+            panel=_SERVERS,
+            asked=False,
+            instead="the environment variable QVL_API_KEY",
+        ),
         Field(repr=False),
     ] = None
     sequential: Annotated[bool, Option("One server at a time, when both do not fit.", panel=_SERVERS)] = False

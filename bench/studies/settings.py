@@ -34,7 +34,9 @@ class AgreementSettings(Settings):
     image_sizes: Annotated[str, Option("WIDTHxHEIGHT,... or text: a load each.")] = "text,448x448"
     prompt_words: Annotated[int, Option("Of each prompt.")] = 64
     output_tokens: Annotated[int, Option("Of each answer.")] = 128
-    api_key: Annotated[str | None, Option("Of the server.")] = None
+    api_key: Annotated[
+        str | None, Option("Of the server.", envvar="QVL_API_KEY", instead="the environment variable QVL_API_KEY")
+    ] = None
     out: Annotated[Path | None, Option("JSON file to write.")] = None
 
 

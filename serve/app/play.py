@@ -55,7 +55,7 @@ _SECURITY: Headers = [
 #: What the page asks of the second server.
 _BESIDE = {"/play/beside/v1/models": "GET", "/play/beside/v1/chat/completions": "POST"}
 #: Headers of a request and of its answer that pass between the page and the second server.
-_REQUEST_HEADERS = (b"authorization", b"content-type", b"x-request-id")
+_REQUEST_HEADERS = (b"authorization", b"content-type", b"x-request-id", b"traceparent", b"tracestate")
 _RESPONSE_HEADERS = ("content-type", "retry-after", "x-request-id")
 _RESPONSE_TYPES = ("application/json", "text/event-stream")
 #: Seconds to connect, and from one piece of an answer to the next. The guard limits the whole.

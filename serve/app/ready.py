@@ -19,7 +19,7 @@ from prometheus_client import REGISTRY, Counter, Gauge
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.app.probe import Probe, Unfit
-from serve.http.errors import error_response
+from serve.http.errors import error_body, error_response
 from serve.http.logs import line, write
 from serve.http.metrics import refusals
 from serve.http.middleware import Middleware
@@ -78,12 +78,18 @@ class Ready(Middleware):
             await self._pass(scope, receive, send)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and cut it off where the drain has run out of time."""
-        started = False
+        """Pass a request on, and cut it off where the drain has run out of time, with a word of why."""
+        started = streams = ended = False
 
         async def watched(message: Message) -> None:
-            nonlocal started
-            started = True
+            nonlocal started, streams, ended
+            if message["type"] == "http.response.start":
+                started = True
+                streams = any(
+                    n == b"content-type" and v.startswith(b"text/event-stream") for n, v in message["headers"]
+                )
+            else:
+                ended = not message.get("more_body", False)
             await send(message)
 
         scope.setdefault("qvl", {})["pulse"] = self._feel
@@ -97,6 +103,11 @@ class Ready(Middleware):
                 raise
             if not started:
                 await self._refuse(scope, send)
+            elif streams and not ended:
+                message = "the server stopped before the answer was complete: try again, at another server or later."
+                event = b"data: " + error_body(message, "service_unavailable", "draining") + b"\n\n"
+                await send({"type": "http.response.body", "body": event})
+            # Any other answer was cut in the middle, which uvicorn shows by closing the connection.
         finally:
             self._running.discard(task)
 

@@ -1,6 +1,7 @@
 """The outermost middleware: gives each request an id, writes one JSON line about it and counts it.
 
-A line never holds a prompt, an image, a key, a query string or a header of the client, but for the request's id.
+A line never holds a prompt, an image, a key, a query string or a header of the client, but for the request's id and
+that of the trace (https://www.w3.org/TR/trace-context/) that it belongs to.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import os
 import re
 import time
 import uuid
+from typing import Any
 
 from prometheus_client import Counter, Gauge
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.http.errors import Headers
 from serve.http.logs import line, write
 from serve.http.middleware import Middleware
 from serve.settings.environment import REQUEST_LOG
@@ -40,15 +43,22 @@ ROUTES = frozenset(
 #: what changes its answer is logged where it happens.
 _POLLED = frozenset({"/health", "/ready", "/metrics"})
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+#: Version 00 of the header: trace, span and flags. All zeros is no id.
+_TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})
+_MOST_TRACESTATE = 512
 #: What nginx logs where the client went away before the answer.
 _CLIENT_GONE = 499
+
+#: What those inside may know of a request.
+_NOTED = ("key", "images", "prompt_tokens", "completion_tokens", "trace", "refused")
 
 _REQUESTS = Counter("qvl_requests_total", "Requests by route and status.", ["route", "status"])
 _IN_FLIGHT = Gauge("qvl_in_flight", "Requests under way.")
 
 
 class RequestLog(Middleware):
-    """ASGI middleware. Puts `scope["qvl"] = {"id", "key", "refused"}`, which the middleware inside it fills in."""
+    """ASGI middleware. Puts `scope["qvl"]` with what its line is to say, which the middleware inside it fills in."""
 
     def __init__(self, app: ASGIApp) -> None:
         super().__init__(app)
@@ -62,8 +72,8 @@ class RequestLog(Middleware):
         began = time.perf_counter()
         asked = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
         number = asked if _SAFE_ID.fullmatch(asked) else uuid.uuid4().hex
-        notes: dict[str, str | None] = {"id": number, "key": None, "refused": None}
-        headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
+        notes: dict[str, Any] = {"id": number, **dict.fromkeys(_NOTED)}
+        notes["trace"], headers = _traced([each for each in scope["headers"] if each[0] != b"x-request-id"])
         scope = {**scope, "qvl": notes, "headers": [*headers, (b"x-request-id", number.encode())]}
         status, bytes_in, bytes_out = 0, 0, 0
 
@@ -104,10 +114,23 @@ class RequestLog(Middleware):
                     "seconds": seconds,
                     "bytes_in": bytes_in,
                     "bytes_out": bytes_out,
-                    "key": notes["key"],
-                    "refused": notes["refused"],
+                    **{name: notes[name] for name in _NOTED},
                 }
                 write(line("error" if status >= 500 else "info", "qvl.requests", "request", **more))
+
+
+def _traced(headers: Headers) -> tuple[str | None, Headers]:
+    """Return the id of the trace that a request belongs to, and its headers; without those of a trace if they are not
+    as they should be: strangers send them, and they go on to whatever collects traces.
+    """
+    parents = [value for name, value in headers if name == b"traceparent"]
+    states = [value for name, value in headers if name == b"tracestate"]
+    found = _TRACEPARENT.fullmatch(parents[0].decode("latin-1")) if len(parents) == 1 else None
+    if found is None:
+        return None, [each for each in headers if each[0] not in _TRACE_HEADERS]
+    if sum(map(len, states)) > _MOST_TRACESTATE or not all(state.isascii() for state in states):
+        headers = [each for each in headers if each[0] != b"tracestate"]
+    return found[1], headers
 
 
 def _route(path: str) -> str:

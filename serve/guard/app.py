@@ -1,6 +1,7 @@
 """The guard of a public server: an ASGI middleware before vLLM's app that lets nothing in which was not thought of.
 
-    client -> key -> route and method -> rate -> body (size, time) -> JSON -> fields, texts, images -> vLLM
+    client -> key -> route and method -> what the key is for -> rate -> body (size, time) -> JSON
+        -> fields, texts, images -> vLLM
 
 What fails is refused with an error in OpenAI's shape, counted in `qvl_refusals_total{reason}`, and never reaches vLLM.
 What passes is cancelled in the engine when its client leaves or its time is up. Nothing of a request is logged.
@@ -18,10 +19,12 @@ from serve.compat import limit_headers
 from serve.guard.answer import Answer
 from serve.guard.body import Checker
 from serve.guard.fetch import Fetcher
-from serve.guard.keys import Keys
+from serve.guard.keys import Key, Keys, check_key, check_model
+from serve.guard.listing import Listing
 from serve.guard.parse import parse
 from serve.guard.rate import Clients
 from serve.guard.upload import ClientGone, Held, Upload
+from serve.guard.usage import Ledger, Usage, images_in
 from serve.http.errors import Headers, Refusal
 from serve.http.metrics import refusals
 from serve.http.middleware import Middleware
@@ -32,12 +35,24 @@ from toolkit.errors import ServerError
 __all__ = ["Guard"]
 
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+_GENERATING = (_CHAT, _COMPLETIONS)
 #: Method of each route that a client with a key may use.
 _ROUTES = {_CHAT: "POST", _COMPLETIONS: "POST", "/v1/models": "GET", "/metrics": "GET", "/version": "GET"}
 #: What load balancers ask, without a key.
 _OPEN = frozenset({"/health", "/ready"})
 #: Headers that vLLM gets to see. It would let a client choose a data-parallel rank with others.
-_INNER_HEADERS = frozenset({b"host", b"content-type", b"accept", b"user-agent", b"authorization", b"x-request-id"})
+_INNER_HEADERS = frozenset(
+    {
+        b"host",
+        b"content-type",
+        b"accept",
+        b"user-agent",
+        b"authorization",
+        b"x-request-id",
+        b"traceparent",
+        b"tracestate",
+    }
+)
 
 
 class Guard(Middleware):
@@ -55,6 +70,7 @@ class Guard(Middleware):
         self._limits = limits
         path = None if limits.api_key_file is None else Path(limits.api_key_file)
         self._keys = Keys(path, limits.api_key) if limits.needs_key else None
+        self._ledger = Ledger()
         self._clients = Clients(limits.rate_per_minute, limits.max_concurrency)
         self._checker = Checker(limits)
         self._fetcher = fetcher or Fetcher(limits.image_hosts, limits.max_image_bytes, limits.image_fetch_seconds)
@@ -97,6 +113,7 @@ class _Request:
             if name in self.headers:
                 self.repeated.add(name)
             self.headers[name] = value
+        self.key: Key | None = None
         self.cors = self._cors()
         self.upload = Upload(self.headers, receive, self.limits, guard._held)
 
@@ -128,10 +145,13 @@ class _Request:
             raise Refusal(
                 405, "method", f"This route takes {allowed} only.", headers=[(b"allow", allowed.encode())]
             )  # fmt: skip
+        if self.key is not None:
+            check_key(self.key, self.path)
         if expected == "GET":
-            # Answered by vLLM in no time, without its engine. uvicorn leaves out the body where HEAD was asked.
-            await self.guard.app(self._inner_scope("GET"), self.receive, self._answer().send)
+            await self._get()
             return
+        if self.key is not None:
+            self.guard._ledger.check(self.key)
         self.guard._clients.enter(name)
         try:
             await self._post()
@@ -145,21 +165,32 @@ class _Request:
             client = self.scope.get("client")
             return client[0] if client else ""
         scheme, _, key = self.headers.get(b"authorization", b"").partition(b" ")
-        name = keys.name_of(key.strip())
-        if name is None or scheme.lower() != b"bearer" or b"authorization" in self.repeated:
+        self.key = keys.find(key.strip())
+        if self.key is None or scheme.lower() != b"bearer" or b"authorization" in self.repeated:
             raise Refusal(
                 401,
                 "key",
                 "Give a key that this server knows in the header: Authorization: Bearer KEY.",
                 headers=[(b"www-authenticate", b"Bearer")],
             )
-        self.state["key"] = name
-        return name
+        self.state["key"] = self.key.name
+        return self.key.name
+
+    async def _get(self) -> None:
+        """Have vLLM answer, which it does in no time, without its engine."""
+        send = self.send
+        if self.path == "/v1/models" and self.key is not None and self.key.models is not None:
+            send = Listing(self.key.models, send).send
+        # uvicorn leaves out the body where HEAD was asked.
+        await self.guard.app(self._inner_scope("GET"), self.receive, self._answer(send).send)
 
     async def _post(self) -> None:
-        answer = self._answer()
+        usage = Usage(self.send)
+        answer = self._answer(usage.send)
         body = await self.upload.read()
         request = parse(body, self.limits)
+        if self.key is not None:
+            check_model(self.key, request)
         checker = self.guard._checker
         if self.path == _CHAT:
             body = await checker.chat(request, body, self.guard._fetcher.fetch)
@@ -167,6 +198,10 @@ class _Request:
             checker.completion(request)
         else:
             checker.other(request)
+        if self.path in _GENERATING:
+            self.state["images"] = images_in(request)
+            if not self.state.get("beside"):  # another server's answer, which counts for itself
+                body = usage.counting(request, body)
         del request
         answer.body = body
         inner = self._inner_scope("POST", len(body))
@@ -174,12 +209,15 @@ class _Request:
         try:
             await answer.give(self.guard.app, inner)
         finally:
+            self.state |= {"prompt_tokens": usage.prompt, "completion_tokens": usage.completion}
+            if self.key is not None:
+                self.guard._ledger.add(self.key.name, usage)
             if answer.late:
                 self._count("timeout")
                 await answer.end_late()
 
-    def _answer(self) -> Answer:
-        return Answer(self.receive, self.send, self.cors, self.limits.request_seconds, self.upload.let_go)
+    def _answer(self, send: Send) -> Answer:
+        return Answer(self.receive, send, self.cors, self.limits.request_seconds, self.upload.let_go)
 
     def _inner_scope(self, method: str, length: int | None = None) -> Scope:
         headers = [header for header in self.scope["headers"] if header[0] in _INNER_HEADERS]
@@ -219,7 +257,7 @@ class _Request:
         headers = [
             *self.cors,
             (b"access-control-allow-methods", b"GET, POST"),
-            (b"access-control-allow-headers", b"authorization, content-type, x-request-id"),
+            (b"access-control-allow-headers", b"authorization, content-type, x-request-id, traceparent, tracestate"),
             (b"access-control-max-age", b"600"),
         ]
         await self.send({"type": "http.response.start", "status": 204, "headers": headers})

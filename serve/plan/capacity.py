@@ -35,7 +35,18 @@ from toolkit.errors import FormatError, ResourceError
 from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.sources.random_model import SHAPES, VISION
 
-__all__ = ["Capacity", "Need", "batch", "capacity", "kv_tokens", "need", "shape", "weight_bytes"]
+__all__ = [
+    "Capacity",
+    "Need",
+    "batch",
+    "capacity",
+    "image_tokens",
+    "kv_tokens",
+    "need",
+    "shape",
+    "token_pixels",
+    "weight_bytes",
+]
 
 _GIB = 1 << 30
 #: Bytes of an element of what vLLM computes in on a GPU.
@@ -163,7 +174,7 @@ def need(checkpoint: Checkpoint, card: int, load: Load) -> Need:
     text, vision = checkpoint.text_config, checkpoint.vision
     hidden, inner, vocab = int(text["hidden_size"]), int(text["intermediate_size"]), int(text["vocab_size"])
     tokens, sequences = batch(card, load)
-    image = _image_tokens(checkpoint, load)
+    image = image_tokens(checkpoint, load.image_pixels)
     # the encoder runs over as many of the largest images as the budget holds, at least one
     patches = max(image, tokens // image * image) * vision.merge**2
     pixels = patches * vision.channels * vision.frames * vision.patch**2 * _ELEMENT
@@ -196,7 +207,7 @@ def capacity(checkpoint: Checkpoint, card: int, load: Load, model: str) -> Capac
     context = min(load.context, positions, found.kv_tokens) // _BLOCK * _BLOCK
     if context < _LEAST_CONTEXT:
         return found
-    pixels = min(context, _image_tokens(checkpoint, load)) * _token_pixels(checkpoint)
+    pixels = min(context, image_tokens(checkpoint, load.image_pixels)) * token_pixels(checkpoint)
     return replace(found, context=context, concurrency=found.kv_tokens // context, image_pixels=pixels)
 
 
@@ -219,13 +230,13 @@ def batch(card: int, load: Load) -> tuple[int, int]:
     return load.max_num_batched_tokens or tokens, load.max_num_seqs or sequences
 
 
-def _image_tokens(checkpoint: Checkpoint, load: Load) -> int:
-    """Return the tokens of the largest image that the processor lets through; vLLM profiles with one."""
+def image_tokens(checkpoint: Checkpoint, image_pixels: int | None = None) -> int:
+    """Return the tokens of the largest image that the processor lets through, with a bound on its pixels if any."""
     bound = _processor_pixels(checkpoint)
-    return max(1, min(bound, load.image_pixels or bound) // _token_pixels(checkpoint))
+    return max(1, min(bound, image_pixels or bound) // token_pixels(checkpoint))
 
 
-def _token_pixels(checkpoint: Checkpoint) -> int:
+def token_pixels(checkpoint: Checkpoint) -> int:
     """Return how many pixels of an image become one token."""
     return checkpoint.family.token_pixels(checkpoint.vision)
 

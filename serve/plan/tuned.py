@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from serve.plan.capacity import batch, capacity
+from serve.plan.capacity import batch, capacity, image_tokens, token_pixels
 from serve.plan.load import Load
 from serve.settings.backend import find_gpus
 from serve.settings.config import DEFAULT_GPU_SHARE, ServerConfig
@@ -12,10 +12,12 @@ from serve.settings.profiles import choose, key_for
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.sources.directory import resolve
 
-__all__ = ["fit_card", "tuned"]
+__all__ = ["fit_card", "fit_images", "tuned"]
 
 #: Bounds on images that are tried where the processor's own leaves no room, in pixels: 4096 and 1280 tokens.
 _PIXELS = (4096 * 784, 1280 * 784)
+#: Tokens of a context that are left for the question and the answer beside the largest image, or a quarter of it.
+_BESIDE_AN_IMAGE = 512
 
 
 def tuned(model: str, config: ServerConfig, note: Callable[[str], None]) -> ServerConfig:
@@ -30,10 +32,30 @@ def tuned(model: str, config: ServerConfig, note: Callable[[str], None]) -> Serv
     for said in chosen.notes:
         note(said)
     config = config.replaced(settings=chosen.settings)
-    if not config.on_gpu or config.profile == "off":
+    if config.profile == "off":
         return config
-    gpus = find_gpus()
-    return fit_card(checkpoint, config, min(gpu.total for gpu in gpus), note) if gpus else config
+    if config.on_gpu and (gpus := find_gpus()):
+        config = fit_card(checkpoint, config, min(gpu.total for gpu in gpus), note)
+    return fit_images(checkpoint, config, note)
+
+
+def fit_images(checkpoint: Checkpoint, config: ServerConfig, note: Callable[[str], None]) -> ServerConfig:
+    """Return ``config`` with images scaled down so far that the context has room for one: else vLLM refuses each.
+
+    A bound that the user or a profile has set stays.
+    """
+    if config.settings.max_pixels is not None or any(a.startswith("--mm-processor-kwargs") for a in config.extra):
+        return config
+    context = config.max_model_len_for(checkpoint)
+    room = context - min(_BESIDE_AN_IMAGE, context // 4)
+    if image_tokens(checkpoint) <= room:
+        return config
+    pixels = room * token_pixels(checkpoint)
+    note(
+        f"images of more than {pixels:,} pixels are scaled down, to fit into a context of {context} tokens; a larger "
+        "--max-model-len shows them larger"
+    )
+    return config.replaced(settings=config.settings.replaced(max_pixels=pixels))
 
 
 def fit_card(checkpoint: Checkpoint, config: ServerConfig, card: int, note: Callable[[str], None]) -> ServerConfig:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from toolkit.errors import QvlError, ResourceError, ServerError
 
-__all__ = ["Phases", "cap", "decisive_lines", "explain", "follow", "read_from"]
+__all__ = ["Phases", "cap", "cause_of_death", "decisive_lines", "explain", "follow", "last_words", "read_from", "size"]
 
 #: "(EngineCore pid=12) ERROR 11-23 04:45:07 [core.py:1120] message" -> "message".
 _LEVEL = r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[[^\]]*\] ?"
@@ -72,6 +73,14 @@ def read_from(log: Path, start: int = 0, most: int = 4 << 20) -> str:
     return ""
 
 
+def size(log: Path) -> int:
+    """Return the bytes that a log has now; 0 where it is not there."""
+    try:
+        return log.stat().st_size
+    except OSError:
+        return 0
+
+
 def follow(log: Path, while_true: Callable[[], bool]) -> Iterator[str]:
     """Yield the lines that are appended to a log from now on, until `while_true` says no and all are read."""
     with log.open("rb") as stream:
@@ -115,6 +124,53 @@ _SECONDHAND = re.compile(
 )
 
 
+#: What the log says when the engine itself fails, not a request.
+_FATAL = re.compile(
+    r"EngineCore encountered a fatal error|output_handler failed|died unexpectedly|Fatal Python error"
+    r"|terminate called after throwing"
+)
+_WORKER_DIED = re.compile(r"^(?:Worker proc|RayWorkerProc) .*died unexpectedly.*")
+_UP = re.compile(r'Application startup complete|"logger": "qvl\.ready", "message": "ready')
+_ANSWERED = re.compile(r'"logger": "qvl\.requests",.*"status": [23]\d\d')
+
+
+def last_words(text: str) -> str:
+    """Return the end of a dead server's log: from the engine's own failure on, else after the last sign of health.
+
+    What a client's request made go wrong before that is in the log as well, with a traceback like any other. A stream
+    that the death has cut is logged after it, with the status that it began with: that is no sign of health.
+    """
+    lines = text.splitlines(keepends=True)
+    healthy, failed = 0, None
+    for index, line in enumerate(lines):
+        if _UP.search(line):
+            healthy, failed = index + 1, None
+        elif failed is None and _FATAL.search(line):
+            failed = index
+        elif failed is None and _ANSWERED.search(line):
+            healthy = index + 1
+    return "".join(lines[healthy if failed is None else failed :])
+
+
+def cause_of_death(text: str, returncode: int) -> str:
+    """Return why a server that had been ready ended, in a line.
+
+    Args:
+        text: its log after it was last known to be healthy.
+        returncode: as subprocess gives it, negative for a signal.
+    """
+    words = last_words(text)
+    lines = "; ".join(decisive_lines(words, limit=2))
+    if returncode >= 0:
+        return f"vLLM ended by itself (exit status {returncode}): {lines or 'its log says nothing of it'}"
+    names = {int(each): each.name for each in signal.Signals}
+    how = f"vLLM was killed ({names.get(-returncode, f'signal {-returncode}')})"
+    if _FATAL.search(words):
+        return f"{how}: {lines}"
+    # Nobody who is killed says why: what is in the log is about something else.
+    return f"{how}: the kernel does that when memory runs out (dmesg)" if returncode == _SIGKILL else how
+
+
 def decisive_lines(text: str, limit: int = 4) -> list[str]:
     """Pick the lines of a log that say why vLLM died: the final lines of its tracebacks, each once, the cause first.
 
@@ -126,6 +182,8 @@ def decisive_lines(text: str, limit: int = 4) -> list[str]:
     for index, line in enumerate(lines):
         if _ARGUMENT_ERROR.match(line):
             found.append(line.partition("error: ")[2])
+        elif _WORKER_DIED.match(line):
+            found.append(line)
         elif _EXCEPTION.match(line):
             found.append(" ".join([line, *_indented(lines[index + 1 : index + 6])]))
     unique = list(dict.fromkeys(found))
@@ -140,6 +198,8 @@ def _plain(text: str) -> Iterator[str]:
         if line.startswith('{"time"'):
             with contextlib.suppress(ValueError):
                 entry = json.loads(line)
+                if entry.get("logger") == "qvl.requests":
+                    continue
                 yield from str(entry["message"]).splitlines()
                 yield from str(entry.get("traceback", "")).splitlines()
                 continue

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from serve.guard.keyfile import concerns, key_of, read_keys
 from serve.http.logs import line, write
 from serve.process.bootlog import follow
 from serve.process.detached import Booted, detach
 from serve.process.lifecycle import Drained, OnPhase, Server
 from serve.process.supervisor import Policy, Supervised, Supervisor, stopped_by_signals, supervisor
 from serve.settings.config import ServerConfig
-from toolkit.console import err, note, out
+from toolkit.console import err, note, out, warn
 
-__all__ = ["serve", "voice"]
+__all__ = ["serve", "voice", "warn_of_keys"]
 
 
 def serve(model: str, config: ServerConfig) -> None:
@@ -35,6 +37,17 @@ def serve(model: str, config: ServerConfig) -> None:
         with contextlib.ExitStack() as boot:
             on_phase = boot.enter_context(_progress(what))
             _stay(supervisor(model, config, policy, voice(config), on_phase), boot)
+
+
+def warn_of_keys(config: ServerConfig) -> None:
+    """Say what an operator should know of the keys; raises ServerError for a file that can't be read."""
+    guard = config.guard
+    keys = [key_of(guard.api_key)] if guard is not None and guard.api_key is not None else []
+    if guard is not None and guard.api_key_file is not None:
+        keys += read_keys(Path(guard.api_key_file))
+    say = warn if config.log_format == "text" else _say_json
+    for text in concerns(keys, time.time()):
+        say(text)
 
 
 def voice(config: ServerConfig) -> Callable[[str], None]:

@@ -117,6 +117,7 @@ def start(
     """
     began = time.monotonic()
     prepared = _prepare(model, config)
+    config = config.fitted(prepared.served)
     try:
         with state.locked("start", "servers"):
             _refuse_taken_port(config)
@@ -199,15 +200,24 @@ def _written_down(
         supervisor=os.getpid() if supervised else None,
         supervisor_created=state.process_start(os.getpid()) if supervised else 0.0,
         restarts=restarts,
+        host=state.hostname(),
+        numbering=state.numbering(),
     )
 
 
 def stop(port: int, drain: bool = True) -> Status:
     """Stop the server on this port; requests under way may finish first.
 
-    Returns what was known about it before. Raises ServerError when qvl started none there, or it will not end.
+    Returns what was known about it before. Raises ServerError when qvl started none there, on this machine, or it will
+    not end.
     """
     known = state.require(port)
+    if known.elsewhere:
+        raise ServerError(
+            f"the server on port {port} was started on {known.host or 'another machine'}, where this one can't end it: "
+            f"run `qvl stop --port {port}` there (in a container, inside it). If it is gone, remove "
+            f"{state.state_file(port)}."
+        )
     before = describe(known)
     state.end_supervisor(known, _grace(known) if drain else 0)
     _end(state.load(port) or known, drain)  # the supervisor may have started another one meanwhile, or forgotten it
@@ -216,14 +226,14 @@ def stop(port: int, drain: bool = True) -> Status:
 
 def _refuse_taken_port(config: ServerConfig) -> None:
     known = state.load(config.port)
-    if known is not None and known.supervisor != os.getpid() and (known.alive or known.supervised):
+    if known is not None and not known.ours and (known.alive or known.supervised):
         raise ServerError(
             f"port {config.port} is taken by qvl's server of {known.model_name} (pid {known.pid}). "
             f"Stop it with `qvl stop --port {config.port}`, or give another --port."
         )
     if known is not None:
         state.end_group(known, grace=0)  # what a server that died may have left
-        if known.supervisor != os.getpid():
+        if not known.ours:
             state.remove(known)
     holder = state.port_holder(config.host, config.port)
     if holder is not None:

@@ -24,14 +24,17 @@ __all__ = [
     "end_group",
     "end_supervisor",
     "group_members",
+    "hostname",
     "load",
     "load_all",
     "locked",
+    "numbering",
     "port_holder",
     "process_start",
     "remove",
     "require",
     "save",
+    "state_file",
 ]
 
 
@@ -61,21 +64,67 @@ class ServerState:
     supervisor_created: float = 0.0
     #: How often it has been started again.
     restarts: int = 0
+    #: The machine's name, to be told to people.
+    host: str = ""
+    #: What the numbers of processes above belong to, see `numbering`. Elsewhere they mean other processes, or none.
+    numbering: str = ""
+
+    @property
+    def here(self) -> bool:
+        """Whether its numbers mean processes that this one sees."""
+        return self.numbering == numbering()
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it may run where this process can't see it: on another machine, or in another container."""
+        return not self.here and (self.host != hostname() or self.numbering.partition(" ")[0] == _boot())
 
     @property
     def alive(self) -> bool:
         """Whether the process still runs."""
-        return _runs(self.pid, self.created)
+        return self.here and _runs(self.pid, self.created)
 
     @property
     def supervised(self) -> bool:
         """Whether a process runs that would start it again."""
-        return self.supervisor is not None and _runs(self.supervisor, self.supervisor_created)
+        return self.here and self.supervisor is not None and _runs(self.supervisor, self.supervisor_created)
+
+    @property
+    def ours(self) -> bool:
+        """Whether this very process is the one that would start it again."""
+        return self.supervised and self.supervisor == os.getpid()
 
     @property
     def uptime(self) -> float:
         """Seconds since the process began."""
         return time.clock_gettime(time.CLOCK_BOOTTIME) - self.created
+
+
+def hostname() -> str:
+    """Return the machine's name, in a container the container's."""
+    return socket.gethostname()
+
+
+def _boot() -> str:
+    """Return what no two starts of any machine have in common."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return hostname()  # a kernel that hides it
+
+
+def numbering() -> str:
+    """Return what tells this process's view of process numbers from every other one.
+
+    That is the start of the machine (its boot id) and the namespace of process numbers, for containers share the first
+    and may share the directory of states. Numbers from before a restart, or from another container, are other
+    processes' by now.
+    """
+    try:
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        namespace = hostname()
+    return f"{_boot()} {namespace}"
 
 
 def process_start(pid: int) -> float:
@@ -99,13 +148,14 @@ def _runs(pid: int, created: float) -> bool:
         return False
 
 
-def _path(port: int) -> Path:
+def state_file(port: int) -> Path:
+    """Return the file in which the server on this port is written down."""
     return cache_dir("servers", f"{port}.json")
 
 
 def save(state: ServerState) -> None:
     """Write the state of a server, whole or not at all."""
-    path = _path(state.port)
+    path = state_file(state.port)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_whole(path, json.dumps(asdict(state), indent=1) + "\n")
 
@@ -113,7 +163,7 @@ def save(state: ServerState) -> None:
 def load(port: int) -> ServerState | None:
     """Return what is written down about the server on this port; None if nothing is, or nothing that can be read."""
     try:
-        return ServerState(**json.loads(_path(port).read_text()))
+        return ServerState(**json.loads(state_file(port).read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -138,9 +188,11 @@ def require(port: int) -> ServerState:
 def remove(state: ServerState) -> None:
     """Forget a server, unless its port has a new one."""
     current = load(state.port)
-    same = current is None or (current.pid, current.created) == (state.pid, state.created)
-    if same or (current is not None and current.supervisor == os.getpid()):  # or one that its supervisor has replaced
-        _path(state.port).unlink(missing_ok=True)
+    same = current is None or (current.pid, current.created, current.numbering) == (
+        state.pid, state.created, state.numbering,
+    )  # fmt: skip
+    if same or (current is not None and current.ours):  # or one that its supervisor has replaced
+        state_file(state.port).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -178,16 +230,35 @@ def port_holder(host: str, port: int) -> str | None:
 
 
 def group_members(state: ServerState) -> list[psutil.Process]:
-    """Return the processes of a server's group that still run."""
-    with contextlib.suppress(psutil.NoSuchProcess):
+    """Return the processes of a server's group that still run.
+
+    A group is known by its leader. Where that is gone, the number may have become another program's since, whose leader
+    has ended too: then the group is the server's only if one of it writes to the server's log.
+    """
+    if not state.here:
+        return []
+    try:
         if process_start(state.pid) != state.created:
             return []  # the number was given to a new process, which the kernel does only when the group is gone
+        led = True
+    except psutil.NoSuchProcess:
+        led = False
     members = []
     for process in psutil.process_iter():
         with contextlib.suppress(OSError, psutil.Error):
             if os.getpgid(process.pid) == state.pid and process.status() != psutil.STATUS_ZOMBIE:
                 members.append(process)
-    return members
+    # One is enough: a group's number is given away only when all of it has ended.
+    return members if led or any(_writes_to(state.log, process.pid) for process in members) else []
+
+
+def _writes_to(log: str, pid: int) -> bool:
+    """Whether a process's output or errors go to this file, which all of a server's processes inherit."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if Path(f"/proc/{pid}/fd/{number}").samefile(log):
+                return True
+    return False
 
 
 def end_group(state: ServerState, grace: float) -> None:
@@ -219,7 +290,7 @@ def end_supervisor(state: ServerState, grace: float) -> None:
 
     Raises ServerError when it remains all the same.
     """
-    if state.supervisor is None or state.supervisor == os.getpid():
+    if state.supervisor is None or state.ours:
         return
     for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
         if seconds <= 0 or not state.supervised:

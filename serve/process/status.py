@@ -11,9 +11,12 @@ import httpx
 import psutil
 
 from serve.process import state
-from serve.process.bootlog import decisive_lines, read_from
+from serve.process.bootlog import decisive_lines, last_words, read_from
 
 __all__ = ["Status", "describe", "known_server", "known_servers", "readiness"]
+
+
+State = Literal["booting", "ready", "stalled", "draining", "silent", "restarting", "dead", "elsewhere"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,9 @@ class Status:
 
     port: int
     #: "booting": not ready yet; "ready"; "stalled": its engine stopped answering; "draining": it is being stopped;
-    #: "silent": it runs but nothing answers; "restarting": it died and is about to be started again; "dead".
-    state: Literal["booting", "ready", "stalled", "draining", "silent", "restarting", "dead"]
+    #: "silent": it runs but nothing answers; "restarting": it died and is about to be started again; "dead";
+    #: "elsewhere": it was started on another machine or in another container, and can't be seen from here.
+    state: State
     url: str
     model_name: str
     checkpoint: str
@@ -62,11 +66,13 @@ def readiness(client: httpx.Client) -> dict[str, Any] | None:
 def describe(known: state.ServerState) -> Status:
     """Ask and look at a server that is written down."""
     alive = known.alive
-    kind: Literal["booting", "ready", "stalled", "draining", "silent", "restarting", "dead"]
+    kind: State
     reason = None
-    if not alive:
+    if known.elsewhere:
+        kind, reason = "elsewhere", f"started on {known.host or 'another machine'}: ask there"
+    elif not alive:
         kind = "restarting" if known.supervised else "dead"
-        reason = "; ".join(decisive_lines(read_from(Path(known.log)), limit=2)) or None
+        reason = "; ".join(decisive_lines(last_words(read_from(Path(known.log))), limit=2)) or None
     elif not known.ready:
         kind = "booting"
     else:

@@ -18,7 +18,7 @@ from typing import Protocol
 import httpx
 import psutil
 
-from serve.process.bootlog import cap, decisive_lines, read_from
+from serve.process.bootlog import cap, cause_of_death, read_from, size
 from serve.process.lifecycle import OnPhase, start
 from serve.process.status import readiness
 from serve.settings.config import ServerConfig
@@ -160,6 +160,7 @@ class Supervisor:
     def _watch(self, server: Supervised) -> str:
         """Return, when the server has died or had to be killed, why."""
         heard_at = asked_at = time.monotonic()
+        healthy = server.log_start  # bytes of the log that were written before the last sign of health
         with httpx.Client(base_url=server.url, timeout=5, trust_env=False) as client:
             while server.running():
                 time.sleep(self._poll)
@@ -167,16 +168,17 @@ class Supervisor:
                 cap(server.log, self.policy.log_bytes)
                 if time.monotonic() - asked_at < 5 * self._poll:
                     continue
+                written = size(server.log)
                 said = readiness(client)
                 asked_at = time.monotonic()
                 if said is not None:
                     heard_at = asked_at
+                    healthy = written if said["ready"] else healthy
                 if said is not None and said.get("failures", 0) >= self.policy.failed_probes:
                     return f"{said['reason']}, {said['failures']} times in a row: it hangs"
                 if asked_at - heard_at > self.silence and server.running():
                     return f"nothing has answered at {server.url}/ready for {asked_at - heard_at:.0f} s: it hangs"
-        lines = "; ".join(decisive_lines(read_from(server.log, server.log_start), limit=2))
-        return f"vLLM ended by itself (exit status {server.wait()}): {lines}"
+        return cause_of_death(read_from(server.log, healthy), server.wait())
 
 
 def _reap(server: int) -> None:

@@ -24,9 +24,10 @@ class AskConfig(Settings):
     url: Annotated[
         str | None, Option("The server (the one that `qvl serve` has started, else http://127.0.0.1:8000).")
     ] = None
-    api_key: Annotated[str | None, Option("The server's key, if it wants one.", envvar=API_KEY)] = Field(
-        default=None, repr=False
-    )
+    api_key: Annotated[
+        str | None,
+        Option("The server's key, if it wants one.", envvar=API_KEY, instead=f"the environment variable {API_KEY}"),
+    ] = Field(default=None, repr=False)
     model: Annotated[str | None, Option("Model to ask (the first that the server lists).")] = None
     max_tokens: Annotated[int, Option("Longest answer.", least=1)] = 256
     temperature: Annotated[float, Option("0 takes the likeliest token each time.", least=0)] = 0.0

@@ -155,9 +155,14 @@ class ServerConfig(Settings):
     ] = "text"
     insecure: Annotated[bool, _guard("Listen where others reach it, without a key.")] = False
     #: Without a guard: of requests to /v1. None: VLLM_API_KEY from the environment, if any.
-    api_key: Annotated[str | None, _guard("Key that requests must bring.", envvar=API_KEY)] = Field(
-        default=None, repr=False
-    )
+    api_key: Annotated[
+        str | None,
+        _guard(
+            "Key that requests must bring. Set the variable or give --api-key-file: ps shows a command line.",
+            envvar=API_KEY,
+            instead=f"the environment variable {API_KEY}, or a file with --api-key-file,",
+        ),
+    ] = Field(default=None, repr=False)
     #: What is taken from clients. None: no guard, for measurements and tests on this machine.
     guard: Limits | None = None
     #: Images and videos allowed in one request where there is no guard.
@@ -210,15 +215,22 @@ class ServerConfig(Settings):
 
     def _check_keys(self) -> None:
         """Find the key, hand it to the guard, and refuse to listen to others without one."""
+        _require(self.api_key != "", f"--api-key is empty: give a key in {API_KEY}, or leave both out.")
         if self.api_key is None:
             object.__setattr__(self, "api_key", os.environ.get(VLLM_API_KEY) or None)
         if self.guard is not None and self.api_key is not None:
             object.__setattr__(self, "guard", self.guard.replaced(api_key=self.api_key))
         has_key = self.api_key is not None or (self.guard is not None and self.guard.needs_key)
+        for name in (API_KEY, VLLM_API_KEY):
+            # What was to hold a key, and came out empty, must not mean that none is wanted.
+            _require(
+                has_key or self.guard is None or os.environ.get(name) != "",
+                f"{name} is set and empty: the server would ask nobody for a key. Put one into it, or unset it.",
+            )
         _require(
             has_key or self.insecure or is_loopback(self.host),
-            f"--host {self.host}: anyone who reaches it could use the server. Give --api-key-file or --api-key, keep "
-            "to 127.0.0.1, or say --insecure if something else keeps strangers out.",
+            f"--host {self.host}: anyone who reaches it could use the server. Give --api-key-file, or a key in "
+            f"{API_KEY}, keep to 127.0.0.1, or say --insecure if something else keeps strangers out.",
         )
 
     @property
@@ -262,6 +274,12 @@ class ServerConfig(Settings):
                 f"--max-model-len {self.max_model_len}: {checkpoint.path} has {positions} positions. Give at most that."
             )
         return self.max_model_len
+
+    def fitted(self, checkpoint: Checkpoint) -> Self:
+        """Return a copy whose guard gives no longer answers than the context holds; vLLM refuses who asks for more."""
+        if self.guard is None or self.guard.max_tokens <= (context := self.max_model_len_for(checkpoint)):
+            return self
+        return self.replaced(guard=self.guard.replaced(max_tokens=context))
 
     def max_num_seqs_for(self) -> int | None:
         """Return how many sequences are computed together; None leaves it to vLLM."""

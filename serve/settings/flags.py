@@ -13,6 +13,7 @@ _OWN = {
     "--log-config-file": "--log-format",
     "--logging-config": "--log-format",
     "--lora-modules": "--lora",
+    "--max-model-len": "--max-model-len",
     "--model": "MODEL",
     "--port": "--port",
     "--served-model-name": "--served-model-name",

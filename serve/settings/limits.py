@@ -18,6 +18,8 @@ __all__ = ["REASONS", "SPECIAL_TOKENS", "Limits"]
 REASONS = (
     "header",
     "key",
+    "key_expired",
+    "scope",
     "route",
     "method",
     "body_size",
@@ -36,6 +38,7 @@ REASONS = (
     "prompt_length",
     "field",
     "special_token",
+    "tokens",
     "rate",
     "concurrency",
     "timeout",
@@ -72,8 +75,13 @@ class Limits(Settings):
 
     error: ClassVar[type[QvlError]] = ServerError
 
-    #: Blank lines and lines that start with # are skipped.
-    api_key_file: Annotated[str | None, _guard("File of API keys, one a line; read again when it changes.")] = None
+    #: See `serve.guard.keyfile`. Blank lines and lines that start with # are skipped.
+    api_key_file: Annotated[
+        str | None,
+        _guard(
+            "File of API keys, one a line: KEY [name= expires= scope= tokens-per-day=]. Read again when it changes."
+        ),
+    ] = None
     #: One more key. With neither, everyone who reaches the server may use it. The option is the server's.
     api_key: str | None = Field(default=None, repr=False)
     #: Routes beyond the usual, as "METHOD /path". Of their bodies only size, time and JSON are checked.
@@ -104,8 +112,10 @@ class Limits(Settings):
     max_image_frames: Annotated[int, _guard("Frames of one image."), _Least(1)] = 1
     #: As data URLs. Only their bytes can be limited, not what they unpack to.
     allow_video: Annotated[bool, _guard("Take videos (from clients you trust).")] = False
-    #: Of `max_tokens` and `max_completion_tokens`.
-    max_tokens: Annotated[int, _guard("Largest max_tokens that may be asked for."), _Least(1)] = 4096
+    #: Of `max_tokens` and `max_completion_tokens`; set where neither is given. A shorter context makes it less.
+    max_tokens: Annotated[int, _guard("Largest max_tokens that may be asked for; at most the context."), _Least(1)] = (
+        4096
+    )
     #: For /v1/completions `n` times the prompts.
     max_n: Annotated[int, _guard("Most answers (n) in one request."), _Least(1)] = 4
     #: Tokens are counted by vLLM, against --max-model-len.

@@ -23,6 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 #: A leader that ends on SIGTERM, with a child that ignores it, in a group of their own; says when both are set up.
+#: As a server's processes, both write their errors to the log.
 _FAMILY = """
 import signal, subprocess, sys, time
 child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
@@ -40,7 +41,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def run(port: int) -> state.ServerState:
         command = [sys.executable, "-c", _FAMILY]
-        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
+        with (tmp_path / "log").open("a") as log:
+            process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=log, text=True)
         processes.append(process)
         assert process.stdout is not None and process.stdout.readline() == "up\n"
         return state.ServerState(
@@ -54,6 +56,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
             backend="cpu",
             log=str(tmp_path / "log"),
             drain=1,
+            host=state.hostname(),
+            numbering=state.numbering(),
         )
 
     yield run

@@ -43,6 +43,7 @@ def test_the_guard_stands_where_qvl_serve_puts_it() -> None:
 def test_the_settings_can_be_read() -> None:
     limits = Limits.loads(ENVIRONMENT["QVL_GUARD"])
     assert limits.needs_key
+    assert limits.max_tokens <= ENGINES[0]["vllmConfig"]["maxModelLen"], "vLLM would refuse what the guard gives"
     mounts = [mount["mountPath"] for mount in ENGINES[0]["extraVolumeMounts"]]
     assert str(Path(str(limits.api_key_file)).parent) in mounts
     settings = ReadySettings(**json.loads(ENVIRONMENT["QVL_READY"]))

@@ -120,7 +120,11 @@ def test_no_url() -> None:
     ("status", "body", "message"),
     [
         (400, {"error": {"message": "maximum context length is 4096"}}, "answers 400: maximum context length is 4096"),
-        (401, {"error": "Unauthorized"}, "answers 401: Unauthorized Give the server's key with --api-key"),
+        (
+            401,
+            {"error": "Unauthorized"},
+            "answers 401: Unauthorized Give the server's key in the environment variable QVL_API_KEY",
+        ),
         (404, {"error": {"message": "The model `x` does not exist."}}, "does not exist. Is it an OpenAI"),
         (500, {"detail": "oops"}, "answers 500: {'detail': 'oops'}"),
     ],

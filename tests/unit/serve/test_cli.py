@@ -82,6 +82,32 @@ def test_mistakes_are_one_message_and_exit_2(arguments: list[str], message: str)
     assert "Traceback" not in result.stderr
 
 
+def test_keys_that_are_no_file_end_the_start_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "misspelt").write_text("hunter2 nmae=ann\n")
+    for path, message in (
+        (tmp_path / "pipe", "it is a pipe"),
+        (tmp_path, "it is a directory"),
+        (tmp_path / "empty", "holds no key"),
+        (tmp_path / "misspelt", "line 1: after the key come attributes"),
+    ):
+        result = qvl("serve", "demo", "--api-key-file", str(path))
+        assert result.returncode == 2 and result.stdout == "" and message in result.stderr
+        assert "hunter" not in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_start_warns_of_keys(tmp_path: Path) -> None:
+    """Before anything is started; the last word of each start here is that the model has no such context."""
+    (tmp_path / "keys").write_text("short\n")
+    wrong = ("--max-model-len", "100000", "--log-format", "text")
+    told = qvl("serve", "demo", "--api-key-file", str(tmp_path / "keys"), *wrong).stderr
+    assert "warning: the key in line 1 has fewer than 16 characters" in told and "command line" not in told
+    told = qvl("serve", "demo", "--api-key", "k" * 16, *wrong).stderr
+    assert "--api-key on the command line can be read by every user" in told and "--api-key-file" in told
+    assert "fewer than" not in told and "k" * 16 not in told
+
+
 def test_ask_streams_to_stdout(tmp_path: Path) -> None:
     shown = str(image(tmp_path / "a.png", "PNG"))
     with serving(Behaviour(text=lambda body: "seven")) as server:
@@ -94,11 +120,16 @@ def test_ask_streams_to_stdout(tmp_path: Path) -> None:
 def test_ask_with_a_key() -> None:
     with serving(Behaviour(text=lambda body: "yes", api_key="k")) as server:
         refused = qvl("ask", "--url", server.url, "May I?")
-        assert refused.returncode == 2 and "--api-key" in refused.stderr
-        assert qvl("ask", "--url", server.url, "--api-key", "k", "May I?").stdout == "yes\n"
+        assert refused.returncode == 2 and "QVL_API_KEY" in refused.stderr
+        shown = qvl("ask", "--url", server.url, "--api-key", "k", "May I?")
+        assert shown.stdout == "yes\n"
+        assert (
+            "--api-key on the command line can be read by every user" in shown.stderr and "QVL_API_KEY" in shown.stderr
+        )
         os.environ["QVL_API_KEY"] = "k"
         try:
-            assert qvl("ask", "--url", server.url, "May I?").stdout == "yes\n"
+            quiet = qvl("ask", "--url", server.url, "May I?")
+            assert quiet.stdout == "yes\n" and "command line" not in quiet.stderr
         finally:
             del os.environ["QVL_API_KEY"]
 

@@ -46,7 +46,7 @@ def test_a_server_tells_its_model_and_version() -> None:
 
 
 def test_a_refused_key_is_said() -> None:
-    with serving(Behaviour(api_key="k")) as server, pytest.raises(ServerError, match="--api-key"):
+    with serving(Behaviour(api_key="k")) as server, pytest.raises(ServerError, match="QVL_API_KEY"):
         asyncio.run(discover(server.url, "wrong"))
 
 

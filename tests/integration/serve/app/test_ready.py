@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -93,11 +94,28 @@ async def running(
     asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
 
 
-async def wait_for(app: Ready, state: str, within: float = 5.0) -> None:
+async def wait_for(app: Ready, state: str, within: float = 60.0) -> None:
     deadline = time.monotonic() + within
     while app.state != state:
         assert time.monotonic() < deadline, (app.state, app.reason)
         await asyncio.sleep(0.01)
+
+
+async def steadily(act: Callable[[], Awaitable[Any]], seconds: float, gap: float, begin: Callable[[], Any]) -> Any:
+    """Act again and again until that was done for so long without a longer gap; return what `begin` said at the start.
+
+    On a busy machine this process itself may stand still for longer than what is tested allows: then it begins anew.
+    """
+    began = last = time.monotonic()
+    said = begin()
+    while last - began < seconds:
+        await act()
+        await asyncio.sleep(0.02)
+        now = time.monotonic()
+        if now - last > gap:
+            began, said = now, begin()
+        last = now
+    return said
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
@@ -148,7 +166,7 @@ def test_a_first_answer_that_took_too_long_is_asked_for_again() -> None:
             assert app.state == "starting"
             gate.set()
             await wait_for(app, "ready")
-            assert engine.probes == 2
+            assert engine.probes >= 2
 
     run(test)
 
@@ -213,7 +231,7 @@ def test_it_flips_when_the_engine_stops_answering_and_back() -> None:
             assert REGISTRY.get_sample_value("qvl_ready") == 0
             said = (await client.get("/ready")).json()
             assert said["failures"] >= 1 and "has not answered an image question within 0.2 s" in said["reason"]
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 60
             while app.failures < 3:
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.01)
@@ -231,12 +249,12 @@ def test_real_answers_make_the_probe_needless() -> None:
     async def test() -> None:
         async with running(engine, every=1.0) as (app, client):
             await wait_for(app, "ready")
+            before = await steadily(
+                lambda: client.post("/v1/chat/completions", json={}), 1.5, 0.5, lambda: engine.probes
+            )
+            assert engine.probes == before
             began = time.monotonic()
-            while time.monotonic() - began < 1.5:
-                await client.post("/v1/chat/completions", json={})
-                await asyncio.sleep(0.05)
-            assert engine.probes == 1
-            while engine.probes < 2:  # these do not come out of the engine
+            while engine.probes == before:  # these do not come out of the engine
                 assert time.monotonic() - began < 30
                 await client.get("/v1/models")
                 await asyncio.sleep(0.05)
@@ -294,11 +312,10 @@ def test_a_slow_probe_under_load_is_no_failure() -> None:
             await wait_for(app, "ready")
             while engine.probes < 2:
                 await asyncio.sleep(0.01)
-            began = time.monotonic()
-            while time.monotonic() - began < 1.5:
-                await client.post("/v1/chat/completions", json={})
-                await asyncio.sleep(0.05)
-            assert app.state == "ready" and app.failures == 0
+            before = await steadily(
+                lambda: client.post("/v1/chat/completions", json={}), 1.5, 0.5, lambda: app.failures
+            )
+            assert app.state == "ready" and app.failures <= before
 
     run(test)
 
@@ -318,10 +335,11 @@ def test_an_engine_that_computes_for_others_is_alive() -> None:
     async def test() -> None:
         async with running(engine, every=0.1, limit=1.0) as (app, _):
             await wait_for(app, "ready")
-            began = time.monotonic()
-            while time.monotonic() - began < 2.5:
+
+            async def compute() -> None:
                 tokens.labels("0").inc(7)
-                await asyncio.sleep(0.05)
+
+            await steadily(compute, 2.5, 0.4, lambda: None)
             assert app.state == "ready" and app.failures == 0 and engine.probes >= 2
             await wait_for(app, "stalled")  # it has stopped computing
 
@@ -331,34 +349,47 @@ def test_an_engine_that_computes_for_others_is_alive() -> None:
         REGISTRY.unregister(tokens)
 
 
-#: A server whose answers take a second each; like vLLM it ends by itself on SIGINT.
+#: A server that answers when there is a file, some of it at once if asked; like vLLM it ends by itself on SIGINT.
 _SERVER = """
-import asyncio, json, sys, uvicorn
+import asyncio, json, os, sys, uvicorn
 from serve.app.ready import Proof, Ready
 from serve.settings.ready import ReadySettings
 from tests.integration.serve.app.test_ready import Engine, good
 
-engine = Engine()
-async def slow(body):
-    if "circle" not in json.dumps(body):
+class Slow(Engine):
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http" or scope["path"] != "/v1/completions":
+            return await super().__call__(scope, receive, send)
+        kind = (await receive())["body"]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+        await send({"type": "http.response.body", "body": b'data: {"begun": 1}' + bytes([10, 10]), "more_body": True})
+        await self.wait()
+
+    async def answer(self, body):
+        if "circle" not in json.dumps(body):
+            await self.wait()
+        return 200, good("done")
+
+    async def wait(self):
         print("arrived", flush=True)
-        await asyncio.sleep(body["seconds"])
-    return 200, good("done")
-engine.answer = slow
-app = Ready(Proof(engine), ReadySettings(model="m", drain=float(sys.argv[2])))
+        while not os.path.exists(sys.argv[3]):
+            await asyncio.sleep(0.01)
+
+app = Ready(Proof(Slow()), ReadySettings(model="m", drain=float(sys.argv[2]), limit=60.0))
 uvicorn.run(app, port=int(sys.argv[1]), log_level="warning")
 """
 
 
 @contextlib.contextmanager
-def serving(drain: float) -> Any:
+def serving(drain: float, go: Path) -> Any:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    process = subprocess.Popen([sys.executable, "-c", _SERVER, str(port), str(drain)], stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", _SERVER, str(port), str(drain), str(go)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while True:
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"{url}/ready", trust_env=False).status_code == 200:
@@ -369,18 +400,17 @@ def serving(drain: float) -> Any:
     finally:
         process.kill()
         process.wait()
+        assert process.stdout is not None
         process.stdout.close()
 
 
-def ask_in_thread(process: subprocess.Popen[bytes], url: str, seconds: float) -> tuple[threading.Thread, list[Any]]:
+def ask_in_thread(process: subprocess.Popen[bytes], url: str, **options: Any) -> tuple[threading.Thread, list[Any]]:
     """Ask, and return when the server has the request."""
     answers: list[Any] = []
 
     def go() -> None:
         try:
-            answers.append(
-                httpx.post(f"{url}/v1/chat/completions", json={"seconds": seconds}, timeout=30, trust_env=False)
-            )
+            answers.append(httpx.post(url, timeout=120, trust_env=False, **options))
         except httpx.HTTPError as error:
             answers.append(error)
 
@@ -391,27 +421,36 @@ def ask_in_thread(process: subprocess.Popen[bytes], url: str, seconds: float) ->
 
 
 @pytest.mark.slow
-def test_drain() -> None:
-    with serving(drain=20) as (process, url):
-        thread, answers = ask_in_thread(process, url, 3)
+def test_drain(tmp_path: Path) -> None:
+    with serving(100, tmp_path / "go") as (process, url):
+        thread, answers = ask_in_thread(process, f"{url}/v1/chat/completions", json={})
         process.send_signal(signal.SIGTERM)
         while httpx.get(f"{url}/ready", trust_env=False).json()["state"] != "draining":
             time.sleep(0.01)
-        refused = httpx.post(f"{url}/v1/chat/completions", json={"seconds": 0}, trust_env=False)
-        assert refused.status_code == 503 and refused.headers["retry-after"] == "20"
+        refused = httpx.post(f"{url}/v1/chat/completions", json={}, trust_env=False)
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "100"
         assert refused.headers["connection"] == "close" and refused.json()["error"]["code"] == "draining"
         ready = httpx.get(f"{url}/ready", trust_env=False)
         assert ready.status_code == 503 and ready.json()["state"] == "draining"
+        (tmp_path / "go").touch()
         thread.join()
         assert answers[0].json()["choices"][0]["message"]["content"] == "done"
-        process.wait(timeout=10)
+        process.wait(timeout=120)
 
 
 @pytest.mark.slow
-def test_what_does_not_finish_within_the_drain_is_told_so() -> None:
-    with serving(drain=1) as (process, url):
-        thread, answers = ask_in_thread(process, url, 60)
+def test_what_does_not_finish_within_the_drain_is_told_so(tmp_path: Path) -> None:
+    with serving(1, tmp_path / "go") as (process, url):
+        thread, answers = ask_in_thread(process, f"{url}/v1/chat/completions", json={})
+        stream, streamed = ask_in_thread(process, f"{url}/v1/completions", content=b"text/event-stream; charset=utf-8")
+        whole, cut = ask_in_thread(process, f"{url}/v1/completions", content=b"application/json")
         process.send_signal(signal.SIGTERM)
-        thread.join()
+        for each in (thread, stream, whole):
+            each.join()
         assert answers[0].status_code == 503 and answers[0].json()["error"]["code"] == "draining"
-        process.wait(timeout=10)
+        begun, last, rest = streamed[0].text.split("\n\n")
+        assert (begun, rest) == ('data: {"begun": 1}', "")
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert error["code"] == "draining" and "before the answer was complete" in error["message"]
+        assert isinstance(cut[0], httpx.RemoteProtocolError)  # only a connection that breaks says that it is not whole
+        process.wait(timeout=120)

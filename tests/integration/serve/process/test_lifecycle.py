@@ -217,6 +217,29 @@ def test_a_supervised_port_is_taken_even_while_its_server_is_down(start: Start, 
     assert known_servers() == []
 
 
+def test_a_server_of_another_machine_is_told_of_and_left_alone(start: Start, free: int) -> None:
+    """The cache directory may be shared: over NFS, or as a volume of several containers."""
+    family = start(free)
+    state.save(replace(family, numbering="another-boot pid:[1]", host="gpu-7"))
+    seen = known_server(free)
+    assert (seen.state, seen.uptime, seen.reason) == ("elsewhere", None, "started on gpu-7: ask there")
+    with pytest.raises(ServerError, match=rf"was started on gpu-7.*qvl stop --port {free}.*{free}\.json"):
+        lifecycle.stop(free)
+    assert family.alive
+    state.save(replace(family, numbering="another-boot pid:[1]"))  # this machine, before it was restarted
+    assert known_server(free).state == "dead"
+    assert lifecycle.stop(free).state == "dead"
+    assert family.alive and known_servers() == []
+
+
+def test_a_start_passes_over_what_a_reboot_has_left(start: Start, free: int) -> None:
+    family = start(free)
+    state.save(replace(family, numbering="another-boot pid:[1]"))
+    with pytest.raises(CheckpointError):
+        lifecycle.start("no/such/directory", ServerConfig(port=free))
+    assert family.alive
+
+
 def test_the_log_before_is_kept(cache: Path) -> None:
     log = lifecycle._new_log(18140)
     log.write_text("first")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +84,55 @@ def test_a_number_given_to_another_process_is_left_alone(start: Start) -> None:
     assert state.group_members(impostor) == []
     state.end_group(impostor, grace=5)
     assert family.alive
+
+
+@pytest.fixture
+def strangers() -> Iterator[int]:
+    """A group of another program's whose leader has ended: its number, which a server may have had before."""
+    leader = "import subprocess; subprocess.Popen(['sleep', '600'])"
+    process = subprocess.Popen([sys.executable, "-c", leader], start_new_session=True)
+    process.wait()
+    yield process.pid
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def in_group(number: int) -> list[int]:
+    return [p.pid for p in psutil.process_iter() if os.getpgid(p.pid) == number and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},  # the number was given away while the machine ran
+        {"numbering": "another-boot pid:[1]"},
+        {"numbering": "another-boot pid:[1]", "host": "another"},
+        {"numbering": ""},  # written by a release that did not say
+    ],
+)
+def test_a_group_that_only_has_the_number_is_left_alone(start: Start, strangers: int, changes: dict[str, str]) -> None:
+    stale = replace(start(18140), pid=strangers, created=1.0, **changes)
+    assert state.group_members(stale) == []
+    state.end_group(stale, grace=1)
+    state.end_supervisor(replace(stale, supervisor=strangers, supervisor_created=1.0), grace=1)
+    assert len(in_group(strangers)) == 1
+
+
+def test_what_another_boot_or_container_wrote_down_is_not_here(start: Start) -> None:
+    """Its leader runs under the very number and start time, and is somebody else's all the same."""
+    family = start(18140)
+    boot, _, namespace = state.numbering().partition(" ")
+    for numbering, host, elsewhere in (
+        (f"another-boot {namespace}", state.hostname(), False),  # this machine was restarted since
+        (f"another-boot {namespace}", "another", True),
+        (f"{boot} pid:[1]", "container", True),
+        (f"{boot} pid:[1]", state.hostname(), True),
+    ):
+        other = replace(family, numbering=numbering, host=host, supervisor=os.getpid(), supervisor_created=1.0)
+        assert (other.here, other.alive, other.supervised, other.ours) == (False,) * 4
+        assert other.elsewhere == elsewhere
+        state.end_group(other, grace=5)
+        state.end_supervisor(other, grace=5)
+    assert family.alive and len(state.group_members(family)) == 2 and not family.elsewhere
 
 
 def test_ports() -> None:

@@ -213,12 +213,14 @@ def test_nor_is_it_waited_for_for_ever(log: Path, waits: list[float], monkeypatc
 
 
 @contextmanager
-def saying(answer: dict[str, Any]) -> Iterator[str]:
+def saying(answer: dict[str, Any], asked: threading.Event | None = None) -> Iterator[str]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(503)
             self.end_headers()
             self.wfile.write(json.dumps(answer).encode())
+            if asked is not None:
+                asked.set()
 
         def log_message(self, *arguments: Any) -> None:
             pass
@@ -242,6 +244,26 @@ def test_one_that_hangs_is_killed(log: Path) -> None:
         with pytest.raises(GaveUp, match="has not answered, 3 times in a row: it hangs"):
             keep(lambda restarts: server, restarts=0).run()
     assert server.calls == ["clear"]
+
+
+def test_an_error_before_the_last_good_answer_is_not_the_cause(log: Path) -> None:
+    """It was a client's: the server was healthy after it."""
+    log.write_text("ValueError: a client's\n")
+    server = Fake(log, looks=10**9)
+    said = {"ready": True, "state": "ready", "failures": 0}
+    asked = threading.Event()
+
+    def running() -> bool:
+        if not asked.is_set():
+            return True
+        with log.open("a") as stream:
+            stream.write("RuntimeError: the cause\n")
+        return False
+
+    server.running = running  # type: ignore[method-assign]
+    with saying(said, asked) as server.url, pytest.raises(GaveUp, match="RuntimeError: the cause") as caught:
+        keep(lambda restarts: server, restarts=0).run()
+    assert "a client's" not in str(caught.value)
 
 
 def test_one_that_says_nothing_at_all_is_killed(log: Path) -> None:

@@ -19,7 +19,7 @@ App = Callable[..., Awaitable[None]]
 
 async def answer(scope: Any, receive: Any, send: Any) -> None:
     """Read the body, note a key and say what was seen."""
-    scope["qvl"]["key"] = "ab12cd"
+    scope["qvl"] |= {"key": "ab12cd", "prompt_tokens": 12}
     body = (await receive()).get("body", b"")
     seen = dict(scope["headers"])[b"x-request-id"].decode()
     headers = [(b"content-type", b"text/plain"), (b"x-request-id", b"from inside")]
@@ -68,6 +68,10 @@ def test_one_line_without_what_the_client_said(lines: list[dict[str, Any]]) -> N
         "bytes_in": 8,
         "bytes_out": len(response.content),
         "key": "ab12cd",
+        "images": None,
+        "prompt_tokens": 12,
+        "completion_tokens": None,
+        "trace": None,
         "refused": None,
     }
     assert count("/v1/chat/completions", "200") == before + 1
@@ -80,6 +84,49 @@ def test_ids_are_made_safe(bad: str | bytes, lines: list[dict[str, Any]]) -> Non
     number = response.headers["x-request-id"]
     assert len(number) == 32 and number.isalnum() and number == lines[0]["id"]
     assert ask(answer).headers["x-request-id"] != number
+
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+PARENT = f"00-{TRACE}-b7ad6b7169203331-01"
+
+
+def traced(*headers: tuple[str, str]) -> dict[bytes, bytes]:
+    """Return what of a trace reaches the application."""
+    seen: dict[bytes, bytes] = {}
+
+    async def look(scope: Any, receive: Any, send: Any) -> None:
+        seen.update({name: value for name, value in scope["headers"] if name.startswith(b"trace")})
+        await answer(scope, receive, send)
+
+    ask(look, headers=list(headers))
+    return seen
+
+
+def test_a_trace_is_passed_on_and_its_id_logged(lines: list[dict[str, Any]]) -> None:
+    seen = traced(("traceparent", PARENT), ("tracestate", "vendor=secret"))
+    assert seen == {b"traceparent": PARENT.encode(), b"tracestate": b"vendor=secret"}
+    assert lines[0]["trace"] == TRACE and "secret" not in json.dumps(lines)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("traceparent", PARENT.upper())],
+        [("traceparent", PARENT.replace("00-", "ff-", 1))],
+        [("traceparent", f"00-{'0' * 32}-b7ad6b7169203331-01")],
+        [("traceparent", f"00-{TRACE}-{'0' * 16}-01")],
+        [("traceparent", f"{PARENT}-a prompt")],
+        [("traceparent", PARENT), ("traceparent", PARENT)],
+        [],
+    ],
+)
+def test_what_is_no_trace_is_left_out(headers: list[tuple[str, str]], lines: list[dict[str, Any]]) -> None:
+    assert traced(*headers, ("tracestate", "a=b")) == {}
+    assert lines[0]["trace"] is None
+
+
+def test_a_trace_without_its_state(lines: list[dict[str, Any]]) -> None:
+    assert traced(("traceparent", PARENT), ("tracestate", "a=" + "b" * 600)) == {b"traceparent": PARENT.encode()}
 
 
 def test_paths_of_strangers_are_no_labels(lines: list[dict[str, Any]]) -> None:

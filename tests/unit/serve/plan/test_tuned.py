@@ -55,6 +55,26 @@ def test_the_users_word_counts() -> None:
     assert fitted(9.2, max_model_len=16384)[1] == []
 
 
+@pytest.mark.parametrize(("context", "tokens"), [(2048, 1536), (4096, 3584), (16384, 15872), (100, 75)])
+def test_an_image_fits_into_the_context(context: int, tokens: int) -> None:
+    """The processor lets images of 16,384 tokens through: a shorter context would refuse every photo."""
+    notes: list[str] = []
+    given = ServerConfig(backend="gpu", max_model_len=context)
+    found = tuned.fit_images(SEVEN, given, notes.append)
+    assert found.settings.max_pixels == tokens * 784
+    assert f"images of more than {tokens * 784:,} pixels are scaled down" in notes[0]
+
+
+def test_images_are_left_alone_where_there_is_room_or_somebody_has_said_how_large() -> None:
+    for given in (
+        ServerConfig(backend="gpu", max_model_len=32768),
+        ServerConfig(backend="gpu", max_model_len=2048, settings=EngineSettings(max_pixels=784 * 4096)),
+        ServerConfig(backend="gpu", max_model_len=2048, extra=("--mm-processor-kwargs", '{"max_pixels": 3211264}')),
+    ):
+        notes: list[str] = []
+        assert tuned.fit_images(SEVEN, given, notes.append) == given and not notes
+
+
 class TestProfile:
     @pytest.fixture
     def model(self, tmp_path: Path, cache: Path) -> str:

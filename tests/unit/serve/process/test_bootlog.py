@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.process.bootlog import Phases, cap, decisive_lines, explain, follow
+from serve.http import logs
+from serve.process.bootlog import Phases, cap, cause_of_death, decisive_lines, explain, follow
 from toolkit.errors import QvlError, ResourceError, ServerError
 
 LOGS = Path(__file__).parent / "logs"
@@ -72,6 +73,57 @@ def test_message_of_several_lines() -> None:
 def test_no_traceback_at_all() -> None:
     assert decisive_lines("a\n\nb\nc\nd\ne\n", limit=2) == ["d", "e"]
     assert decisive_lines("") == []
+
+
+CLIENT = (
+    "(APIServer pid=5) ERROR 11-23 04:45:07 [serving.py:1] Traceback (most recent call last):\nValueError: a client's\n"
+)
+FATAL = (
+    "(EngineCore pid=7) ERROR 11-23 04:45:09 [core.py:1] EngineCore encountered a fatal error.\n"
+    "(EngineCore pid=7) ERROR 11-23 04:45:09 [core.py:1] Traceback (most recent call last):\n"
+    "(EngineCore pid=7) ERROR 11-23 04:45:09 [core.py:1] RuntimeError: CUDA error: an illegal memory access\n"
+    "(APIServer pid=5) ERROR 11-23 04:45:09 [async_llm.py:1] AsyncLLM output_handler failed.\n"
+    "(APIServer pid=5) vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.\n"
+)
+
+
+def request(status: int) -> str:
+    return logs.line("info", "qvl.requests", "request", id="x", route="/v1/chat/completions", status=status) + "\n"
+
+
+UP = logs.line("info", "qvl.ready", "ready.", pid=5) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (CLIENT + FATAL, "RuntimeError: CUDA error: an illegal memory access"),
+        (CLIENT + request(200), "its log says nothing of it"),
+        (CLIENT + request(200) + "ValueError: the cause\n" + request(500), "ValueError: the cause"),
+        # a stream that the death has cut is logged after it, with the status that it began with
+        (CLIENT + request(500) + FATAL + request(200), "RuntimeError: CUDA error: an illegal memory access"),
+        # one that was started again since, and has died of something else
+        (FATAL + "INFO:     Application startup complete.\n" + UP + "KeyError: 'now'\n", "KeyError: 'now'"),
+        (FATAL + UP + "the last line\n" + request(499), "the last line"),
+        (
+            CLIENT + "(EngineCore pid=7) ERROR 11-23 04:45:09 [m.py:1] Worker proc VllmWorker-1 died unexpectedly "
+            "(exit code: -9), shutting down executor.\n"
+            "(EngineCore pid=7) vllm.v1.engine.exceptions.EngineDeadError: x\n",
+            "Worker proc VllmWorker-1 died unexpectedly (exit code: -9), shutting down executor.",
+        ),
+    ],
+)
+def test_a_death_is_not_put_down_to_a_client(text: str, cause: str) -> None:
+    assert cause_of_death(text, 1) == f"vLLM ended by itself (exit status 1): {cause}"
+
+
+def test_who_is_killed_has_not_said_why() -> None:
+    assert cause_of_death(CLIENT, -9) == "vLLM was killed (SIGKILL): the kernel does that when memory runs out (dmesg)"
+    assert cause_of_death(CLIENT, -11) == "vLLM was killed (SIGSEGV)"
+    text = CLIENT + "Fatal Python error: Segmentation fault\n\nCurrent thread\n"
+    assert cause_of_death(text, -11).startswith("vLLM was killed (SIGSEGV): Fatal Python error: Segmentation fault")
+    assert cause_of_death(CLIENT + FATAL, -6).endswith("(SIGABRT): RuntimeError: CUDA error: an illegal memory access")
+    assert cause_of_death("", -64) == "vLLM was killed (SIGRTMAX)"
 
 
 def test_long_lines_are_cut() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from serve.settings.arguments import vllm_arguments
 from serve.settings.config import ServerConfig, kv_bytes_per_token
+from serve.settings.engine import EngineSettings
 from serve.settings.limits import Limits
 from serve.settings.parallel import Parallel
 from tests.unit.serve.settings.test_arguments import real_size
@@ -39,12 +40,27 @@ def test_longest_sequence(demo: Checkpoint) -> None:
         ServerConfig(backend="cpu", max_model_len=4097).max_model_len_for(demo)
 
 
+def test_the_guards_longest_answer_fits_into_the_context(demo: Checkpoint) -> None:
+    """Else the default that it gives to requests without max_tokens would be refused by vLLM, each time."""
+    cases: tuple[tuple[int | None, dict[str, int], int], ...]
+    cases = ((2048, {}, 2048), (4096, {}, 4096), (None, {}, 4096), (2048, {"max_tokens": 99}, 99))
+    for context, asked, expected in cases:
+        limits = Limits(api_key="k").replaced(**asked)
+        fitted = ServerConfig(backend="cpu", guard=limits, max_model_len=context).fitted(demo)
+        assert fitted.guard == limits.replaced(max_tokens=expected)
+    profiled = ServerConfig(backend="cpu", guard=Limits(), settings=EngineSettings(max_model_len=512)).fitted(demo)
+    assert profiled.guard == Limits(max_tokens=512)
+    assert ServerConfig(backend="cpu", max_model_len=512).fitted(demo).guard is None
+
+
 def test_kv_bytes_of_published_shapes(demo: Checkpoint) -> None:
     # Qwen2-VL-2B: 2 x 28 layers x 2 KV heads x 128 x 2 bytes = 28 KiB a token
     assert kv_bytes_per_token(real_size(demo), "bfloat16") == 28 * 1024
 
 
-@pytest.mark.parametrize("flag", ["--port=1", "--port", "--api-key", "--served-model-name", "--host"])
+@pytest.mark.parametrize(
+    "flag", ["--port=1", "--port", "--api-key", "--served-model-name", "--host", "--max-model-len"]
+)
 def test_further_flags_that_are_options_here(flag: str) -> None:
     with pytest.raises(ServerError, match="use qvl's own --"):
         ServerConfig(extra=(flag, "x"))
@@ -94,6 +110,18 @@ def test_names(tmp_path: Path) -> None:
 def test_key_from_the_environment_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "outside")
     assert ServerConfig().api_key == "outside"
+
+
+@pytest.mark.parametrize("name", ["QVL_API_KEY", "VLLM_API_KEY"])
+def test_an_empty_variable_opens_no_door(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """QVL_API_KEY=$(cat missing) is not meant to do without a key, not even on this machine."""
+    monkeypatch.setenv(name, "")
+    with pytest.raises(ServerError, match=f"{name} is set and empty"):
+        ServerConfig(guard=Limits())
+    ServerConfig(guard=Limits(api_key_file=str(tmp_path / "keys")))
+    ServerConfig(guard=Limits(), api_key="a-key")
+    with pytest.raises(ServerError, match="--api-key is empty"):
+        ServerConfig(host="0.0.0.0", api_key="")
 
 
 def test_a_key_opens_the_door_to_others(tmp_path: Path) -> None:
