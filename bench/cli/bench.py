@@ -35,8 +35,9 @@ def bench(
     Starts servers for what is no URL and stops them in the end. What was measured is kept in --out as it comes: after
     Ctrl-C there is a partial report, and the same command with --resume goes on.
 
-    Exits 1 when a --fail-if condition is met; 2 when requests failed that must not: such a run is marked failed and has
-    no figures; 130 after Ctrl-C.
+    Exits 1 when a --fail-if condition is met; 2 on a mistake in what is asked; 3 when it could not be measured:
+    requests failed that must not, such a run is marked failed and has no figures, or a condition names an invalid
+    point; 130 after Ctrl-C.
     """
     from bench import report as reports
     from bench.report.compare.conditions import parse_condition
@@ -75,12 +76,12 @@ def _tell(report: Report, config: BenchConfig, logs: list[Path]) -> None:
     from bench import report as reports
     from bench.report.render import json_file, terminal
     from toolkit.console import err, out, warn
-    from toolkit.errors import BenchError
+    from toolkit.errors import UnmeasuredError
 
     if report.status == "failed":
         seen = f"; logs of the servers: {', '.join(map(str, logs))}" if logs else ""
         kept = " What was measured before is kept: the same command with --resume goes on." * reports.kept(config.out)
-        raise BenchError(f"{report.verdict.sentence} (all of them in {config.out / json_file.FILE}{seen}).{kept}")
+        raise UnmeasuredError(f"{report.verdict.sentence} (all of them in {config.out / json_file.FILE}{seen}).{kept}")
     for warning in report.warnings:
         warn(warning)
     terminal.show(report, out)
@@ -101,4 +102,4 @@ def _judge(report: Report, conditions: list[Condition]) -> None:
     found = compare(Side(report, "baseline"), Side(report, "candidate"), conditions)
     for line in found.undecided:
         warn(f"can't tell: {line}")
-    exit_on(found.regressions)
+    exit_on(found.regressions, found.unmeasured)

@@ -14,7 +14,7 @@ from bench.load.objectives import Slo, parse_slos
 from bench.load.workload import Arrivals, ImageSize, Lengths, parse_lengths, parse_sizes, written
 from bench.roles import Role
 from bench.run import presets
-from bench.run.loads import SWEEP, Load
+from bench.run.loads import SWEEP, WAVES, Load
 from toolkit.errors import BenchError, QvlError
 from toolkit.options import Option, Settings
 
@@ -25,8 +25,6 @@ __all__ = ["DEMO", "NONE", "BenchConfig", "is_url", "parse_concurrencies"]
 
 DEMO = "demo"
 NONE = "none"
-#: Requests of a block for each that is in flight, at least.
-WAVES = 3
 
 _ACCURACY, _FIDELITY, _SPEED, _SERVERS = "Accuracy", "Fidelity", "Speed", "Servers"
 _FULL, _QUICK = presets.load("full"), presets.load("quick")

@@ -204,11 +204,8 @@ class _Request:
         await self.guard.app(self._inner_scope("GET"), self.receive, self._answer(send).send)
 
     async def _get_model(self, model: str) -> None:
-        send = self._answer().send
-        if self.key is not None and self.key.models is not None:
-            # What the key is not for is not there for it, as in the list.
-            model = model if model in self.key.models else ""
-        await answer_model(self.guard.app, self._inner_scope("GET"), send, model)
+        models = None if self.key is None else self.key.models
+        await answer_model(self.guard.app, self._inner_scope("GET"), self._answer().send, model, models)
 
     async def _post(self, name: str) -> None:
         usage = Usage(self.send)

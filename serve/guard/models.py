@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Set
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Scope, Send
 
+from serve.guard.listing import Listing
 from serve.http.errors import Refusal
 
 __all__ = ["answer_model"]
 
 
-async def answer_model(app: ASGIApp, scope: Scope, send: Send, name: str) -> None:
+async def answer_model(app: ASGIApp, scope: Scope, send: Send, name: str, models: Set[str] | None = None) -> None:
     """Answer a request for one model with what the application lists of it.
 
     Args:
@@ -20,6 +22,7 @@ async def answer_model(app: ASGIApp, scope: Scope, send: Send, name: str) -> Non
         scope: of the request.
         send: to the client.
         name: the model's.
+        models: those that the client may know of; None: all.
 
     Raises:
         Refusal: no model of that name is served, or the list can't be had.
@@ -34,7 +37,8 @@ async def answer_model(app: ASGIApp, scope: Scope, send: Send, name: str) -> Non
         status = message.get("status", status)
         body += message.get("body", b"")
 
-    await app({**scope, "method": "GET", "path": "/v1/models", "raw_path": b"/v1/models"}, receive, kept)
+    into = kept if models is None else Listing(models, kept).send
+    await app({**scope, "method": "GET", "path": "/v1/models", "raw_path": b"/v1/models"}, receive, into)
     entries: list[dict[str, Any]] = json.loads(body)["data"] if status == 200 else []
     entry = next((each for each in entries if each.get("id") == name), None)
     if entry is None:

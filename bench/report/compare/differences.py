@@ -165,6 +165,6 @@ def _drift(a: Side, b: Side) -> str | None:
     if abs(moved[worst]) < 0.02:
         return None
     return (
-        f"the baseline, the same in both, moved as well: {worst} by {100 * moved[worst]:+.1f}%; changes of that size "
-        "are the machine's"
+        f"the baseline, the same in both, moved by itself: {worst} by {100 * moved[worst]:+.1f}%; changes of speed are "
+        "told against it, and figures of the two reports side by side hold the machine's change too"
     )

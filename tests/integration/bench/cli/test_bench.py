@@ -71,17 +71,40 @@ def test_bench_gates_the_candidate_against_the_baseline(
     assert read(tmp_path).status == "ok"
 
 
-def test_failed_requests_mark_the_report_and_exit_2(
+def test_failed_requests_mark_the_report_and_exit_3(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with serving(says("x")) as a, serving(Behaviour(fail_after=5)) as b:
-        assert bench(monkeypatch, a, b, tmp_path) == 2
+        assert bench(monkeypatch, a, b, tmp_path) == 3
     found = read(tmp_path)
     assert found.status == "failed" and found.accuracy is None and found.speed == []
     error = capsys.readouterr().err
     assert "HTTP 500: out of luck" in error and "report.json" in error and "Traceback" not in error
-    assert qvl(monkeypatch, "compare", tmp_path / "out", tmp_path / "out") == 2
+    assert qvl(monkeypatch, "compare", tmp_path / "out", tmp_path / "out") == 3
     assert "marked failed" in capsys.readouterr().err
+
+
+def test_noise_breakage_and_mistakes_have_other_exit_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = report(speed={"candidate": 1.0})
+    slow = report(speed={"candidate": 1.5})
+    broken = good.model_copy(update={"speed": [p.model_copy(update={"invalid": "it lagged"}) for p in good.speed]})
+    for name, made in (("good", good), ("slow", slow), ("broken", broken)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(render(made))
+
+    def compared(one: str, two: str, *conditions: str) -> int:
+        given = [part for condition in conditions for part in ("--fail-if", condition)]
+        return qvl(monkeypatch, "compare", tmp_path / one, tmp_path / two, *given)
+
+    assert compared("good", "good", "tpot.p50@4>+5%") == 0
+    assert compared("good", "slow", "tpot.p50@4>+5%") == 1
+    assert compared("good", "slow", "tpot.p50@77>+5%") == 2  # nobody asked for it
+    assert compared("good", "broken", "tpot.p50@4>+5%") == 3
+    assert "not measured: tpot.p50@4>+5%: could not be measured" in " ".join(capsys.readouterr().err.split())
+    assert compared("slow", "broken", "tpot.p50@4>+5%", "size_on_disk>1%") == 3
+    assert compared("good", "broken", "size_on_disk>1%") == 0
 
 
 @pytest.mark.parametrize(
@@ -102,7 +125,7 @@ def test_failed_requests_mark_the_report_and_exit_2(
         (["--rate", "0"], "--rate: each must be more than 0"),
         (["--arrivals", "bursty"], "--arrivals 'bursty': write poisson or constant"),
         (["--slo", "ttft=200"], "is not a time above 0 with its unit"),
-        (["--slo", "speed=2ms"], "'speed' is none of ttft, tpot, e2e"),
+        (["--slo", "speed=2ms"], "'speed' is none of ttft, tpot, itl, e2e"),
         (["--preset", "video"], "--preset 'video': choose one of chat:"),
         (["--output-tokens", "8-4"], "--output-tokens 8-4: the range runs backwards"),
         (["--prompt-tokens", "3"], "must have at least 8"),
@@ -169,7 +192,7 @@ def test_a_failed_run_says_how_to_go_on_and_does(
 ) -> None:
     with serving(says("x")) as a, serving(says("x")) as b:
         b.behaviour.fail_after = 5
-        assert bench(monkeypatch, a, b, tmp_path) == 2
+        assert bench(monkeypatch, a, b, tmp_path) == 3
         assert "the same command with --resume goes on" in " ".join(capsys.readouterr().err.split())
         assert bench(monkeypatch, a, b, tmp_path) == 2
         assert "go on with --resume, or start anew with --force" in capsys.readouterr().err

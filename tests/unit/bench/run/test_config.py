@@ -54,7 +54,7 @@ PLAIN = {
     "--ramp": "0",
     "--rate": "none",
     "--requests": "96",
-    "--rounds": "3",
+    "--rounds": "8",
     "--seed": "0",
     "--sequential": "False",
     "--serve-arg": "none",
