@@ -65,7 +65,7 @@ def judge(
     if out is not None:
         told = {task: _figures(found[task], verdicts[task]) for task in names}
         write_whole(out, json.dumps({"margin": margin, "tasks": told}, indent=1) + "\n")
-    exit_on([f"{task}: worse beyond chance" for task, verdict in verdicts.items() if verdict.judgement == "worse"])
+    exit_on([f"{task}: worse beyond chance" for task, each in verdicts.items() if each.judgement == "worse"], [])
 
 
 def _table(names: dict[str, str], found: dict[str, Comparison], verdicts: dict[str, Verdict]) -> Any:
