@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import ssl
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ def ask(
     max_tokens: int = 256,
     temperature: float = 0.0,
     transport: httpx.BaseTransport | None = None,
+    verify: ssl.SSLContext | None = None,
 ) -> Answer:
     """Ask a server a question about images and return its streamed answer.
 
@@ -66,6 +68,7 @@ def ask(
         max_tokens: longest answer.
         temperature: 0 takes the likeliest token each time.
         transport: replaces the network in tests.
+        verify: what checks the server's certificate. None: known authorities, or those that SSL_CERT_FILE names.
 
     Raises ServerError when the server is not up or refuses, with its message; while the answer is iterated over also
     when it breaks off.
@@ -75,6 +78,7 @@ def ask(
         raise ServerError(f"--url {url}: give an address such as http://127.0.0.1:8000.")
     client = httpx.Client(
         base_url=base,
+        verify=verify if verify is not None else httpx.create_ssl_context(),
         headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         timeout=httpx.Timeout(_READ, connect=_CONNECT),
         transport=transport,
@@ -172,6 +176,11 @@ def _where(client: httpx.Client) -> str:
 
 
 def _unreachable(client: httpx.Client, error: httpx.HTTPError) -> ServerError:
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return ServerError(
+            f"{_where(client)} shows a certificate that is not trusted ({error}). If it is the right server, name the "
+            "certificate's file, or its authority's, in SSL_CERT_FILE."
+        )
     return ServerError(
         f"no server answers at {_where(client)} ({error or type(error).__name__}). Start one with `qvl serve`, "
         "see `qvl status`, or give another --url."

@@ -42,7 +42,7 @@ def serve(
     if vllm_flags and not vllm_flags[0].startswith("-"):
         raise ServerError(f"{vllm_flags[0]!r} after the model is not understood. Flags for vLLM come after -- .")
     config = config.replaced(extra=tuple(vllm_flags or ()))
-    foreground.warn_of_keys(config)
+    foreground.warn_of(config)
     config = tuned(model, config, foreground.voice(config))
     try:
         foreground.serve(model, config)
@@ -121,16 +121,19 @@ def ask(
 
     from serve.ask import ask as ask_server
     from serve.http.images import image_url
+    from serve.process.trust import context_for
     from toolkit.console import warn
 
+    url = config.url or _only_server()
     answer = ask_server(
-        config.url or _only_server(),
+        url,
         question,
         [image_url(source) for source in config.images],
         model=config.model,
         api_key=config.api_key,
         max_tokens=config.max_tokens,
         temperature=config.temperature,
+        verify=context_for(url),
     )
     try:
         for piece in answer:

@@ -3,6 +3,7 @@ system."""
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
@@ -81,7 +82,7 @@ def http_client(
         timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
         limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=600),
         trust_env=proxied,
-        transport=transport or (None if proxied else Wire()),
+        transport=transport or (None if proxied else Wire(_trusted(url))),
     )
 
 
@@ -93,6 +94,15 @@ def _proxied(url: str) -> bool:
         return False
     proxies = getproxies()
     return (parts.scheme in proxies or "all" in proxies) and not proxy_bypass(host)
+
+
+def _trusted(url: str) -> ssl.SSLContext | None:
+    """Return what trusts the server at ``url`` where `qvl serve` has started it on this machine; None elsewhere."""
+    if not url.startswith("https:"):
+        return None
+    from serve.process.trust import context_for
+
+    return context_for(url)
 
 
 async def discover(
@@ -117,6 +127,11 @@ async def discover(
         try:
             response = await http.get("/v1/models")
         except httpx.HTTPError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise ServerError(
+                    f"{shown} shows a certificate that is not trusted ({error}); name its file, or its authority's, "
+                    "in SSL_CERT_FILE"
+                ) from error
             raise ServerError(
                 f"no server answers at {shown} ({type(error).__name__}); "
                 "start one with `qvl serve`, or check the address"

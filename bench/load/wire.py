@@ -95,11 +95,15 @@ def _translated(error: Exception) -> httpx.TransportError:
 
 
 class Wire(httpx.AsyncBaseTransport):
-    """Give it to `bench.load.endpoint.http_client`; for one event loop."""
+    """Give it to `bench.load.endpoint.http_client`; for one event loop.
 
-    def __init__(self) -> None:
+    Args:
+        tls: what checks certificates. None: known authorities, or those that SSL_CERT_FILE names.
+    """
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self._idle: dict[Origin, list[_Connection]] = {}
-        self._tls: ssl.SSLContext | None = None
+        self._tls = tls
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send the request and return the answer's head, with its body to be streamed.

@@ -18,7 +18,7 @@ from serve.process.supervisor import Policy, Supervised, Supervisor, stopped_by_
 from serve.settings.config import ServerConfig
 from toolkit.console import err, note, out, warn
 
-__all__ = ["serve", "voice", "warn_of_keys"]
+__all__ = ["serve", "voice", "warn_of"]
 
 
 def serve(model: str, config: ServerConfig) -> None:
@@ -39,14 +39,14 @@ def serve(model: str, config: ServerConfig) -> None:
             _stay(supervisor(model, config, policy, voice(config), on_phase), boot)
 
 
-def warn_of_keys(config: ServerConfig) -> None:
-    """Say what an operator should know of the keys; raises ServerError for a file that can't be read."""
+def warn_of(config: ServerConfig) -> None:
+    """Say what an operator should know of keys and certificate; raises ServerError for files that are of no use."""
     guard = config.guard
     keys = [key_of(guard.api_key)] if guard is not None and guard.api_key is not None else []
     if guard is not None and guard.api_key_file is not None:
         keys += read_keys(Path(guard.api_key_file))
     say = warn if config.log_format == "text" else _say_json
-    for text in concerns(keys, time.time()):
+    for text in [*concerns(keys, time.time()), *config.tls.check()]:
         say(text)
 
 

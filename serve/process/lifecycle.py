@@ -12,14 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import httpx
-
 from serve.guard.keys import read_keys
 from serve.process import launch, memory, state
 from serve.process.bootlog import Phases, explain
 from serve.process.launch import server_environment
 from serve.process.repack import servable
 from serve.process.status import Status, describe, readiness
+from serve.process.trust import quick_client
 from serve.settings.arguments import vllm_arguments
 from serve.settings.backend import require_vllm
 from serve.settings.config import ServerConfig
@@ -176,6 +175,7 @@ def _prepare(model: str, config: ServerConfig) -> _Prepared:
     vllm_arguments(config, checkpoint, name)  # one that does not suit the model is refused before anything is repacked
     if config.guard is not None and config.guard.api_key_file is not None:
         read_keys(Path(config.guard.api_key_file))
+    config.tls.check()
     for lora in config.loras:
         check_lora(lora, checkpoint)
     memory.check(checkpoint, config)
@@ -200,6 +200,7 @@ def _written_down(
         supervisor=os.getpid() if supervised else None,
         supervisor_created=state.process_start(os.getpid()) if supervised else 0.0,
         restarts=restarts,
+        certificate=None if config.tls.files is None else config.tls.files[0],
         host=state.hostname(),
         numbering=state.numbering(),
     )
@@ -290,7 +291,7 @@ def _grace(known: state.ServerState) -> float:
 
 def _has_been_ready(known: state.ServerState) -> bool:
     """Ask the server itself, which knows it before whoever waits for it does."""
-    with httpx.Client(base_url=known.url, timeout=1, trust_env=False) as client:
+    with quick_client(known.url, 1) as client:
         said = readiness(client)
     return said is not None and said["state"] not in ("starting", "failed")
 
@@ -312,7 +313,7 @@ def _wait_until_ready(
 ) -> None:
     phases = Phases(Path(running.log), start=log_start)
     said: dict[str, Any] | None = None
-    with httpx.Client(base_url=running.url, timeout=10, trust_env=False) as client:
+    with quick_client(running.url, 10) as client:
         for _ in _until(began + config.timeout):
             phase = phases.update()
             if on_phase is not None:

@@ -64,6 +64,8 @@ class ServerState:
     supervisor_created: float = 0.0
     #: How often it has been started again.
     restarts: int = 0
+    #: The certificate that it shows; None where it speaks plain HTTP.
+    certificate: str | None = None
     #: The machine's name, to be told to people.
     host: str = ""
     #: What the numbers of processes above belong to, see `numbering`. Elsewhere they mean other processes, or none.

@@ -12,6 +12,7 @@ import psutil
 
 from serve.process import state
 from serve.process.bootlog import decisive_lines, last_words, read_from
+from serve.process.trust import quick_client
 
 __all__ = ["Status", "describe", "known_server", "known_servers", "readiness"]
 
@@ -76,7 +77,7 @@ def describe(known: state.ServerState) -> Status:
     elif not known.ready:
         kind = "booting"
     else:
-        with httpx.Client(base_url=known.url, timeout=5, trust_env=False) as client:
+        with quick_client(known.url, 5) as client:
             said = readiness(client)
         kind = "silent" if said is None else "stalled" if said["state"] == "failed" else said["state"]
         reason = None if said is None else said.get("reason")

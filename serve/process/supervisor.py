@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import httpx
 import psutil
 
 from serve.process.bootlog import cap, cause_of_death, read_from, size
 from serve.process.lifecycle import OnPhase, start
 from serve.process.status import readiness
+from serve.process.trust import quick_client
 from serve.settings.config import ServerConfig
 from toolkit.errors import QvlError, ResourceInUse, ServerError
 
@@ -161,7 +161,7 @@ class Supervisor:
         """Return, when the server has died or had to be killed, why."""
         heard_at = asked_at = time.monotonic()
         healthy = server.log_start  # bytes of the log that were written before the last sign of health
-        with httpx.Client(base_url=server.url, timeout=5, trust_env=False) as client:
+        with quick_client(server.url, 5) as client:
             while server.running():
                 time.sleep(self._poll)
                 _reap(server.pid)

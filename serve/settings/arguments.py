@@ -18,7 +18,7 @@ def vllm_arguments(config: ServerConfig, checkpoint: Checkpoint, name: str) -> l
     Raises ServerError for settings that do not suit the checkpoint.
     """
     arguments = ["serve", str(checkpoint.path.resolve()), "--served-model-name", name]
-    arguments += ["--host", config.host, "--port", str(config.port)]
+    arguments += ["--host", config.host, "--port", str(config.port), *config.tls.arguments()]
     arguments += ["--dtype", config.dtype_for(checkpoint)]
     arguments += ["--max-model-len", str(config.max_model_len_for(checkpoint))]
     arguments += ["--limit-mm-per-prompt", json.dumps(_inputs(config))]

@@ -23,6 +23,7 @@ from serve.settings.limits import Limits
 from serve.settings.lora import Lora
 from serve.settings.parallel import Parallel
 from serve.settings.profiles import Mode, as_mode
+from serve.settings.tls import Tls
 from toolkit.errors import QvlError, ServerError
 from toolkit.options import Option, Settings
 from toolkit.paths import demo_checkpoint
@@ -153,6 +154,7 @@ class ServerConfig(Settings):
         BeforeValidator(_known_format),
         _operation("text, or json for one object a line (json without a terminal).", default="auto"),
     ] = "text"
+    tls: Tls = Tls()
     insecure: Annotated[bool, _guard("Listen where others reach it, without a key.")] = False
     #: Without a guard: of requests to /v1. None: VLLM_API_KEY from the environment, if any.
     api_key: Annotated[
@@ -253,9 +255,8 @@ class ServerConfig(Settings):
     def url(self) -> str:
         """Where a client on this machine finds the server."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
-        return (
-            f"http://[{host}]:{self.port}" if ":" in host and not host.startswith("[") else f"http://{host}:{self.port}"
-        )
+        bracketed = f"[{host}]" if ":" in host and not host.startswith("[") else host
+        return f"{self.tls.scheme}://{bracketed}:{self.port}"
 
     def dtype_for(self, checkpoint: Checkpoint) -> str:
         """Return the dtype to compute in. Raises ServerError for one that vLLM's AWQ kernels do not have."""

@@ -18,7 +18,14 @@ _OWN = {
     "--port": "--port",
     "--served-model-name": "--served-model-name",
     "--shutdown-timeout": "--drain",
+    "--ssl-certfile": "--ssl-certfile",
+    "--ssl-keyfile": "--ssl-keyfile",
     "--uds": "--host and --port",
+}
+#: vLLM flags that can't be, and why.
+_IMPOSSIBLE = {
+    "--ssl-cert-reqs": "qvl asks the server whether it is ready, and has no certificate of its own; let a proxy ask "
+    "clients for theirs",
 }
 #: vLLM flags that would undo the guard, and how.
 _UNGUARDED = {
@@ -48,6 +55,9 @@ def check_flag(argument: str, *, guarded: bool) -> None:
     for own, ours in _OWN.items():
         if _means(flag, own):
             raise ServerError(f"{flag} after -- : use qvl's own {ours} instead.")
+    for impossible, why in _IMPOSSIBLE.items():
+        if _means(flag, impossible):
+            raise ServerError(f"{flag} after -- can't be: {why}.")
     for unguarded, why in _UNGUARDED.items() if guarded else ():
         if _means(flag, unguarded):
             raise ServerError(f"{flag} after -- would undo the guard: {why}.")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -97,7 +98,12 @@ def strangers() -> Iterator[int]:
 
 
 def in_group(number: int) -> list[int]:
-    return [p.pid for p in psutil.process_iter() if os.getpgid(p.pid) == number and p.status() != psutil.STATUS_ZOMBIE]
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):  # others end meanwhile
+            if os.getpgid(process.pid) == number and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
 
 
 @pytest.mark.parametrize(
