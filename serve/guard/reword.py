@@ -8,11 +8,11 @@ from serve.http.errors import error_response
 
 __all__ = ["TOOL_CALLS", "Reworded"]
 
-#: What vLLM's message about tool_choice "auto" names.
-_MARK = b"--enable-auto-tool-choice"
+#: What vLLM's messages about tool_choice name, be it "auto", "required" or a function.
+_MARK = b"--tool-call-parser"
 TOOL_CALLS = (
-    "This server does not parse tool calls. Send tool_choice none or name a function, or have its operator start it "
-    "with: qvl serve MODEL ... -- --enable-auto-tool-choice --tool-call-parser hermes."
+    "This server does not parse tool calls. Send tool_choice none, or have its operator start it with: "
+    "qvl serve MODEL ... -- --enable-auto-tool-choice --tool-call-parser hermes."
 )
 
 

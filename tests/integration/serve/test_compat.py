@@ -34,12 +34,14 @@ Hardened = fresh_class()
 
 async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
     """Answers with the size of the body, at /headers with the headers' names, at /now before the body has come."""
+    whole = b""
     size, more = 0, scope["type"] == "http" and scope["path"] != "/now"
     while more:
         message = await receive()
         size += len(message.get("body", b""))
+        whole += message.get("body", b"") if scope["path"] == "/echo" else b""
         more = message.get("more_body", False)
-    body = str(size).encode()
+    body = whole or str(size).encode()
     if scope["path"] == "/headers":
         body = b" ".join(name for name, _ in scope["headers"])
     headers = [(b"content-length", str(len(body)).encode())]
@@ -249,6 +251,17 @@ def test_requests_that_wait_on_one_connection_are_bounded(port: int) -> None:
         except ConnectionResetError:
             pass
     assert received.count(b"HTTP/1.1 200") < 100
+
+
+def test_a_client_that_reads_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks again and again, and reads no answer: when the buffers are full it has so much time, and then no more."""
+    monkeypatch.setattr("serve.compat._STALLED", 0.2)
+    stalled = fresh_class()
+    assert bound_headers(stalled, lambda reason: None)
+    request = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 65536\r\n\r\n" + b"x" * 65536
+    with serving(stalled) as port, connect(port) as connection, pytest.raises(ConnectionError):
+        while True:
+            connection.sendall(request)
 
 
 def test_connections_from_one_address_and_in_all_are_bounded() -> None:

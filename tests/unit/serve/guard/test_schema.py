@@ -177,6 +177,24 @@ def test_all_schemas_of_a_request_share_one_budget() -> None:
     assert check_schemas(in_format(strings(20, 500)), Limits(max_schema_states=5000)).states > 1500
 
 
+@pytest.mark.parametrize(
+    ("schema", "states"),
+    [
+        ({"type": "string"}, 1),
+        ({"type": "string", "maxLength": 50}, 51),
+        ({"type": "string", "maxLength": 2000}, 129),
+        ({"type": "string", "minLength": 100}, 101),
+        ({"type": "string", "pattern": "^[a-z]{2,10}$"}, 21),
+        ({"properties": {f"k{i}": {} for i in range(20)}, "minProperties": 1}, 1 + 20 + 100),
+        ({"properties": {f"k{i}": {} for i in range(20)}, "required": [f"k{i}" for i in range(10)],
+          "maxProperties": 12}, 1 + 20 + 25),
+        ({"properties": {f"k{i}": {} for i in range(20)}, "minProperties": 0, "maxProperties": 20}, 21),
+    ],
+)  # fmt: skip
+def test_states_are_counted_as_the_guide_says(schema: dict[str, Any], states: int) -> None:
+    assert check_schemas(in_format(schema), LIMITS).states == states
+
+
 def test_the_same_bounds_are_one_automaton() -> None:
     same = {"properties": {f"k{i}": {"maxLength": 500} for i in range(50)}}
     assert check_schemas(in_format(same), LIMITS).states < 200
