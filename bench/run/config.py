@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from bench.load.objectives import Slo, parse_slos
 from bench.load.workload import Arrivals, ImageSize, Lengths, parse_lengths, parse_sizes, written
+from bench.questions.lmms_eval import CAPS
+from bench.questions.scoring import Scoring
 from bench.roles import Role
 from bench.run import presets
 from bench.run.loads import SWEEP, WAVES, Load
@@ -77,7 +80,8 @@ class BenchConfig(Settings):
         baseline: a directory, a hub id, ``demo``, or the URL of a server; likewise ``candidate``.
         tasks: ``demo``, ``none``, a file of questions, or a set of `datasets.LAYOUTS` as ``NAME[:SOURCE][@SPLIT]``.
         per_task: at most so many questions of each task; None takes all.
-        answer_tokens: longest answer to a question.
+        answer_tokens: longest answer to a question; by lmms-eval's rules the limit of the set there.
+        scoring: whose rules answers are scored by: ``paper`` or ``lmms-eval``.
         question_concurrency: questions in flight.
         margin: a loss of accuracy that would not matter, in points, above 0.
         fidelity: so many of the questions are taken for fidelity; 0 for none.
@@ -133,6 +137,12 @@ class BenchConfig(Settings):
     answer_tokens: Annotated[
         int, Option(f"Longest answer ({_by_preset('answer_tokens')}).", panel=_ACCURACY, show_default=False)
     ] = _FULL["answer_tokens"]
+    scoring: Annotated[
+        Scoring,
+        Option(
+            "Rules to score by: paper, or lmms-eval's own, with its limits of tokens.", panel=_ACCURACY, asked=False
+        ),
+    ] = "paper"
     question_concurrency: Annotated[int, Option("Questions in flight.", panel=_ACCURACY)] = 4
     margin: Annotated[float, Option("Loss, in points, that would not matter.", panel=_ACCURACY, asked=_number)] = 1.0
     seed: Annotated[int, Option("Of sampling questions and of resampling.", panel=_ACCURACY)] = 0
@@ -306,6 +316,9 @@ class BenchConfig(Settings):
             values["concurrencies"] = ()
         if given.get("images") is not None:
             values["tasks"] = NONE
+        if given.get("scoring") == "lmms-eval":
+            limit = CAPS.get(re.split("[:@]", str(given.get("tasks", "")))[0])
+            values |= {"answer_tokens": limit} if limit else {}
         return values | given
 
     @field_validator("concurrencies", "rates", "slos", "image_sizes", mode="before")
@@ -330,6 +343,13 @@ class BenchConfig(Settings):
     def _read_arrivals(cls, value: Any) -> Any:
         if value not in ("poisson", "constant"):
             raise BenchError(f"--arrivals {value!r}: write poisson or constant")
+        return value
+
+    @field_validator("scoring", mode="before")
+    @classmethod
+    def _read_scoring(cls, value: Any) -> Any:
+        if value not in ("paper", "lmms-eval"):
+            raise BenchError(f"--scoring {value!r}: write paper or lmms-eval")
         return value
 
     @model_validator(mode="after")
