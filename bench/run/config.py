@@ -35,7 +35,7 @@ _FULL, _QUICK = presets.load("full"), presets.load("quick")
 
 def is_url(source: str) -> bool:
     """Whether a system is given by the URL of its server."""
-    return source.startswith(("http://", "https://"))
+    return source.strip().lower().startswith(("http://", "https://"))
 
 
 def parse_concurrencies(text: str) -> tuple[int, ...]:
@@ -102,6 +102,8 @@ class BenchConfig(Settings):
         prompt_tokens: of each prompt in speed runs, without its images.
         output_tokens: exact length of each answer in speed runs, at least 2 (one token has no TPOT).
         timeout_s: seconds a request may take.
+        baseline_key: in place of ``api_key``; likewise ``candidate_key``.
+        baseline_model: None: the first that its server has; likewise ``candidate_model``.
         sequential: servers that this run starts never live at the same time.
         sweep_rates: open-loop rates of a sweep.
         top_k: likeliest tokens per position, for fidelity.
@@ -282,6 +284,24 @@ class BenchConfig(Settings):
         Option("Key for servers given by URL.", envvar="QVL_API_KEY", panel=_SERVERS, asked=False),
         Field(repr=False),
     ] = None
+    baseline_key: Annotated[
+        str | None,
+        Option("Key of the baseline's server alone.", envvar="QVL_BASELINE_KEY", panel=_SERVERS, asked=False),
+        Field(repr=False),
+    ] = None
+    candidate_key: Annotated[
+        str | None,
+        Option("Key of the candidate's server alone.", envvar="QVL_CANDIDATE_KEY", panel=_SERVERS, asked=False),
+        Field(repr=False),
+    ] = None
+    baseline_model: Annotated[
+        str | None,
+        Option("Which of its models, by its name there, where the baseline is a URL.", panel=_SERVERS, asked=False),
+    ] = None
+    candidate_model: Annotated[
+        str | None,
+        Option("Which of its models, by its name there, where the candidate is a URL.", panel=_SERVERS, asked=False),
+    ] = None
     sequential: Annotated[bool, Option("One server at a time, when both do not fit.", panel=_SERVERS)] = False
     port: Annotated[
         int | None,
@@ -377,6 +397,9 @@ class BenchConfig(Settings):
                 f"--margin {self.margin:g}: must be above 0 and below 100 points; no number of questions rules "
                 "out every loss"
             )
+        for role, source in self.sources.items():
+            if self.models[role] is not None and not is_url(source):
+                raise BenchError(f"--{role}-model: {source} is no URL: a server that is booted here has one model")
         if self.fidelity < 0:
             raise BenchError(f"--fidelity {self.fidelity}: must be 0 or more")
         return self
@@ -386,6 +409,7 @@ class BenchConfig(Settings):
     def asked(self) -> dict[str, str]:
         """Return what decides the measurement, by the names of the options."""
         found = super().asked()
+        found |= {f"--{role}-model": model for role, model in self.models.items() if model}
         if self.sweep:
             found["--sweep"] = f"{self.sweep_rates} rates up to {self.sweep_concurrency} in flight"
         else:
@@ -396,6 +420,16 @@ class BenchConfig(Settings):
     def sources(self) -> dict[Role, str]:
         """What each system is given by."""
         return {"baseline": self.baseline, "candidate": self.candidate}
+
+    @property
+    def models(self) -> dict[Role, str | None]:
+        """The name of each model on its server; None: the first."""
+        return {"baseline": self.baseline_model, "candidate": self.candidate_model}
+
+    def key(self, role: Role) -> str | None:
+        """Return the key of a server that is given by URL."""
+        own = {"baseline": self.baseline_key, "candidate": self.candidate_key}[role]
+        return own if own is not None else self.api_key
 
     @property
     def measures_speed(self) -> bool:

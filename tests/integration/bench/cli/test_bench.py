@@ -61,6 +61,19 @@ def test_bench_writes_a_report_and_prints_it(
     assert "−100.0" in printed and "report.html" in printed
 
 
+def test_two_models_of_one_server_and_a_key_for_each_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(Behaviour(model="fp16", others=("awq",), api_key="one")) as a:
+        more = ["--baseline-key", "one", "--candidate-key", "one", "--api-key", "none", "--candidate-model", "awq"]
+        assert bench(monkeypatch, a, a, tmp_path, *more) == 0
+        assert {body["model"] for body in a.bodies} == {"fp16", "awq"}
+    found = read(tmp_path)
+    assert [found.systems[role].label for role in ("baseline", "candidate")] == ["fp16", "awq"]
+    assert any("models of one server" in note for note in found.warnings)
+    assert "--baseline-key ***" in found.environment.command or "one" not in found.environment.command.split()
+    with serving(Behaviour(model="fp16")) as a:
+        assert bench(monkeypatch, a, a, tmp_path, "--force", "--candidate-model", "awq") == 2
+
+
 def test_bench_gates_the_candidate_against_the_baseline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
