@@ -38,8 +38,7 @@ _ROUTES = ("/chat/completions", "/completions", "/models")
 
 
 def normalise_url(url: str) -> str:
-    """Return the server's root: scheme, host, port and path without ``/``, ``/v1`` or a route behind it at the end, such as
-    ``/v1/chat/completions``.
+    """Return the server's root: scheme, host, port and path, without ``/v1``, ``/v1/chat/completions`` at its end.
 
     Raises:
         BenchError: when it is not an http(s) URL.

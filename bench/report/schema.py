@@ -467,6 +467,7 @@ class Workload(Model):
         output_tokens: a number, or a distribution as on the command line; likewise the next two.
         prompt_tokens: without the images'; None: schema versions 1 and 2 do not say.
         slos: what goodput is held against.
+        price: of each server's machine, an hour.
     """
 
     tasks_source: str | None
@@ -485,6 +486,7 @@ class Workload(Model):
     duration_s: float | None = None
     ramp_s: float = 0.0
     preset: str | None = None
+    price: float | None = None
     output_tokens: str
     prompt_tokens: str | None = None
     images_per_request: str = "1"

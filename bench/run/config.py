@@ -7,7 +7,7 @@ import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -97,6 +97,8 @@ class BenchConfig(Settings):
         ramp_s: seconds in which a load grows before it is measured.
         rounds: each point is measured so often, the two systems taking turns in alternating order.
         slos: for goodput.
+        exports: how each request under load is written down beside the report.
+        price: of the machine of each server, an hour, in any currency.
         image_sizes: of the images in speed runs.
         images_per_request: in speed runs.
         prompt_tokens: of each prompt in speed runs, without its images.
@@ -276,6 +278,20 @@ class BenchConfig(Settings):
         ),
     ] = _FULL["output_tokens"]
 
+    exports: Annotated[
+        tuple[Literal["csv", "parquet"], ...],
+        Option(
+            "Write each request under load to requests.csv, requests.parquet beside the report: csv, parquet or both.",
+            name="--export",
+            type=str,
+            panel=_SPEED,
+            asked=False,
+        ),
+    ] = ()
+    price: Annotated[
+        float | None,
+        Option("What the server's machine costs an hour: shown as cost per million tokens.", panel=_SPEED, asked=False),
+    ] = None
     timeout_s: Annotated[
         float, Option("Seconds a request may take.", name="--timeout", panel=_SERVERS, asked=_number)
     ] = 120.0
@@ -341,6 +357,14 @@ class BenchConfig(Settings):
             values |= {"answer_tokens": limit} if limit else {}
         return values | given
 
+    @field_validator("exports", mode="before")
+    @classmethod
+    def _read_exports(cls, value: Any) -> Any:
+        kinds = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+        if not set(kinds) <= {"csv", "parquet"}:
+            raise BenchError(f"--export {value!r}: write csv, parquet or csv,parquet")
+        return kinds
+
     @field_validator("concurrencies", "rates", "slos", "image_sizes", mode="before")
     @classmethod
     def _read_list(cls, value: Any, field: Any) -> Any:
@@ -391,17 +415,23 @@ class BenchConfig(Settings):
             raise BenchError(f"--duration {self.duration_s:g}: must be more than 0 s")
         if not 0 <= self.ramp_s < math.inf:
             raise BenchError(f"--ramp {self.ramp_s:g}: must be 0 s or more")
+        if self.price is not None and not 0 < self.price < math.inf:
+            raise BenchError(f"--price {self.price:g}: must be more than 0 an hour")
         self.inputs("")
         if not 0.0 < self.margin < 100.0:
             raise BenchError(
                 f"--margin {self.margin:g}: must be above 0 and below 100 points; no number of questions rules "
                 "out every loss"
             )
+        if self.fidelity < 0:
+            raise BenchError(f"--fidelity {self.fidelity}: must be 0 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _check_models(self) -> Self:
         for role, source in self.sources.items():
             if self.models[role] is not None and not is_url(source):
                 raise BenchError(f"--{role}-model: {source} is no URL: a server that is booted here has one model")
-        if self.fidelity < 0:
-            raise BenchError(f"--fidelity {self.fidelity}: must be 0 or more")
         return self
 
     # --- what follows from it -----------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ HARMLESS = (
     "rounds",
     "duration_s",
     "preset",
+    "price",
     "slos",
     "timeout_s",
     "seed",
