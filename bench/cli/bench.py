@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from bench.report.compare.conditions import Condition
     from bench.report.schema import Report
+    from bench.run.measured import Measurements
 
 __all__ = ["register"]
 
@@ -41,18 +42,24 @@ def bench(
     """
     from bench import report as reports
     from bench.report.compare.conditions import parse_condition
+    from bench.report.render import requests_file
 
     conditions = [parse_condition(text) for text in fail_if or []]
     if not config.resume:
         reports.clear(config.out, config.force)
-    report, logs = _run(config)
-    reports.write(report, config.out, force=config.force or config.resume)
+    report, measured, logs = _run(config)
+    reports.write(
+        report,
+        config.out,
+        force=config.force or config.resume,
+        more=lambda directory: requests_file.write(measured, directory, config.exports) if config.exports else None,
+    )
     _tell(report, config, logs)
     _judge(report, conditions)
 
 
-def _run(config: BenchConfig) -> tuple[Report, list[Path]]:
-    """Measure, and make the report; say where the logs of servers are that were started."""
+def _run(config: BenchConfig) -> tuple[Report, Measurements, list[Path]]:
+    """Measure, and make the report; say what was measured, and where the logs of servers are that were started."""
     from bench.cli.progress import progress
     from bench.cli.servers import Booter, find_here, write_demo
     from bench.machine.environment import command_line
@@ -68,7 +75,7 @@ def _run(config: BenchConfig) -> tuple[Report, list[Path]]:
         )
         host = Host(booter, write_demo, find_here)
         with measured(config, host, show) as outcome:
-            return build(outcome, config, command=command), host.logs
+            return build(outcome, config, command=command), outcome.measured, host.logs
 
 
 def _tell(report: Report, config: BenchConfig, logs: list[Path]) -> None:

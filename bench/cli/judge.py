@@ -39,7 +39,7 @@ def judge(
     from bench.cli.compare import exit_on
     from bench.judge.verdict import compare, judge_tasks
     from bench.judge.verdict import judge as judge_one
-    from bench.questions.lmms_eval import pair, read_logs
+    from bench.questions.lmms_logs import pair, read_logs
     from toolkit.console import note, warn
     from toolkit.console import out as stdout
     from toolkit.errors import BenchError

@@ -1,186 +1,181 @@
-"""Per-question logs of lmms-eval (``--log_samples``), read as scores that can be paired.
+"""Scores as lmms-eval gives them, quirks and all, for figures that are to stand beside published ones.
 
-A run writes ``<date>_samples_<task>.jsonl``, a line a question: ``doc_id``, ``target``, ``filtered_resps`` (the
-answer), ``doc_hash`` from some versions on, and what the task's own code made of the answer under a name of its own:
-``anls``, ``relaxed_overall``, ``exact_match``, ``mmmu_acc``. That is a number, or an object with a ``score`` or, for
-MMMU, with the answer that was read (``parsed_pred``) beside the right one.
+Each function does what the task of lmms-eval does with an answer (`lmms_eval/api/metrics.py`, `tasks/chartqa`,
+`tasks/textvqa`, `tasks/mmmu`; MMMU's rules are its authors' own). Where they differ from the papers, and so from
+`bench.questions.scoring`:
 
-Source: `lmms_eval/evaluator.py` and `lmms_eval/loggers/evaluation_tracker.py` of EvolvingLMMs-Lab/lmms-eval.
+- ANLS: an answer at a distance of exactly one half scores 0.5; lengths are those before blanks are folded.
+- Relaxed accuracy: ``57%`` is 0.57, ``1,204`` and ``$12`` are no numbers; a right answer of 0 must be matched as text.
+- VQA: ``,`` and ``?`` vanish first and ``'s`` becomes a word; all periods but those before a digit vanish.
+- MMMU, several options: the last one named. An answer that names none gets one at random there; here it is wrong,
+  since a draw would flip answers between two equal systems.
+- MMMU, open questions: any number or phrase after "is", "so", "answer" and the like, numbers to two decimals; a text
+  that holds the right one is right.
+
+Tested against tables that lmms-eval's own code made (commit 75571cfe of 2026-08-06).
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Sequence
 
-from toolkit.errors import BenchError
+from rapidfuzz.distance import Levenshtein
 
-__all__ = ["Pairs", "Sample", "pair", "read_logs"]
+from bench.questions.scoring import ARTICLES, CONTRACTIONS, NUMBER_WORDS, Grade, letters
 
-_MARK = "_samples_"
-#: Keys of a line that are no metric.
-_NO_METRIC = frozenset(
-    (
-        "doc_id",
-        "doc",
-        "target",
-        "arguments",
-        "input",
-        "resps",
-        "filtered_resps",
-        "token_counts",
-        "success",
-        "submission",
+__all__ = ["CAPS", "anls", "choice", "grade", "open_answer", "relaxed", "vqa", "vqa_fold"]
+
+#: Longest answers in tokens, by set. TextVQA has no limit but that of the model's class there, Qwen2-VL's.
+CAPS = {"docvqa": 32, "chartqa": 16, "textvqa": 128, "mmmu": 128}
+
+
+def grade(metric: str, answer: str, golds: Sequence[str], choices: Sequence[str] = ()) -> Grade | None:
+    """Score an answer by one of these rules; None where lmms-eval has no rule of that name."""
+    if metric == "anls":
+        return Grade(anls(answer, golds))
+    if metric == "relaxed":
+        return Grade(max(relaxed(answer, gold) for gold in golds))
+    if metric == "vqa":
+        return Grade(vqa(answer, golds))
+    if metric == "open":
+        return Grade(open_answer(answer, golds))
+    if metric == "choice":
+        letter = choice(answer, choices)
+        return Grade(float(letter in golds), None if letter else "names none of the options")
+    return None
+
+
+def anls(answer: str, golds: Sequence[str]) -> float:
+    """ANLS = 1 - the least distance to a right answer / length of the longer text, and 0 below 0.5."""
+    distances = []
+    for gold in golds:
+        said, right = (" ".join(text.lower().split()) for text in (answer, gold))
+        longest = max(len(gold.upper()), len(answer.upper()))
+        distances.append(Levenshtein.distance(said, right) / longest if longest else 0.0)
+    found = 1.0 - min(distances)
+    return found if found >= 0.5 else 0.0
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text.rstrip("%")) / 100.0 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def relaxed(answer: str, gold: str) -> float:
+    """Relaxed accuracy = 1 when both are Python's numbers, a percentage divided by 100, and |answer - gold| / |gold| is
+    at most 5%; else when they are equal but for case."""
+    said, right = _float(answer), _float(gold)
+    if said is not None and right:
+        return float(abs(said - right) / abs(right) <= 0.05)
+    return float(answer.lower() == gold.lower())
+
+
+#: In the order in which they are taken out. Whether one vanishes or becomes a blank is told by the text before.
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'
+_PERIOD = re.compile(r"\.(?!\d)")
+_COMMA_BETWEEN_DIGITS = re.compile(r"(?<=\d),+(?=\d)")
+#: That many periods are taken out: a flag stands in the place of a count there.
+_PERIODS = 32
+
+
+#: Of "somebody" the processor takes the apostrophe away, and gives none.
+_CONTRACTIONS = {short: whole for short, whole in CONTRACTIONS.items() if short != "somebodyd"} | {
+    "somebody'd": "somebodyd"
+}
+
+
+def vqa_fold(text: str) -> str:
+    """Fold an answer as the EvalAI processor of VQA does, in TextVQA's version."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    folded, comma = text, _COMMA_BETWEEN_DIGITS.search(text) is not None
+    for mark in _MARKS:
+        gone = comma or f"{mark} " in text or f" {mark}" in text
+        folded = folded.replace(mark, "" if gone else " ")
+    folded = _PERIOD.sub("", folded, count=_PERIODS)
+    words = [NUMBER_WORDS.get(word, word) for word in folded.lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def vqa(answer: str, golds: Sequence[str]) -> float:
+    """VQA score = mean over the people of min(how many of the others gave this answer / 3, 1), folded."""
+    said, people = vqa_fold(answer), [vqa_fold(gold) for gold in golds]
+    same = sum(gold == said for gold in people)
+    shares = [min(1.0, (same - (gold == said)) / 3) for gold in people]
+    return sum(shares) / len(shares)
+
+
+# --- MMMU -------------------------------------------------------------------------------------------------------------
+
+
+def choice(answer: str, choices: Sequence[str]) -> str | None:
+    """Return the option that an answer names last: its letter in brackets, else before a blank, else before a period,
+    else, of answers of more than five words, its text; None where there is none."""
+    for mark in ",.!?;:'":
+        answer = answer.strip(mark)
+    answer = f" {answer} "
+    known = letters(len(choices))
+    for form, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
+        named = [letter for letter in known if form.format(letter) in answer]
+        if named:
+            return _last(named, [answer.rfind(place.format(letter)) for letter in named])
+    if len(answer.split()) <= 5:
+        return None
+    lower = answer.lower()
+    by_text = [(letter, text.lower()) for letter, text in zip(known, choices, strict=True) if text.lower() in lower]
+    return _last([letter for letter, _ in by_text], [lower.rfind(text) for _, text in by_text]) if by_text else None
+
+
+def _last(named: Sequence[str], places: Sequence[int]) -> str:
+    return named[max(range(len(named)), key=lambda at: places[at])]
+
+
+_CUES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+_NUMBERS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"-?\b\d{1,3}(?:,\d{3})+\b",
+        r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
+        r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
     )
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A question as one run scored it.
-
-    Attributes:
-        score: a share of 1.
-        question: what tells that two runs asked the same: lmms-eval's own hash of it, else the right answer.
-    """
-
-    score: float
-    question: str
+def open_answer(answer: str, golds: Sequence[str]) -> float:
+    """Open questions of MMMU: 1 when a number in what the answer comes down to equals a right one, to two decimals, or
+    a text in it holds a right one."""
+    wanted = [form for gold in golds for form in _forms(gold)]
+    parts = _essence(answer)
+    parts += [found for part in parts for pattern in _NUMBERS for found in pattern.findall(part)]
+    said = {form for part in parts for form in _forms(part)}
+    texts = [form for form in wanted if isinstance(form, str)]
+    return float(any(any(text in form for text in texts) if isinstance(form, str) else form in wanted for form in said))
 
 
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """Two runs' scores of one task on the same questions, in the same order.
-
-    Attributes:
-        metric: the name under which lmms-eval has the score.
-    """
-
-    metric: str
-    before: tuple[float, ...]
-    after: tuple[float, ...]
-
-
-def read_logs(path: Path, metrics: Sequence[str] = ()) -> dict[str, tuple[str, dict[str, Sample]]]:
-    """Read the logs of one run.
-
-    Args:
-        path: a file, or a directory that holds them at any depth.
-        metrics: which metric is the score, where a task has several: NAME, or TASK=NAME.
-
-    Returns:
-        By task: the metric's name, and the samples by ``doc_id``.
-
-    Raises:
-        BenchError: no logs there, two runs of one task, or a line without a score; names file and line.
-    """
-    files = [path] if path.is_file() else sorted(path.rglob(f"*{_MARK}*.jsonl"))
-    if not files:
-        raise BenchError(f"{path}: no *{_MARK}TASK.jsonl there; run lmms-eval with --log_samples --output_path {path}")
-    by_task: dict[str, Path] = {}
-    for file in files:
-        task = file.stem.rpartition(_MARK)[2] or file.stem
-        if task in by_task:
-            raise BenchError(f"{task} was run twice: {by_task[task]} and {file}; give the directory of one run")
-        by_task[task] = file
-    return {task: _read(file, task, metrics) for task, file in by_task.items()}
-
-
-def pair(
-    before: Mapping[str, tuple[str, dict[str, Sample]]], after: Mapping[str, tuple[str, dict[str, Sample]]]
-) -> dict[str, Pairs]:
-    """Pair two runs question by question; tasks that only one of them has are left out.
-
-    Raises:
-        BenchError: no task in common, other questions, or another metric.
-    """
-    common = [task for task in before if task in after]
-    if not common:
-        raise BenchError(f"no task in common: {_names(before)} in the first run, {_names(after)} in the second")
-    found = {}
-    for task in common:
-        (metric, old), (other, new) = before[task], after[task]
-        if metric != other:
-            raise BenchError(f"{task}: scored by {metric} in the first run, by {other} in the second; choose: --metric")
-        alone = old.keys() ^ new.keys()
-        if alone:
-            raise BenchError(
-                f"{task}: {len(old)} questions in the first run, {len(new)} in the second, {len(alone)} of them in one "
-                f"alone (doc_id {min(alone)}); run both with the same --limit and version of the data"
-            )
-        for name, sample in old.items():
-            if sample.question != new[name].question:
-                raise BenchError(f"{task}: doc_id {name} is another question in the second run: other data or prompts")
-        found[task] = Pairs(
-            metric, tuple(sample.score for sample in old.values()), tuple(new[name].score for name in old)
-        )
-    return found
-
-
-def _read(file: Path, task: str, metrics: Sequence[str]) -> tuple[str, dict[str, Sample]]:
-    rows: dict[str, tuple[int, dict[str, Any]]] = {}
+def _forms(text: str) -> list[str | float]:
+    """A number to two decimals; else the text, a single letter with a blank on either side."""
+    text = text.strip()
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BenchError(f"{file}: can't be read as text ({error})") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise BenchError(f"{file}: line {number}: no JSON ({error})") from error
-        if not isinstance(row, dict) or "doc_id" not in row:
-            raise BenchError(f"{file}: line {number}: no sample of lmms-eval (an object with a doc_id)")
-        name = str(row["doc_id"])
-        if name in rows:
-            raise BenchError(f"{file}: line {number}: doc_id {name} again: a log of several runs or filters; keep one")
-        rows[name] = number, row
-    if not rows:
-        raise BenchError(f"{file}: no samples in it")
-    metric = _metric(file, task, (row for _, row in rows.values()), metrics)
-    samples = {}
-    for name, (number, row) in rows.items():
-        score = _score(row.get(metric))
-        if score is None:
-            raise BenchError(f"{file}: line {number}: {metric} holds no score between 0 and 1: {row.get(metric)!r}")
-        samples[name] = Sample(score, str(row.get("doc_hash") or row.get("target")))
-    return metric, samples
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        text = text.lower()
+        return [f" {text}", f"{text} "] if len(text) == 1 else [text]
 
 
-def _metric(file: Path, task: str, rows: Iterable[dict[str, Any]], metrics: Sequence[str]) -> str:
-    """Return the name of the one metric that every line has, or of the one that was asked for."""
-    held, total = Counter[str](), 0
-    for row in rows:
-        total += 1
-        held.update(name for name in row if name not in _NO_METRIC and not name.endswith("_hash"))
-    wanted = {name.partition("=")[2] for name in metrics if name.partition("=")[:2] == (task, "=")}
-    wanted = wanted or {name for name in metrics if "=" not in name} & held.keys()
-    everywhere = sorted(name for name, count in held.items() if count == total)
-    chosen = sorted(wanted) or everywhere
-    if len(chosen) == 1:
-        return chosen[0]
-    told = f"{_names(everywhere)} in every line" if everywhere else f"{_names(held) or 'nothing'} in some lines alone"
-    raise BenchError(f"{file}: which metric is the score? {told}; choose: --metric {task}=NAME")
-
-
-def _score(value: object) -> float | None:
-    """Return a metric's value as a share of 1; None where it is none."""
-    if isinstance(value, dict):
-        if "score" in value:
-            return _score(value["score"])
-        if "parsed_pred" in value and "answer" in value:  # MMMU: right where the letter that was read is the answer's
-            right = value["answer"]
-            return float(value["parsed_pred"] in right if isinstance(right, list) else value["parsed_pred"] == right)
-        return None
-    if isinstance(value, bool | int | float) and 0 <= value <= 1:
-        return float(value)
-    return None
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
+def _essence(answer: str) -> list[str]:
+    """What an answer comes down to: of each line the shortest part behind a cue, of the last behind ``=`` too."""
+    whole = answer.strip().strip(".").lower()
+    lines = whole.split("\n")  # a sentence would end before a capital, of which there is none any more
+    found = []
+    for number, line in enumerate(lines):
+        cues = (*_CUES, "=") if number == len(lines) - 1 else _CUES
+        tails = [line.split(cue)[-1].strip() for cue in cues if cue in line]
+        shortest = ""
+        for tail in tails:  # an empty one gives way to the next
+            shortest = tail if not shortest or len(tail) < len(shortest) else shortest
+        if shortest and shortest not in (":", ",", ".", "!", "?", ";", "'"):
+            found.append(shortest)
+    return found or [whole]

@@ -4,8 +4,9 @@ Units are in the names: ``_ms`` milliseconds, ``_s`` seconds, ``_bytes`` bytes. 
 fractions of 1. ``schema_version`` grows when a reader of the old shape would misread the new one;
 `bench.report.render.json_file` reads all of them:
 
-- 4: an item's ``images`` (``pictures`` before). Figures and ratios by shape of request; headlines with p adjusted for
-  their number; rates that are kept, without ratios of throughput; throughput without a round's end by round.
+- 4: an item's ``images`` (``pictures`` before). Whose rules answers are scored by. Figures and ratios by shape of
+  request; headlines with p adjusted for their number; rates that are kept, without ratios of throughput; throughput
+  without a round's end by round.
 - 3: a speed point belongs to a load (so many in flight, a rate, a step of a sweep) and has p95, figures by round with
   intervals, goodput, errors by kind, what the server counted; ratios are over rounds; fidelity; partial reports.
 - 2: clusters, recovery, and a verdict for each task; grades with notes; images of the answers that flipped.
@@ -19,7 +20,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from bench.questions.scoring import RIGHT
+from bench.questions.scoring import RIGHT, Scoring
 from bench.roles import ROLES, Role
 from bench.run.loads import PART, WAVES, Load, LoadKind
 from bench.run.systems import Memory, SystemInfo
@@ -461,16 +462,19 @@ class Workload(Model):
         rates: of open loops, requests/s.
         sweep: open-loop rates of the sweep; 0 without one.
         sweep_concurrency: requests in flight that saturate a server, in a sweep.
+        scoring: whose rules answers are scored by (`bench.questions.scoring`).
         duration_s: of each point and round, where that bounds it and not a number of requests.
         output_tokens: a number, or a distribution as on the command line; likewise the next two.
         prompt_tokens: without the images'; None: schema versions 1 and 2 do not say.
         slos: what goodput is held against.
+        price: of each server's machine, an hour.
     """
 
     tasks_source: str | None
     questions: int
     questions_sha256: str | None
     answer_tokens: int
+    scoring: Scoring = "paper"
     question_concurrency: int
     concurrencies: list[int]
     requests: list[int]
@@ -482,6 +486,7 @@ class Workload(Model):
     duration_s: float | None = None
     ramp_s: float = 0.0
     preset: str | None = None
+    price: float | None = None
     output_tokens: str
     prompt_tokens: str | None = None
     images_per_request: str = "1"

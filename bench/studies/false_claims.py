@@ -211,7 +211,8 @@ def _page(found: dict[str, Any]) -> str:
         "How often a report claims what is not there, and finds what is. Request times are drawn, not waited for: "
         "servers of known speed under 1, 4 and 16 in flight, with the defaults of `qvl bench`, on a machine whose pace "
         f"differs by {100 * noise['block']:g}% from block to block of load, walks by {100 * noise['drift']:g}% a "
-        f"block, and by {100 * noise['request']:g}% from request to request (standard deviations; the rounds' ratios then "
+        f"block, and by {100 * noise['request']:g}% from request to request (standard deviations; the rounds' ratios "
+        "then "
         "differ by 4%, as those of the published reports of a 7B do at 8 in flight). All behind the times is what "
         f"`qvl bench` does. {', '.join(f'{name} {version}' for name, version in found['versions'].items())}.",
         "",

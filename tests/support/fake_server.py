@@ -35,6 +35,7 @@ class Behaviour:
     text: Callable[[Body], str | None] = lambda body: None  # an answer to stream instead of counted tokens
     whole: Callable[[Body], str] = lambda body: "x"  # the answer to a request that asks for no stream
     model: str = "fake"
+    others: tuple[str, ...] = ()  # models that it has too
     api_key: str | None = None
     usage: bool = True
     done: bool = True
@@ -87,7 +88,7 @@ class FakeServer:
         if want.api_key and headers.get("authorization") != f"Bearer {want.api_key}":
             await self._json(writer, 401, {"error": {"message": "invalid key"}})
         elif path == "/v1/models":
-            await self._json(writer, 200, {"data": [{"id": want.model}]})
+            await self._json(writer, 200, {"data": [{"id": name} for name in (want.model, *want.others)]})
         elif path == "/version":
             await self._json(writer, 200, {"version": "9.9.9"})
         elif path == "/metrics" and want.metrics:

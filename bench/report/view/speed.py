@@ -126,6 +126,12 @@ class Counted:
     rows: list[tuple[SpeedRow, list[str]]]
 
 
+def cost(point: SpeedPoint, price: float | None) -> str:
+    """What a million output tokens cost under a load, of a machine that costs so much an hour."""
+    rate = point.throughput("output_tokens_per_s")
+    return words.number(1e6 * price / 3600.0 / rate) if price and rate else NOTHING
+
+
 def counted(report: Report) -> Counted:
     """Return the columns that some point has; neither columns nor rows where nothing was counted."""
     slos = f" under {', '.join(report.workload.slos)}" if report.workload.slos else ""
@@ -137,6 +143,7 @@ def counted(report: Report) -> Counted:
         "Cached images": lambda _, server: words.percent(server.image_cache_share),
         "Preemptions": lambda _, server: words.count(server.preemptions),
         "Queue, mean": lambda _, server: words.milliseconds(server.queue_mean_ms),
+        "Cost of a million output tokens": lambda point, _: cost(point, report.workload.price),
         "Energy a token": lambda point, _: (
             NOTHING if point.energy_j_per_token is None else f"{words.number(point.energy_j_per_token)} J"
         ),

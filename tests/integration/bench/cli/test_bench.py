@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 import pytest
 
 from bench.report.render.json_file import render
@@ -59,6 +61,34 @@ def test_bench_writes_a_report_and_prints_it(
     assert "secret-key" not in "".join(path.read_text() for path in (tmp_path / "out").iterdir())
     printed = capsys.readouterr().out
     assert "−100.0" in printed and "report.html" in printed
+
+
+def test_every_request_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(says("x")) as a, serving(says("x")) as b:
+        assert bench(monkeypatch, a, b, tmp_path, "--export", "csv,parquet", "--price", "3.6") == 0
+    with (tmp_path / "out" / "requests.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    found = read(tmp_path)
+    assert len(lines) == sum(point.requests for point in found.speed)
+    table = parquet.read_table(tmp_path / "out" / "requests.parquet").to_pylist()
+    assert len(table) == len(lines) and list(table[0]) == list(lines[0])
+    assert {row["system"] for row in table} == {"baseline", "candidate"} and {row["failure"] for row in table} == {None}
+    for row, line in zip(table, lines, strict=True):
+        assert row["ttft_ms"] == float(line["ttft_ms"]) <= row["e2e_ms"] and row["output_tokens"] == 4
+    assert "Cost of a million output tokens" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_two_models_of_one_server_and_a_key_for_each_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(Behaviour(model="fp16", others=("awq",), api_key="one")) as a:
+        more = ["--baseline-key", "one", "--candidate-key", "one", "--api-key", "none", "--candidate-model", "awq"]
+        assert bench(monkeypatch, a, a, tmp_path, *more) == 0
+        assert {body["model"] for body in a.bodies} == {"fp16", "awq"}
+    found = read(tmp_path)
+    assert [found.systems[role].label for role in ("baseline", "candidate")] == ["fp16", "awq"]
+    assert any("models of one server" in note for note in found.warnings)
+    assert "--baseline-key ***" in found.environment.command or "one" not in found.environment.command.split()
+    with serving(Behaviour(model="fp16")) as a:
+        assert bench(monkeypatch, a, a, tmp_path, "--force", "--candidate-model", "awq") == 2
 
 
 def test_bench_gates_the_candidate_against_the_baseline(
@@ -133,6 +163,8 @@ def test_noise_breakage_and_mistakes_have_other_exit_codes(
         (["--duration", "0"], "--duration 0: must be more than 0"),
         (["--images", "nowhere"], "no such directory of images"),
         (["--fidelity", "-1"], "--fidelity -1: must be 0 or more"),
+        (["--export", "xlsx"], "--export 'xlsx': write csv, parquet or csv,parquet"),
+        (["--price", "0"], "--price 0: must be more than 0"),
         (["--resume"], "holds no interrupted run"),
     ],
 )

@@ -1,121 +1,176 @@
-"""Logs of lmms-eval, and the verdict on two runs of it."""
+"""The expected scores are what lmms-eval's own code gave (commit 75571cfe of 2026-08-06)."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from bench.questions.lmms_eval import Pairs, pair, read_logs
-from toolkit.cli import app
+from bench.questions import lmms_eval
+from bench.questions.scoring import grade
+from bench.report.compare.comparison import compare
+from bench.report.compare.figures import Side
+from bench.run.config import BenchConfig
+from tests.support.factory import CONFIG, questions, report
 from toolkit.errors import BenchError
 
+PEOPLE = ["yes"] * 3 + ["no"] * 7
+OPTIONS = ("a dog", "a cat", "red", "vitamin C")
+TABLE: list[tuple[str, str, list[str], float]] = [
+    ("anls", "abcd", ["abxy"], 0.5),
+    ("anls", "abcd", ["axyz"], 0.0),
+    ("anls", "ab", ["ax"], 0.5),
+    ("anls", "Invoice", ["invoice"], 1.0),
+    ("anls", "a  b", ["a b"], 1.0),
+    ("anls", "", [""], 1.0),
+    ("anls", "12.5", ["12.50"], 0.8),
+    ("anls", "yes", ["y"], 0.0),
+    ("anls", "abcdef", ["abcxyz"], 0.5),
+    ("relaxed", "57%", ["57"], 0.0),
+    ("relaxed", "57%", ["0.57"], 1.0),
+    ("relaxed", "0.57", ["57%"], 1.0),
+    ("relaxed", "1,204", ["1204"], 0.0),
+    ("relaxed", "1204", ["1,204"], 0.0),
+    ("relaxed", "$12", ["12"], 0.0),
+    ("relaxed", "$12", ["$12"], 1.0),
+    ("relaxed", "0", ["0"], 1.0),
+    ("relaxed", "0.0", ["0"], 0.0),
+    ("relaxed", "104", ["100"], 1.0),
+    ("relaxed", "105", ["100"], 1.0),
+    ("relaxed", "106", ["100"], 0.0),
+    ("relaxed", "Yes", ["yes"], 1.0),
+    ("relaxed", "yes.", ["yes"], 0.0),
+    ("relaxed", " 12 ", ["12"], 1.0),
+    ("relaxed", "12.", ["12"], 1.0),
+    ("relaxed", "2019", ["2000"], 1.0),
+    ("relaxed", "-3", ["3"], 0.0),
+    ("relaxed", "1e3", ["1000"], 1.0),
+    ("relaxed", "nan", ["5"], 0.0),
+    ("relaxed", "57 %", ["57%"], 1.0),
+    ("relaxed", "58%", ["57%"], 1.0),
+    ("vqa", "yes", PEOPLE, 0.9),
+    ("vqa", "No.", PEOPLE, 1.0),
+    ("vqa", "the no", PEOPLE, 1.0),
+    ("vqa", "1,000", ["1000"] * 10, 1.0),
+    ("vqa", "1,000", ["1,000"] * 10, 1.0),
+    ("vqa", "1 000", ["1,000"] * 10, 0.0),
+    ("vqa", "two", ["2"] * 10, 1.0),
+    ("vqa", "None", ["0"] * 10, 1.0),
+    ("vqa", "dont", ["don't"] * 4 + ["x"] * 6, 1.0),
+    ("vqa", "bob's", ["bobs"] * 10, 0.0),
+    ("vqa", "bob's", ["bob 's"] * 10, 1.0),
+    ("vqa", "red, blue", ["red blue"] * 10, 1.0),
+    ("vqa", "a.b", ["ab"] * 10, 1.0),
+    ("vqa", "3.5", ["3.5"] * 10, 1.0),
+    ("vqa", "u.s.a.", ["usa"] * 10, 1.0),
+    ("vqa", "left-hand", ["left hand"] * 10, 1.0),
+    ("vqa", "left - hand", ["left hand"] * 10, 1.0),
+    ("vqa", "left - hand", ["left  hand"] * 10, 1.0),
+    ("vqa", "?", [""] * 10, 1.0),
+    ("vqa", "", ["a"] * 10, 1.0),
+    ("vqa", "stop!", ["stop"] * 10, 1.0),
+    ("vqa", "@home", ["home"] * 10, 1.0),
+    ("vqa", "it's", ["its"] * 10, 0.0),
+    ("open", "5", ["5"], 1.0),
+    ("open", "5.0", ["5"], 1.0),
+    ("open", "5.004", ["5"], 1.0),
+    ("open", "5.01", ["5"], 0.0),
+    ("open", "The answer is 1,204.", ["1204"], 1.0),
+    ("open", "x = 12", ["12"], 1.0),
+    ("open", "about 12 or 13", ["13"], 1.0),
+    ("open", "B", ["b"], 1.0),
+    ("open", "Paris", ["paris"], 1.0),
+    ("open", "It is Paris, France", ["Paris"], 1.0),
+    ("open", "so 4 and\nfinal 7", ["7"], 1.0),
+    ("open", "so 4 and\nfinal 7", ["4"], 1.0),
+    ("open", "3/4", ["3/4"], 1.0),
+    ("open", "0.75", ["3/4"], 0.0),
+    ("open", "57%", ["57"], 1.0),
+    ("open", "-4", ["4"], 0.0),
+    ("open", "1e3", ["1000"], 1.0),
+    ("open", "no idea", ["5"], 0.0),
+    ("open", "the result is a dog", ["cat", "dog"], 1.0),
+    ("open", "$12", ["12"], 1.0),
+    ("open", "x", ["x"], 1.0),
+    ("open", "an x y", ["x"], 1.0),
+    ("open", "24/7", ["24"], 1.0),
+    ("choice", "B", ["B"], 1.0),
+    ("choice", "(B)", ["B"], 1.0),
+    ("choice", "B.", ["B"], 1.0),
+    ("choice", "b", ["B"], 0.0),
+    ("choice", "The answer is (A) or (C)", ["C"], 1.0),
+    ("choice", "A and then B", ["B"], 1.0),
+    ("choice", "A, no: C", ["C"], 1.0),
+    ("choice", "I think it is a cat for sure", ["B"], 1.0),
+    ("choice", "a cat", ["B"], 0.0),
+    ("choice", "vitamin C is in it", ["C"], 1.0),
+    ("choice", "it has red and a dog in it too", ["A"], 1.0),
+    ("choice", "nothing of these at all I would say", ["A"], 0.0),
+    ("choice", "B) a cat", ["B"], 0.0),
+    ("choice", "Answer: B", ["B"], 1.0),
+    ("choice", "B. a cat", ["B"], 1.0),
+    ("choice", "", ["A"], 0.0),
+]
 
-def line(number: int, **more: Any) -> dict[str, Any]:
-    shared = {"doc_id": number, "target": "7", "filtered_resps": ["7"], "doc_hash": f"h{number}", "prompt_hash": "p"}
-    return {name: value for name, value in (shared | {"anls": 1.0} | more).items() if value is not None}
 
-
-def write(path: Path, *lines: dict[str, Any], task: str = "docvqa_val") -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(each) + "\n" for each in lines)
-    (path / f"20261127_101010_samples_{task}.jsonl").write_text(text)
-    return path
+@pytest.mark.parametrize(("metric", "answer", "golds", "score"), TABLE)
+def test_scores_are_those_of_lmms_eval(metric: str, answer: str, golds: list[str], score: float) -> None:
+    choices = OPTIONS if metric == "choice" else ()
+    assert grade(metric, answer, golds, choices, "lmms-eval").score == pytest.approx(score)
 
 
 @pytest.mark.parametrize(
-    ("metric", "score"),
+    ("text", "folded"),
     [
-        ({"anls": 0.75}, 0.75),
-        ({"anls": None, "exact_match": True}, 1.0),
-        ({"anls": None, "mme_perception_score": {"question_id": "a", "category": "OCR", "score": 0.0}}, 0.0),
-        ({"anls": None, "mmmu_acc": {"answer": "B", "parsed_pred": "B"}, "submission": {"x": 1}}, 1.0),
-        ({"anls": None, "mmmu_acc": {"answer": "B", "parsed_pred": "A"}}, 0.0),
-        ({"anls": None, "mmmu_acc": {"answer": ["0.5", "1/2"], "parsed_pred": "1/2"}}, 1.0),
+        ("What's that", "what 's that"),
+        ("somebody'd cant", "somebodyd can't"),
+        ("a/b c?", "b c"),
+        ("None, and ten!", "0 and 10"),
+        ("3.5 e.g. U.S.", "3.5 eg us"),
+        ("the (big) dog", "big dog"),
     ],
 )
-def test_what_tasks_call_a_score(tmp_path: Path, metric: dict[str, Any], score: float) -> None:
-    (read,) = read_logs(write(tmp_path, line(0, **metric))).values()
-    assert [sample.score for sample in read[1].values()] == [score]
-
-
-def test_runs_are_paired_by_question_whatever_their_order(tmp_path: Path) -> None:
-    old = read_logs(write(tmp_path / "a" / "model", line(0), line(1, anls=0.0)))
-    new = read_logs(write(tmp_path / "b", line(1, anls=0.5), line(0)))
-    assert pair(old, new) == {"docvqa_val": Pairs("anls", (1.0, 0.0), (1.0, 0.5))}
-
-
-def test_the_metric_that_every_line_has_or_the_one_asked_for(tmp_path: Path) -> None:
-    lines = line(0, anls=None, overall=1.0, human=1.0), line(1, anls=None, overall=0.0, augmented=0.0)
-    path = write(tmp_path, *lines, task="chartqa")
-    assert read_logs(path)["chartqa"][0] == "overall"
-    both = write(tmp_path / "both", line(0, exact=1.0), line(1, exact=0.0))
-    with pytest.raises(BenchError, match=r"anls, exact in every line; choose: --metric docvqa_val=NAME"):
-        read_logs(both)
-    assert read_logs(both, ["docvqa_val=exact"])["docvqa_val"][0] == "exact"
-    assert read_logs(both, ["exact", "other=anls"])["docvqa_val"][0] == "exact"
+def test_answers_are_folded_as_there(text: str, folded: str) -> None:
+    assert lmms_eval.vqa_fold(text) == folded
 
 
 @pytest.mark.parametrize(
-    ("lines", "words"),
+    ("metric", "answer", "gold", "paper", "theirs"),
     [
-        ([line(0), line(0)], "line 2: doc_id 0 again"),
-        ([line(0), line(1, anls=37.5)], "line 2: anls holds no score between 0 and 1: 37.5"),
-        ([{"target": "x"}], "line 1: no sample of lmms-eval"),
-        ([line(0, anls=None)], "nothing in some lines alone"),
-        ([], "no samples in it"),
+        ("anls", "abcd", "abxy", 0.0, 0.5),
+        ("relaxed", "57%", "57", 1.0, 0.0),
+        ("relaxed", "1,204", "1204", 1.0, 0.0),
+        ("relaxed", "$12", "12", 1.0, 0.0),
+        ("open", "57%", "57", 1.0, 1.0),
+        ("open", "24/7", "24", 0.0, 1.0),
+        ("exact", "Yes.", "yes", 1.0, 1.0),  # no rule of theirs
     ],
 )
-def test_a_log_that_is_none_is_named(tmp_path: Path, lines: list[dict[str, Any]], words: str) -> None:
-    with pytest.raises(BenchError, match=words):
-        read_logs(write(tmp_path, *lines))
-
-
-def test_no_log_a_broken_one_and_two_of_a_task_are_named(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match="run lmms-eval with --log_samples"):
-        read_logs(tmp_path)
-    write(tmp_path / "one", line(0))
-    write(tmp_path / "two", line(0))
-    with pytest.raises(BenchError, match="docvqa_val was run twice"):
-        read_logs(tmp_path)
-    (file,) = (tmp_path / "one").iterdir()
-    file.write_text('{"doc_id": 0}\n{oops\n')
-    with pytest.raises(BenchError, match="line 2: no JSON"):
-        read_logs(file)
-
-
-@pytest.mark.parametrize(
-    ("other", "words"),
-    [
-        ([line(0)], "2 questions in the first run, 1 in the second, 1 of them in one alone"),
-        ([line(0), line(1, doc_hash="other")], "doc_id 1 is another question"),
-        ([line(0, anls=None, f1=1.0), line(1, anls=None, f1=1.0)], "scored by anls in the first run, by f1"),
-    ],
-)
-def test_runs_that_cannot_be_paired_are_refused(tmp_path: Path, other: list[dict[str, Any]], words: str) -> None:
-    old = read_logs(write(tmp_path / "a", line(0), line(1)))
-    with pytest.raises(BenchError, match=words):
-        pair(old, read_logs(write(tmp_path / "b", *other)))
-    with pytest.raises(BenchError, match="no task in common"):
-        pair(old, read_logs(write(tmp_path / "c", line(0), task="chartqa")))
-
-
-def test_the_verb_judges_and_exits_with_1_on_a_loss(tmp_path: Path) -> None:
-    right = [line(number) for number in range(400)]
-    write(tmp_path / "a", *right)
-    write(tmp_path / "a", line(0), task="alone")
-    write(tmp_path / "same", *right)
-    write(tmp_path / "lost", *right[:370], *(line(number, anls=0.0) for number in range(370, 400)))
-    told = CliRunner().invoke(
-        app, ["judge", str(tmp_path / "a"), str(tmp_path / "same"), "--json", str(tmp_path / "j")]
+def test_the_two_differ_where_they_are_said_to(
+    metric: str, answer: str, gold: str, paper: float, theirs: float
+) -> None:
+    assert (grade(metric, answer, [gold]).score, grade(metric, answer, [gold], (), "lmms-eval").score) == (
+        paper,
+        theirs,
     )
-    assert told.exit_code == 0 and "no worse" in told.output and "alone is left out" in told.output
-    figures = json.loads((tmp_path / "j").read_text())["tasks"]["docvqa_val"]
-    assert (figures["n"], figures["lost"], figures["verdict"]) == (400, 0, "no worse")
-    told = CliRunner().invoke(app, ["judge", str(tmp_path / "a"), str(tmp_path / "lost")])
-    assert told.exit_code == 1 and "docvqa_val: worse beyond chance" in told.output
-    told = CliRunner().invoke(app, ["judge", str(tmp_path / "a"), str(tmp_path / "lost"), "--margin", "2"])
-    assert isinstance(told.exception, BenchError)
+
+
+def config(**given: Any) -> BenchConfig:
+    return BenchConfig(baseline="http://a", candidate="http://b", out=CONFIG.out, **given)
+
+
+def test_limits_of_tokens_are_theirs_unless_told() -> None:
+    for tasks, limit in (("docvqa", 32), ("chartqa:dir@test", 16), ("textvqa", 128), ("mmmu@dev", 128)):
+        assert config(tasks=tasks, scoring="lmms-eval").answer_tokens == limit
+    assert config(tasks="docvqa", scoring="lmms-eval", answer_tokens=7).answer_tokens == 7
+    assert config(tasks="docvqa").answer_tokens == config(tasks="q.jsonl", scoring="lmms-eval").answer_tokens == 64
+    with pytest.raises(BenchError, match="--scoring 'vlmeval': write paper or lmms-eval"):
+        config(scoring="vlmeval")
+
+
+def test_a_report_says_whose_rules_it_scores_by_and_is_compared_with_its_like() -> None:
+    asked = [type(q)(q.id, q.task, q.question, ("yxes",), "relaxed") for q in questions(4)]
+    theirs = report(asked=asked, settings=CONFIG.replaced(scoring="lmms-eval"))
+    assert theirs.workload.scoring == "lmms-eval" and report().workload.scoring == "paper"
+    with pytest.raises(BenchError, match="scored by the rules of paper and of lmms-eval"):
+        compare(Side(report(asked=asked), "candidate"), Side(theirs, "candidate"))
