@@ -217,6 +217,26 @@ def test_an_adapter_is_merged_first(tmp_path: Path, source: Path, manifest: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["direct", "merged", "two"]
 
 
+def test_an_adapter_that_trains_the_head_and_brings_a_template(
+    tmp_path: Path, source: Path, manifest: Path, adapter: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["lm_head"]}))
+    head = Checkpoint.open(source).get("model.embed_tokens.weight") * 2
+    found = load_file(adapter / "adapter_model.safetensors") | {"base_model.model.lm_head.weight": head}
+    save_file(found, lora / "adapter_model.safetensors")
+    template = json.loads((source / "chat_template.json").read_text())["chat_template"] + "\n"
+    (lora / "chat_template.jinja").write_text(template)
+    out = Checkpoint.open(quantize(str(source), tmp_path / "out", calib=str(manifest), adapter=lora))
+    assert not out.tied_lm_head and torch.equal(out.get("lm_head.weight"), head)
+    assert (out.path / "chat_template.jinja").read_text() == template
+    assert not (out.path / "chat_template.json").exists()
+
+
 def test_an_adapter_that_is_none(tmp_path: Path, source: Path, manifest: Path, adapter: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"no adapter_config\.json"):
