@@ -17,6 +17,7 @@ import torch
 from tests.support.short import calibration, short_demo
 from tests.support.tiny import files
 from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
+from toolkit.compat import patch_torchvision
 from toolkit.errors import AlreadyQuantized, CheckpointError, FormatError, ManifestError, ResourceError
 from toolkit.formats.packing import PackedLinear, dequantize, unpack_gemm, unpack_gemv
 from toolkit.models.qwen2_vl import QWEN2_VL
@@ -122,6 +123,7 @@ def test_gemv_holds_the_same_numbers(tmp_path: Path, gemm: Path, source: Path, m
 
 
 def test_names_and_config_of_transformers_5_are_kept(tmp_path: Path, gemm: Path, source: Path, manifest: Path) -> None:
+    patch_torchvision()
     from transformers import AutoConfig
 
     flat = Checkpoint.open(source)
@@ -180,6 +182,7 @@ def test_a_nan_is_found_before_anything_is_written(tmp_path: Path, source: Path,
 
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
+    patch_torchvision()
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText
 
