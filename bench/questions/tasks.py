@@ -26,12 +26,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.questions import scoring
+from bench.questions.refusals import refusal
 from bench.questions.scoring import METRICS, RIGHT, Grade, Scoring
 from toolkit.calibration import media
+from toolkit.console import warn
 from toolkit.errors import ManifestError, MediaError
+
+if TYPE_CHECKING:
+    from serve.settings.limits import Limits
 
 __all__ = [
     "METRICS",
@@ -47,6 +52,8 @@ __all__ = [
     "with_choices",
 ]
 
+#: Qwen2-VL's processor refuses images with a longer side more than this many times the shorter.
+_MOST_ASPECT = 200
 #: With fewer people no answer could reach a VQA score of 1.
 FEWEST_PEOPLE = 4
 LETTER_PLEASE = "Answer with the option's letter from the given choices directly."
@@ -68,19 +75,22 @@ class ImageData:
     path: Path | None = None
     data: bytes | None = None
 
-    def data_url(self) -> str:
-        """Return it as a data URL.
+    def read(self) -> bytes:
+        """Return the encoded bytes.
 
         Raises:
             MediaError: the file was there when the questions were read and is not any more.
         """
-        data = self.data
-        if data is None:
-            try:
-                data = self.path.read_bytes() if self.path else b""
-            except OSError as error:
-                raise MediaError(f"image {self.path} vanished during the run: {error.strerror}") from error
-        return f"data:{self.mime};base64,{base64.b64encode(data).decode()}"
+        if self.data is not None:
+            return self.data
+        try:
+            return self.path.read_bytes() if self.path else b""
+        except OSError as error:
+            raise MediaError(f"image {self.path} vanished during the run: {error.strerror}") from error
+
+    def data_url(self) -> str:
+        """Return it as a data URL. Raises what `read` does."""
+        return f"data:{self.mime};base64,{base64.b64encode(self.read()).decode()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +133,13 @@ def score(question: Question, answer: str) -> float:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def load_questions(path: Path, *, timeout_s: float = 30.0) -> list[Question]:
+def load_questions(path: Path, *, timeout_s: float = 30.0, limits: Limits | None = None) -> list[Question]:
     """Read a file of questions, decode every image once, and return the questions in the file's order.
+
+    Args:
+        path: the file.
+        timeout_s: seconds that a server of images may keep silent.
+        limits: of a server that may be asked; what it would refuse is a warning with file and line.
 
     Raises:
         ManifestError: the file is missing, empty, or a line is not a question (names file and line).
@@ -153,6 +168,8 @@ def load_questions(path: Path, *, timeout_s: float = 30.0) -> list[Question]:
             )
         lines_by_id[question.id] = number
         questions.append(question)
+        if limits is not None and (refused := refusal(question.images, limits)) is not None:
+            warn(f"{where}: {refused}")
     if not questions:
         raise ManifestError(f"{path}: no questions in it; write one JSON object a line")
     return questions
@@ -279,7 +296,15 @@ def check_image(data: bytes, where: str, shown: str, path: Path | None = None) -
         path: the file that ``data`` comes from; None keeps ``data``.
 
     Raises:
-        MediaError: it is no image, truncated, damaged or too large.
+        MediaError: it is no image, truncated, damaged, too large, of several frames, or a strip that the model's
+            processor refuses.
     """
-    mime = media.decode(data, where, shown).get_format_mimetype() or "application/octet-stream"
+    image = media.decode(data, where, shown)
+    if max(image.size) > _MOST_ASPECT * min(image.size):
+        width, height = image.size
+        raise MediaError(
+            f"{where}: {shown} is {width} x {height}, and the model takes images up to {_MOST_ASPECT} times as long as "
+            "wide: cut it up"
+        )
+    mime = image.get_format_mimetype() or "application/octet-stream"
     return ImageData(mime=mime, sha256=hashlib.sha256(data).hexdigest(), path=path, data=data if path is None else None)

@@ -14,6 +14,7 @@ from bench.questions.datasets import LAYOUTS, load_dataset
 from bench.questions.observe import Item, items_from_images, items_from_questions
 from bench.questions.tasks import Question
 from bench.run.config import DEMO, NONE, BenchConfig
+from serve.settings.limits import Limits
 from toolkit.errors import ManifestError
 
 __all__ = ["Dataset", "WriteDemo", "dataset", "items_of", "questions_of"]
@@ -54,10 +55,16 @@ def questions_of(config: BenchConfig, stack: ExitStack, write_demo: WriteDemo) -
             f"--tasks {config.tasks!r}: no such file of questions; pass FILE.jsonl, demo, none, or one of "
             f"{', '.join(LAYOUTS)} (alone, or as {next(iter(LAYOUTS))}:DIR@SPLIT)"
         )
-    questions = tasks.load_questions(file)
+    questions = tasks.load_questions(file, limits=_limits(config))
     if config.per_task is not None:
         questions = tasks.pick(questions, config.per_task, config.seed)
     return questions, file.name
+
+
+def _limits(config: BenchConfig) -> Limits | None:
+    """Return a guard's limits where a system is a server that others booted; those that are booted here have none."""
+    given = (config.baseline, config.candidate)
+    return Limits() if any(str(system).startswith(("http://", "https://")) for system in given) else None
 
 
 @dataclass(frozen=True, slots=True)

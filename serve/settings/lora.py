@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from toolkit.errors import ServerError
 
@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Lora", "check_lora", "lora_arguments"]
 
+T = TypeVar("T")
+
 #: Ranks that vLLM can be started with; it takes adapters up to the one given.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+#: What changes an adapter's answers and vLLM does not have (vllm/lora/peft_helper.py), or drops without a word.
+_UNSERVED = {"use_dora": "DoRA", "lora_bias": "biases of its own", "bias": "trained biases", "fan_in_fan_out": "Conv1D"}
+#: Ways of beginning a training that leave the base's weights as they were.
+_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga", "true")
 #: peft's names: base_model.model.<module in its base>.lora_A.weight
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight")
 _LAYER_LINEAR = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?P<linear>(?:self_attn|mlp)\.\w+)")
@@ -35,7 +41,7 @@ class Lora:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read `name=DIR`. Raises ServerError for anything but a peft LoRA adapter that vLLM can serve."""
-        from toolkit.checkpoint.weights import read_json
+        from toolkit.sources.adapter_files import open_adapter
 
         name, equals, directory = text.partition("=")
         if not equals or not _NAME.fullmatch(name) or not directory:
@@ -43,7 +49,7 @@ class Lora:
         path = Path(directory).expanduser().resolve()
         if not (path / "adapter_config.json").is_file():
             raise ServerError(f"--lora {text}: {path} has no adapter_config.json, so it is no adapter that peft wrote.")
-        config = read_json(path / "adapter_config.json")
+        config = _read(lambda: open_adapter(path)).config
         _refuse_unservable(path, config)
         ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
         if not all(isinstance(rank, int) and rank > 0 for rank in ranks):
@@ -62,8 +68,15 @@ def _refuse_unservable(path: Path, config: dict[str, Any]) -> None:
     merge = "Merge it into its base instead: `qvl quantize --adapter`."
     if str(config.get("peft_type", "")).upper() != "LORA":
         raise ServerError(f"the adapter {path} is of the kind {config.get('peft_type')}, and vLLM serves LoRA. {merge}")
-    if config.get("use_dora"):
-        raise ServerError(f"the adapter {path} uses DoRA, which vLLM does not serve. {merge}")
+    for key, what in _UNSERVED.items():
+        if config.get(key) not in (None, False, "none"):
+            raise ServerError(f"the adapter {path} uses {what} ({key}), which vLLM does not serve. {merge}")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in _STARTS:
+        raise ServerError(
+            f"the adapter {path} was begun by {start}, which changed the weights of its base as well: "
+            "vLLM does not serve it. Convert it with peft's path_initial_model_for_weight_conversion"
+        )
     if config.get("modules_to_save"):
         raise ServerError(
             f"the adapter {path} replaces whole modules ({', '.join(map(str, config['modules_to_save']))}), "
@@ -77,9 +90,14 @@ def check_lora(lora: Lora, checkpoint: Checkpoint) -> None:
     Raises ServerError naming the first module that is not the base's or has another shape, and for weights that can't
     be read.
     """
+    from toolkit.sources.adapter_files import check_fit, open_adapter, own_files
+
+    adapter = _read(lambda: open_adapter(lora.path))
+    if adapter.shapes is None:
+        raise ServerError(f"{lora.path} has no adapter_model.safetensors: save it as safetensors, not as a pickle")
     shapes = checkpoint.linear_shapes()
     factors = 0
-    for name, shape in _shapes(lora.path).items():
+    for name, shape in adapter.shapes.items():
         factor = _FACTOR.fullmatch(name)
         if factor is None:
             raise ServerError(f"the adapter {lora.path} holds {name}, which is no factor of a LoRA.")
@@ -101,18 +119,22 @@ def check_lora(lora: Lora, checkpoint: Checkpoint) -> None:
         factors += 1
     if not factors:
         raise ServerError(f"the adapter {lora.path} holds no weights.")
+    _read(lambda: check_fit(adapter, checkpoint))
+    for file, what in own_files(lora.path, checkpoint.path).items():
+        raise ServerError(
+            f"the adapter {lora.path} brings its own {file} ({what}), and vLLM serves adapters with their base's. "
+            "Merge it into its base instead: `qvl quantize --adapter`; or take the file away if the base's is meant."
+        )
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
-    """Return the shapes of an adapter's tensors, by name."""
-    from safetensors import SafetensorError, safe_open
+def _read(call: Callable[[], T]) -> T:
+    """Return what reading an adapter gives; what it refuses is a server's error here."""
+    from toolkit.errors import CheckpointError
 
-    file = path / "adapter_model.safetensors"
     try:
-        with safe_open(file, framework="numpy") as opened:
-            return {name: list(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ServerError(f"{file} can't be read ({error}): is the download complete?") from error
+        return call()
+    except CheckpointError as error:
+        raise ServerError(str(error)) from error
 
 
 def lora_arguments(loras: Iterable[Lora]) -> list[str]:

@@ -155,3 +155,31 @@ def _imported(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         todo += ast.iter_child_nodes(node)
+
+
+def imports_transformers(tree: ast.AST) -> bool:
+    """Whether a module imports transformers when it runs; what type checkers alone read does not count."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            continue
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if any(name.split(".")[0] == "transformers" for name in names) or imports_transformers(node):
+            return True
+    return False
+
+
+def test_who_imports_transformers_patches_torchvision_before() -> None:
+    """Else it works where another module did so earlier, and a test file that runs alone fails."""
+    # mixed: toolkit.demo.fidelity.load has done it; conftest of e2e: vLLM's process
+    known = {"tests/e2e/test_mixed.py", "serve/app/server.py"}
+    files = [
+        path for folder in (*PACKAGES, "tests/unit", "tests/e2e") for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in files}
+    missing = [
+        name
+        for name, text in texts.items()
+        if "transformers" in text and "patch_torchvision()" not in text and imports_transformers(ast.parse(text))
+    ]
+    assert set(missing) <= known

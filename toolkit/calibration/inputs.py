@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PreparedSample", "digest", "prepare"]
 
+_IMAGE = "<|image_pad|>"
 _MAX_VIDEO_FRAMES = 768  # qwen-vl-utils' own bound
 
 
@@ -145,11 +146,68 @@ def _with_media(sample: CalibrationSample, bounds: dict[str, int]) -> list[dict[
                         f"{sample.where}: an image of {image.size} is over the model's 1:{MAX_RATIO} ratio"
                     )
                 part = {**bounds, **part, "image": image}
+                if part["min_pixels"] > part["max_pixels"]:
+                    raise MediaError(
+                        f"{sample.where}: an image can't be brought to size: at least {part['min_pixels']} and at most "
+                        f"{part['max_pixels']} pixels"
+                    )
             elif part["type"] == "video":
                 part = _load_video(part, sample.base, sample.where)
             content.append(part)
         messages.append({**message, "content": content})
     return messages
+
+
+def _images(
+    messages: list[dict[str, Any]], processor: Qwen2VLProcessor, where: str
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Return the images of a chat as model inputs, and the tokens that each comes to.
+
+    Each is brought to size by the processor itself, as in a server: qwen-vl-utils, which came with the model, rounds
+    thin strips to other grids and other pixels than the processor does.
+    """
+    import torch
+    from qwen_vl_utils import fetch_image
+
+    found: list[Mapping[str, torch.Tensor]] = []
+    for part in (part for message in messages for part in message["content"] if part["type"] == "image"):
+        if "resized_height" in part:
+            try:
+                image = fetch_image(part)
+            except (AssertionError, ValueError) as error:
+                raise MediaError(f"{where}: an image can't be brought to size: {error}") from None
+            found.append(processor.image_processor([image], do_resize=False, return_tensors="pt"))
+            continue
+        size = {"shortest_edge": part["min_pixels"], "longest_edge": part["max_pixels"]}
+        found.append(processor.image_processor([part["image"]], size=size, return_tensors="pt"))
+    if not found:
+        return {}, []
+    inputs = {name: torch.cat([image[name] for image in found]) for name in ("pixel_values", "image_grid_thw")}
+    merged = processor.image_processor.merge_size**2
+    return inputs, [int(grid.prod()) // merged for grid in inputs["image_grid_thw"]]
+
+
+def _videos(messages: list[dict[str, Any]], where: str) -> tuple[list[Any] | None, dict[str, Any]]:
+    """Return a chat's videos at their final size, as the processor takes them, and what goes with them."""
+    from qwen_vl_utils import process_vision_info
+
+    parts = [part for message in messages for part in message["content"] if part["type"] == "video"]
+    if not parts:
+        return None, {}
+    try:
+        _, videos, settings = process_vision_info(
+            [{"role": "user", "content": parts}], return_video_kwargs=True, return_video_metadata=True
+        )
+    except (AssertionError, ValueError) as error:  # bounds that no size satisfies
+        raise MediaError(f"{where}: a video can't be brought to size: {error}") from None
+    frames, metadata = zip(*videos or [], strict=True)
+    return list(frames), {"video_metadata": list(metadata), **settings}
+
+
+def _with_tokens(text: str, counts: Sequence[int]) -> str:
+    """Return a chat's text with each image's mark repeated as often as the image has tokens."""
+    first, *rest = text.split(_IMAGE)
+    return first + "".join(_IMAGE * count + piece for count, piece in zip(counts, rest, strict=True))
 
 
 def _template(processor: Qwen2VLProcessor) -> str | None:
@@ -178,7 +236,7 @@ def prepare(
     max_pixels: int | None,
     skipped: Callable[[CalibrationSample, int], None] | None = None,
 ) -> Iterator[PreparedSample]:
-    """Turn samples into model inputs, one at a time, through ``process_vision_info`` and the model's own processor.
+    """Turn samples into model inputs, one at a time, through the model's own processor.
 
     Args:
         samples: from `toolkit.calibration.manifest.read_manifest`.
@@ -191,13 +249,11 @@ def prepare(
         MediaError: an image or video can't be decoded.
         CheckpointError: the processor's chat template does not show images.
     """
-    from qwen_vl_utils import process_vision_info
-
     template = _template(processor)
     vision_ids = [
         i
         for i in (
-            processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+            processor.tokenizer.convert_tokens_to_ids(_IMAGE),
             processor.tokenizer.convert_tokens_to_ids("<|video_pad|>"),
         )
         if i is not None
@@ -213,20 +269,12 @@ def prepare(
             messages, chat_template=template, tokenize=False, add_generation_prompt=False
         )
         _refuse_unseen(text, messages, sample.where)
-        try:
-            images, videos, video_kwargs = process_vision_info(
-                messages, return_video_kwargs=True, return_video_metadata=True
-            )
-        except (AssertionError, ValueError) as error:  # bounds that no size satisfies
-            raise MediaError(f"{sample.where}: an image or video can't be brought to size: {error}") from None
-        extra: dict[str, Any] = {}
-        if videos:
-            frames, metadata = zip(*videos, strict=True)
-            videos, extra = list(frames), {"video_metadata": list(metadata), **video_kwargs}
-        # the images have their final size already: resizing is process_vision_info's
+        images, counts = _images(messages, processor, sample.where)
+        videos, extra = _videos(messages, sample.where)
         inputs = dict(
-            processor(text=[text], images=images, videos=videos, return_tensors="pt", do_resize=False, **extra)
+            processor(text=[_with_tokens(text, counts)], videos=videos, return_tensors="pt", do_resize=False, **extra)
         )
+        inputs |= images
         inputs.pop("attention_mask", None)  # without padding it masks nothing, and it would cost [T, T] floats a sample
         ids = inputs["input_ids"]
         if ids.shape[1] > max_tokens:

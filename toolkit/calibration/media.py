@@ -93,8 +93,8 @@ def decode(data: bytes, where: str, shown: str) -> ImageFile:
         shown: what a message calls the image.
 
     Raises:
-        MediaError: it is no image, or one that is truncated, damaged, of more pixels than Pillow takes for safe, or
-            of 16 bits of gray, whose upper range every server clips to white.
+        MediaError: it is no image, or one that is truncated, damaged, of more pixels than Pillow takes for safe, of
+            several frames, or of 16 bits of gray, whose upper range every server clips to white.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -105,6 +105,7 @@ def decode(data: bytes, where: str, shown: str) -> ImageFile:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
             image.load()
+            frames = 1 if image.format in _STILLS else getattr(image, "n_frames", 1)
     except UnidentifiedImageError:
         kinds = "PNG, JPEG, WebP, GIF, BMP, TIFF"
         raise MediaError(f"{where}: {shown} is not an image that can be read ({kinds})") from None
@@ -112,6 +113,11 @@ def decode(data: bytes, where: str, shown: str) -> ImageFile:
         raise MediaError(f"{where}: {shown} is too large an image: {error} Scale it down first.") from None
     except Exception as error:  # each of Pillow's plugins raises errors of its own on damaged files
         raise MediaError(f"{where}: {shown} is a truncated or damaged image ({error})") from None
+    if frames > 1:
+        raise MediaError(
+            f"{where}: {shown} has {frames} frames or pages, of which a server shows the model the first alone: give "
+            "that as an image of its own, or a video as the list of its frames"
+        )
     if image.mode in _DEEP:
         raise MediaError(
             f"{where}: {shown} has {'32' if image.mode in 'IF' else '16'} bits of gray a pixel, of which all but 8 are "
@@ -120,6 +126,8 @@ def decode(data: bytes, where: str, shown: str) -> ImageFile:
     return image
 
 
+#: Formats that Pillow counts frames in and that are one image: a camera's JPEG with previews behind it.
+_STILLS = ("MPO",)
 #: Pillow's modes of more than 8 bits a channel: converting them to RGB clips at 255 instead of scaling.
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from toolkit.compat import patch_torchvision
+
 __all__ = ["Family", "Names", "Projection", "Unit", "Vision"]
 
 #: Shapes by tensor name.
@@ -179,5 +181,6 @@ class Family:
 
     def decoder_layer_class(self) -> Any:
         """Import transformers' class of a decoder layer."""
+        patch_torchvision()
         module, _, name = self.decoder_layer.partition(":")
         return getattr(importlib.import_module(module), name)

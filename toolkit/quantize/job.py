@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from toolkit.quantize.plan import Plan
 from toolkit.quantize.recipe import Recipe
@@ -31,10 +32,12 @@ class Job:
 class Made:
     """What the layers' search gave.
 
-    ``hash``: of the source's weights, an adapter merged. ``balance``: of each layer, what a vision token counts, where
-    that was measured. ``outcome``: what the shares said of layers that an earlier run had not finished.
+    ``hash``: of the source's weights, an adapter merged. ``config``: the config.json that goes with them. ``balance``:
+    of each layer, what a vision token counts, where that was measured. ``outcome``: what the shares said of layers that
+    an earlier run had not finished.
     """
 
     hash: str
+    config: dict[str, Any]
     balance: Sequence[float] | None
     outcome: Outcome

@@ -15,7 +15,7 @@ MANIFEST_VERSION = 2
 
 
 def write_rest(journal: Journal, job: Job, made: Made, seconds: dict[str, float]) -> None:
-    """Write all but the weights into a journal that has those, and the layers' report.
+    """Write all but weights and side files into a journal that has those, and the layers' report.
 
     Args:
         journal: with all layers done.
@@ -24,8 +24,7 @@ def write_rest(journal: Journal, job: Job, made: Made, seconds: dict[str, float]
     """
     records = journal.records()
     manifest = _manifest(job, made, records)
-    journal.copy_side_files(job.source.checkpoint.path)
-    journal.set_config(_config(job))
+    journal.set_config(_config(job, made))
     journal.write_json("qvl.json", manifest)
     journal.write_json("qvl-run.json", _measured(job, made, seconds, len(journal.done)))
     journal.write_text("README.md", model_card(manifest))
@@ -35,11 +34,11 @@ def write_rest(journal: Journal, job: Job, made: Made, seconds: dict[str, float]
         write_report(job.report, records, manifest, list(job.source.checkpoint.family.fused))
 
 
-def _config(job: Job) -> dict[str, Any]:
-    """Return the source's config.json with what engines read of the quantization."""
+def _config(job: Job, made: Made) -> dict[str, Any]:
+    """Return the config.json of what was quantized with what engines read of the quantization."""
     checkpoint, recipe = job.source.checkpoint, job.recipe
     return {
-        **_in_16_bits(checkpoint.config),
+        **_in_16_bits(made.config),
         "quantization_config": {
             "bits": recipe.bits,
             "group_size": recipe.group_size,

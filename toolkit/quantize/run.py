@@ -166,7 +166,8 @@ def _make_layers(journal: Journal, job: Job, progress: RunProgress) -> Made:
             shares = _shares(checkpoint, job, journal.directory, todo, balance)
             outcome = search_shares(shares, job.calibration.samples, journal.work / "samples.pt", progress, copying)
         copying.result()
-        made = Made(hashing.result(), balance, outcome)
+        journal.copy_side_files(checkpoint.path)
+        made = Made(hashing.result(), checkpoint.config, balance, outcome)
     if source_identity(original) != job.source.stamps:
         shutil.rmtree(journal.directory)  # nothing of it is worth keeping
         raise CheckpointError(

@@ -40,6 +40,7 @@ def prepare_samples(checkpoint: Checkpoint, recipe: Recipe, progress: RunProgres
     from toolkit.calibration.inputs import digest, prepare
     from toolkit.calibration.manifest import read_manifest
     from toolkit.compat import patch_torchvision
+    from toolkit.sources.adapter import with_side_files
 
     patch_torchvision()
     from transformers import AutoProcessor
@@ -54,7 +55,8 @@ def prepare_samples(checkpoint: Checkpoint, recipe: Recipe, progress: RunProgres
         if len(samples) < recipe.samples:
             note(f"the manifest has {len(samples)} samples; all are used")
         try:
-            processor = AutoProcessor.from_pretrained(checkpoint.path)
+            with with_side_files(checkpoint, recipe.adapter) as place:
+                processor = AutoProcessor.from_pretrained(place)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(f"transformers can't load the processor in {checkpoint.path}: {reason}") from error

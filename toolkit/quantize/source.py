@@ -60,13 +60,13 @@ def open_source(model: str, out: Path, recipe: Recipe, force: bool) -> Source:
             f"{checkpoint.path} is AWQ already ({checkpoint.quantization.version}, group size "
             f"{checkpoint.quantization.group_size}): quantize its fp16 source, or `qvl convert` it to the other format"
         )
-    refuse_broken(checkpoint)
     check_settings(checkpoint, recipe)
+    refuse_broken(checkpoint)
     CheckpointWriter(out, force, source=checkpoint.path).check_out()
     if recipe.adapter is not None:
         from toolkit.sources.adapter import check_adapter
 
-        check_adapter(recipe.adapter)
+        check_adapter(recipe.adapter, checkpoint)
     left = skipped(recipe.skip, checkpoint)
     if recipe.from_report is not None:
         from toolkit.checkpoint.weights import read_json

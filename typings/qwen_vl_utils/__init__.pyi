@@ -4,6 +4,8 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
+def fetch_image(ele: Mapping[str, Any]) -> Image.Image: ...
+
 # as called here: frames come with their metadata; None where there is no image, no video
 def process_vision_info(
     conversations: Sequence[Mapping[str, Any]],

@@ -22,6 +22,7 @@ class Qwen2VLTextConfig(PreTrainedConfig):
     layer_types: list[str]
 
 class Qwen2VLConfig(PreTrainedConfig):
+    tie_word_embeddings: bool
     text_config: Qwen2VLTextConfig
     image_token_id: int
     video_token_id: int
@@ -100,6 +101,7 @@ class PreTrainedTokenizerBase:
 
 class Qwen2VLImageProcessor:
     size: Mapping[str, int]
+    merge_size: int
     def __call__(
         self,
         images: Sequence[Image.Image],

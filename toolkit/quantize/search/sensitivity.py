@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from toolkit.compat import patch_torchvision
 from toolkit.errors import ManifestError
 from toolkit.quantize.stream.layers import StreamedLayers
 from toolkit.quantize.stream.shell import embed, load_shell
@@ -192,6 +193,7 @@ def _targets(
         positions int64 [n] in the joined row, each one before the token it predicts; the tokens, int64 [n]; and each
         one's share in the loss, float32 [n], which adds up to 1 in every sample.
     """
+    patch_torchvision()
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from toolkit.compat import patch_torchvision
+
 __all__ = ["ATTENTION", "Batch", "Held", "States", "register_attention"]
 
 #: What transformers calls the attention that :func:`register_attention` registers.
@@ -97,6 +99,7 @@ class Held:
 @functools.cache
 def register_attention() -> None:
     """Let transformers' layers use packed attention; a micro-batch's ``lengths`` reach it as an argument."""
+    patch_torchvision()
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, _packed_attention)

@@ -14,6 +14,7 @@ from PIL import Image
 from bench.questions import scoring, tasks
 from bench.questions.scoring import choose, vqa_normalise
 from bench.questions.tasks import Question, digest, grade, load_questions, pick, score
+from serve.settings.limits import Limits
 from tests.support.fake_server import serving
 from toolkit.errors import ManifestError, MediaError
 
@@ -167,6 +168,62 @@ def test_an_address_without_an_image_is_said(tmp_path: Path) -> None:
         gone = server.url
     with pytest.raises(MediaError, match="can't be fetched"):
         load_questions(write(tmp_path, entry(image=f"{gone}/a.png")))
+
+
+def encoded(kind: str = "PNG", size: tuple[int, int] = (40, 30), mode: str = "RGB", frames: int = 1) -> bytes:
+    buffer = io.BytesIO()
+    more = [Image.new(mode, size, number) for number in range(1, frames)]
+    options: dict[str, Any] = {"save_all": True, "append_images": more} if more else {}
+    Image.new(mode, size).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (encoded(mode="I;16"), "16 bits of gray"),
+        (encoded("GIF", mode="L", frames=3), "3 frames or pages"),
+        (encoded(size=(402, 2)), "402 x 2, and the model takes images up to 200 times"),
+    ],
+    ids=["deep", "frames", "strip"],
+)
+def test_an_image_that_no_server_shows_is_refused_with_its_line(tmp_path: Path, data: bytes, words: str) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "b.png").write_bytes(data)
+    path = write(tmp_path, entry(id="1", image="a.png"), entry(id="2", image="b.png"))
+    with pytest.raises(MediaError, match=rf"jsonl:2: b\.png .*{words}"):
+        load_questions(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "count", "limits", "words"),
+    [
+        (encoded(), 1, {"max_image_pixels": 1199}, "an image has 1,200 pixels, and `qvl serve` takes 1,199, unless"),
+        (encoded(), 1, {"max_image_bytes": 50}, "larger --max-image-bytes"),
+        (encoded(), 3, {"max_images": 2}, "there are 3 images, and `qvl serve` takes 2"),
+        (encoded(), 3, {"max_request_pixels": 3599}, "its images have 3,600 pixels"),
+        (encoded("TIFF"), 1, {}, "a guarded server will refuse this: An image is TIFF"),
+        (encoded() + b"more", 1, {}, "4 bytes after its end"),
+    ],
+    ids=["pixels", "bytes", "number", "pixels of all", "format", "what follows"],
+)
+def test_what_a_guard_would_refuse_is_said_with_its_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    data: bytes,
+    count: int,
+    limits: dict[str, Any],
+    words: str,
+) -> None:
+    (tmp_path / "b.png").write_bytes(data)
+    question = entry(id="2") | {"images": ["b.png"] * count}
+    question.pop("image")
+    path = write(tmp_path, question)
+    assert len(load_questions(path)) == 1  # servers without a guard take it
+    assert capsys.readouterr().err == ""
+    load_questions(path, limits=Limits(**limits))
+    told = capsys.readouterr().err
+    assert f"{path}:1: " in told and words in told
 
 
 def test_an_image_that_vanishes_is_said(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def demo() -> Checkpoint:
 def adapter(directory: Path, config: dict[str, Any] | None = None, shapes: dict[str, Any] | None = None) -> Path:
     """An adapter of rank 4 for one module of the embedded model, or for whatever `shapes` says."""
     directory.mkdir()
-    base = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    base = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "layers_to_transform": [0]}
     (directory / "adapter_config.json").write_text(json.dumps(base | (config or {})))
     hidden = int(Checkpoint.open(demo_checkpoint()).text_config["hidden_size"])
     shapes = shapes or {
@@ -78,6 +78,10 @@ def test_what_is_no_adapter(text: str, message: str) -> None:
         ({"r": 0}, "no positive number"),
         ({"peft_type": "IA3"}, "of the kind IA3"),
         ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "biases of its own"),
+        ({"bias": "all"}, "trained biases"),
+        ({"init_lora_weights": "pissa_niter_4"}, "begun by pissa_niter_4"),
+        ({"layer_replication": [[0, 2]]}, "uses layer_replication"),
         ({"modules_to_save": ["lm_head"]}, "replaces whole modules .lm_head"),
     ],
 )
@@ -103,6 +107,47 @@ def test_an_adapter_of_another_model(
     lora = Lora.parse(f"a={adapter(tmp_path / 'a', shapes={name: shape})}")
     with pytest.raises(ServerError, match=message):
         check_lora(lora, demo)
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, "base_model.model.model.layers"])
+def test_names_of_any_version(tmp_path: Path, demo: Checkpoint, prefix: str) -> None:
+    shapes = {
+        f"{prefix}.0.self_attn.q_proj.lora_{side}.weight": shape
+        for side, shape in zip("AB", [(4, 256), (256, 4)], strict=True)
+    }
+    check_lora(Lora.parse(f"a={adapter(tmp_path / 'a', shapes=shapes)}"), demo)
+
+
+def test_half_of_one(tmp_path: Path, demo: Checkpoint) -> None:
+    lora = Lora.parse(f"a={adapter(tmp_path / 'a', shapes={f'{PREFIX}.0.self_attn.q_proj.lora_A.weight': (4, 256)})}")
+    with pytest.raises(ServerError, match="holds lora_A alone"):
+        check_lora(lora, demo)
+    whole = Lora.parse(f"b={adapter(tmp_path / 'b', {'layers_to_transform': [0, 1]})}")
+    with pytest.raises(ServerError, match=r"targets model\.language_model\.layers\.1\.self_attn\.q_proj, and has no"):
+        check_lora(whole, demo)
+
+
+def test_what_it_brings_of_its_own(tmp_path: Path, demo: Checkpoint) -> None:
+    path = adapter(tmp_path / "a")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.json", "preprocessor_config.json"):
+        (path / name).write_text(json.dumps(json.loads((demo.path / name).read_text()), indent=3))
+    check_lora(Lora.parse(f"a={path}"), demo)  # the same as its base's
+    (path / "chat_template.jinja").write_text("{{ messages }} image")
+    with pytest.raises(
+        ServerError, match=r"its own chat_template\.jinja \(another chat template\).*quantize --adapter"
+    ):
+        check_lora(Lora.parse(f"a={path}"), demo)
+    (path / "chat_template.jinja").unlink()
+    (path / "non_lora_state_dict.bin").touch()
+    with pytest.raises(ServerError, match="weights beside the adapter, non_lora_state_dict"):
+        Lora.parse(f"a={path}")
+
+
+def test_a_pickle(tmp_path: Path, demo: Checkpoint) -> None:
+    path = adapter(tmp_path / "a")
+    (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
+    with pytest.raises(ServerError, match="save it as safetensors"):
+        check_lora(Lora.parse(f"a={path}"), demo)
 
 
 def test_two_of_one_name() -> None:

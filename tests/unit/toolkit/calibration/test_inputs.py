@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from toolkit.calibration.inputs import digest, prepare
-from toolkit.calibration.manifest import read_manifest
+from toolkit.calibration.manifest import CalibrationSample, read_manifest
 from toolkit.errors import ManifestError, MediaError
 from toolkit.paths import demo_checkpoint
 
@@ -226,3 +227,25 @@ def test_what_cannot_be_brought_to_size_is_one_line(tmp_path: Path, processor: A
     ]:
         with pytest.raises(MediaError, match=f"calib.jsonl:1: .*{message}"):
             inputs_of(manifest(tmp_path, chat(part)), processor)
+
+
+ODD_SIZES = [
+    *[(150, 1), (1, 150), (200, 1), (1, 1), (2, 1), (3, 500), (10, 1999), (600, 3)],
+    *[(27, 29), (57, 3), (111, 333), (14, 14), (45, 1), (8000, 40)],
+]
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_an_image_of_any_size_is_what_a_server_shows(tmp_path: Path, processor: Any, size: tuple[int, int]) -> None:
+    """vLLM gives the whole image to the checkpoint's processor and lets it resize."""
+    image = Image.effect_noise(size, 80).convert("RGB")
+    image.save(tmp_path / "odd.png")
+    content = [{"type": "image", "image": "odd.png"}, {"type": "text", "text": "What?"}]
+    sample = CalibrationSample([{"role": "user", "content": content}], "m:1", tmp_path)
+    (found,) = prepare([sample], processor, max_tokens=10**5, max_pixels=None)
+    text = processor.apply_chat_template(sample.messages, tokenize=False)
+    shown = dict(processor(text=[text], images=[image], return_tensors="pt"))
+    del shown["attention_mask"]
+    assert shown.keys() == found.inputs.keys()
+    for name, value in shown.items():
+        assert torch.equal(found.inputs[name], value), name

@@ -134,6 +134,22 @@ def test_gray_of_more_than_8_bits_is_refused(mode: str, kind: str, bits: int) ->
         shown(Image.new(mode, (2, 2), 300), kind)
 
 
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_several_frames_are_refused(kind: str) -> None:
+    frames = [Image.new("RGB", (30, 20), colour) for colour in ("red", "green", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+    with pytest.raises(MediaError, match="m:1: it has 3 frames or pages"):
+        media.decode(buffer.getvalue(), "m:1", "it")
+
+
+def test_previews_behind_a_photo_are_no_frames() -> None:
+    photo, preview = Image.new("RGB", (30, 20), "red"), Image.new("RGB", (15, 10), "red")
+    buffer = io.BytesIO()
+    photo.save(buffer, "MPO", save_all=True, append_images=[preview])
+    assert media.decode(buffer.getvalue(), "m:1", "it").size == (30, 20)
+
+
 def test_a_data_url_need_not_name_its_kind(tmp_path: Path) -> None:
     data = image()
     for head in ("data:image;base64", "data:;base64", "data:image/png;charset=utf-8;base64"):

@@ -17,6 +17,7 @@ import torch
 from tests.support.short import calibration, short_demo
 from tests.support.tiny import files
 from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
+from toolkit.compat import patch_torchvision
 from toolkit.errors import AlreadyQuantized, CheckpointError, FormatError, ManifestError, ResourceError
 from toolkit.formats.packing import PackedLinear, dequantize, unpack_gemm, unpack_gemv
 from toolkit.models.qwen2_vl import QWEN2_VL
@@ -122,6 +123,7 @@ def test_gemv_holds_the_same_numbers(tmp_path: Path, gemm: Path, source: Path, m
 
 
 def test_names_and_config_of_transformers_5_are_kept(tmp_path: Path, gemm: Path, source: Path, manifest: Path) -> None:
+    patch_torchvision()
     from transformers import AutoConfig
 
     flat = Checkpoint.open(source)
@@ -180,6 +182,7 @@ def test_a_nan_is_found_before_anything_is_written(tmp_path: Path, source: Path,
 
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
+    patch_torchvision()
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText
 
@@ -215,6 +218,26 @@ def test_an_adapter_is_merged_first(tmp_path: Path, source: Path, manifest: Path
     direct = quantize(str(source), tmp_path / "direct", calib=str(manifest), adapter=adapter)
     assert same(tensors(direct), tensors(quantize(str(merged.path), tmp_path / "two", calib=str(manifest))))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["direct", "merged", "two"]
+
+
+def test_an_adapter_that_trains_the_head_and_brings_a_template(
+    tmp_path: Path, source: Path, manifest: Path, adapter: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["lm_head"]}))
+    head = Checkpoint.open(source).get("model.embed_tokens.weight") * 2
+    found = load_file(adapter / "adapter_model.safetensors") | {"base_model.model.lm_head.weight": head}
+    save_file(found, lora / "adapter_model.safetensors")
+    template = json.loads((source / "chat_template.json").read_text())["chat_template"] + "\n"
+    (lora / "chat_template.jinja").write_text(template)
+    out = Checkpoint.open(quantize(str(source), tmp_path / "out", calib=str(manifest), adapter=lora))
+    assert not out.tied_lm_head and torch.equal(out.get("lm_head.weight"), head)
+    assert (out.path / "chat_template.jinja").read_text() == template
+    assert not (out.path / "chat_template.json").exists()
 
 
 def test_an_adapter_that_is_none(tmp_path: Path, source: Path, manifest: Path, adapter: Path) -> None:

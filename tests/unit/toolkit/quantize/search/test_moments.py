@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from toolkit.compat import patch_torchvision
 from toolkit.formats.packing import dequantize
 from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.quantize.search.gram import Moments
@@ -22,6 +23,7 @@ HIDDEN, INNER, HEADS = 64, 128, 4
 
 def layer_of(kv_heads: int, seed: int, spread: float) -> Any:
     """Return a decoder layer with channels that differ in size, as trained ones do."""
+    patch_torchvision()
     from transformers import Qwen2VLTextConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from toolkit.compat import patch_torchvision
 from toolkit.errors import ResourceError
 from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.quantize.search.gram import Moments
@@ -19,6 +20,7 @@ CPU = torch.device("cpu")
 
 
 def layer_of() -> Any:
+    patch_torchvision()
     from transformers import Qwen2VLTextConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 
