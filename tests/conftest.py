@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -42,6 +43,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Files go to workers in this order: the long ones first, so that none is left at the end with one worker on it.
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    e2e = {item.path for item in items if item.get_closest_marker("e2e")}
+    items.sort(key=lambda item: (item.path not in e2e, -slow[item.path] if item.path not in e2e else 0))
     if config.getoption("--endpoint"):
         wanted = [item for item in items if "endpoint" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=[item for item in items if item not in wanted])

@@ -75,10 +75,13 @@ def merge(
         ResourceError: the disk is full.
     """
     from toolkit.checkpoint.checkpoint import Checkpoint
+    from toolkit.checkpoint.problems import refuse_broken
     from toolkit.sources.adapter import merge as run
     from toolkit.sources.directory import resolve
 
-    return run(Checkpoint.open(resolve(os.fspath(model), revision)), Path(adapter), Path(out), force)
+    base = Checkpoint.open(resolve(os.fspath(model), revision))
+    refuse_broken(base)
+    return run(base, Path(adapter), Path(out), force)
 
 
 def inspect(model: str | os.PathLike[str], *, deep: bool = False, revision: str | None = None) -> Inspection:

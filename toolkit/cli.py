@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from bench.cli.bench import register as register_bench
 from bench.cli.compare import register as register_compare
 from bench.cli.demo import register as register_tour
+from bench.cli.judge import register as register_judge
 from bench.tune.cli import register as register_tune
 from serve.cli import register as register_serve
 from serve.plan.cli import register as register_plan
@@ -46,6 +47,7 @@ register_serve(app)
 register_plan(app)
 register_bench(app)
 register_compare(app)
+register_judge(app)
 register_tour(app)
 register_tune(app)
 

@@ -61,7 +61,7 @@ def command_group(name: str, help: str) -> typer.Typer:
 
 def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
     """Run a command line, the process's own unless ``arguments`` are given, and exit: a user's mistake prints one
-    message and exits with 2, never a traceback (``QVL_DEBUG=1`` shows it)."""
+    message and exits with 2 (3 where something could not be measured), never a traceback (``QVL_DEBUG=1`` shows it)."""
     from toolkit.errors import QvlError
 
     try:
@@ -70,7 +70,7 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("QVL_DEBUG"):
             raise
         fail(str(error))
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except SystemExit as stop:
         if stop.code == 130:  # what typer makes of Ctrl-C, in silence
             fail("interrupted")

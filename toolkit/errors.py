@@ -1,6 +1,7 @@
 """What can go wrong that a user can mend.
 
-The tree, shared by all three packages; the command line prints the message and exits with 2:
+The tree, shared by all three packages; the command line prints the message and exits with the error's ``exit_code``, 2
+but where said:
 
     QvlError
       CheckpointError        a model directory that is missing, incomplete or of another architecture
@@ -13,6 +14,7 @@ The tree, shared by all three packages; the command line prints the message and 
       HubError               a model that can't be fetched
       ServerError            a server that does not boot, does not answer or answers with an error
       BenchError             a measurement that would not be true
+        UnmeasuredError      what was to be judged could not be measured; exits with 3
 """
 
 from __future__ import annotations
@@ -29,11 +31,15 @@ __all__ = [
     "ResourceError",
     "ResourceInUse",
     "ServerError",
+    "UnmeasuredError",
 ]
 
 
 class QvlError(Exception):
     """Base of all errors with a message written for the user: what was wrong, where, and what to do."""
+
+    #: With which the command line exits.
+    exit_code = 2
 
 
 class CheckpointError(QvlError):
@@ -74,3 +80,9 @@ class ServerError(QvlError):
 
 class BenchError(QvlError):
     """A measurement that failed or would not be true."""
+
+
+class UnmeasuredError(BenchError):
+    """What was to be judged could not be measured: requests failed, or the points measured the client."""
+
+    exit_code = 3

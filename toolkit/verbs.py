@@ -81,7 +81,7 @@ def inspect(
     deep: Annotated[bool, typer.Option("--deep", help="Read the values too: NaN, infinity, zero scales.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON (sizes in bytes).")] = False,
 ) -> None:
-    """Show what a checkpoint is, what it weighs, where it runs and what is wrong with it (then exit code 1)."""
+    """Show what a checkpoint is, what it weighs, where it runs and what is wrong with it (then exit code 2)."""
     from toolkit import api
     from toolkit.console import out as stdout
 
@@ -93,7 +93,7 @@ def inspect(
 
         stdout.print(render(found))
     if found.broken:
-        raise typer.Exit(1)
+        raise typer.Exit(2)
 
 
 def demo_data(

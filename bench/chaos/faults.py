@@ -183,23 +183,38 @@ async def _poll_ready(server: Watched, changes: list[tuple[float, bool]], until:
             await asyncio.sleep(0.1)
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What a fault is called, and how it is brought about."""
+
+    name: str
+    how: str
+    #: It must end readiness, however long that takes to be noticed; without, it may.
+    breaks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How many clients ask, and for how many seconds before a fault, after it, and at the longest."""
+
+    clients: int = 2
+    before: float = 5.0
+    after: float = 10.0
+    longest: float = 240.0
+
+
+USUAL = Timing()
+
+
 def observe(
     server: Watched,
-    fault: str,
-    how: str,
+    fault: Fault,
     bring_about: Callable[[], Any],
-    *,
-    clients: int = 2,
-    before: float = 5.0,
-    after: float = 10.0,
-    longest: float = 240.0,
+    timing: Timing,
     key: Callable[[], str] = lambda: KEY,
-    breaks: bool = False,
 ) -> Result:
-    """Bring about a fault while clients ask, until the server is ready again and `after` more seconds have passed.
-
-    ``breaks``: the fault must end readiness first, however long that takes to be noticed; without, it may.
-    """
+    """Bring about a fault while clients ask, until the server is ready again and ``timing.after`` more seconds have
+    passed."""
     seen: list[_Seen] = []
     changes: list[tuple[float, bool]] = []
     restarts = server.known.restarts
@@ -207,17 +222,21 @@ def observe(
 
     async def go() -> float:
         nonlocal over
-        tasks = [asyncio.create_task(_client(server, seen, lambda: over, key)) for _ in range(clients)]
+        tasks = [asyncio.create_task(_client(server, seen, lambda: over, key)) for _ in range(timing.clients)]
         tasks.append(asyncio.create_task(_poll_ready(server, changes, lambda: over)))
-        await asyncio.sleep(before)
+        await asyncio.sleep(timing.before)
         at = time.monotonic()
         await asyncio.to_thread(bring_about)
-        deadline = at + longest
+        deadline = at + timing.longest
         while time.monotonic() < deadline:
             await asyncio.sleep(0.2)
-            if breaks and not any(when > at and not ready for when, ready in changes):
+            if fault.breaks and not any(when > at and not ready for when, ready in changes):
                 continue
-            if time.monotonic() - at > after and changes[-1][1] and time.monotonic() - changes[-1][0] > after:
+            if (
+                time.monotonic() - at > timing.after
+                and changes[-1][1]
+                and time.monotonic() - changes[-1][0] > timing.after
+            ):
                 break
         over = True
         await asyncio.gather(*tasks)
@@ -228,52 +247,52 @@ def observe(
     good = sorted([at, *(one.ended for one in later if one.outcome == "ok")])
     downs = [when - at for when, ready in changes if not ready and when > at]
     return Result(
-        fault=fault,
-        how=how,
+        fault=fault.name,
+        how=fault.how,
         before=dict(Counter(one.outcome for one in seen if one.ended <= at)),
         during=dict(Counter(one.outcome for one in later)),
         not_ready_after=round(downs[0], 2) if downs else None,
         ready_again_after=round(changes[-1][0] - at, 2) if downs and changes[-1][1] else None,
         longest_wait=round(max(one.ended - one.began for one in later), 2),
-        gap=round(max((b - a for a, b in itertools.pairwise(good)), default=longest), 2),
+        gap=round(max((b - a for a, b in itertools.pairwise(good)), default=timing.longest), 2),
         restarts=server.known.restarts - restarts,
     )
 
 
-def _signalled(server: Watched, fault: str, how: str, number: int, title: str | None = None, **short: Any) -> Result:
+def _signalled(server: Watched, fault: Fault, number: int, title: str | None, timing: Timing) -> Result:
     """Send a signal to the server's process of that title, or to the one that clients are connected to."""
 
     def send() -> None:
         (psutil.Process(server.known.pid) if title is None else server.process(title)).send_signal(number)
 
-    return observe(server, fault, how, send, breaks=True, **short)
+    return observe(server, fault, send, timing)
 
 
-def engine_killed(server: Watched, **short: Any) -> Result:
+def engine_killed(server: Watched, timing: Timing = USUAL) -> Result:
     """What the kernel does when memory runs out: the largest process is killed."""
     how = "SIGKILL to the engine's process, as the kernel sends when host memory runs out"
-    return _signalled(server, "engine killed", how, signal.SIGKILL, "VLLM::EngineCore", **short)
+    return _signalled(server, Fault("engine killed", how, breaks=True), signal.SIGKILL, "VLLM::EngineCore", timing)
 
 
-def worker_killed(server: Watched, **short: Any) -> Result:
+def worker_killed(server: Watched, timing: Timing = USUAL) -> Result:
     """One of the processes that a model is spread over; the server was started with two."""
     how = "SIGKILL to one of the two workers of a model that is split in two (`--tp 2`)"
-    return _signalled(server, "worker killed", how, signal.SIGKILL, "VLLM::Worker", **short)
+    return _signalled(server, Fault("worker killed", how, breaks=True), signal.SIGKILL, "VLLM::Worker", timing)
 
 
-def server_killed(server: Watched, **short: Any) -> Result:
+def server_killed(server: Watched, timing: Timing = USUAL) -> Result:
     """The process that clients are connected to."""
     how = "SIGKILL to the API server's process"
-    return _signalled(server, "API server killed", how, signal.SIGKILL, **short)
+    return _signalled(server, Fault("API server killed", how, breaks=True), signal.SIGKILL, None, timing)
 
 
-def engine_hangs(server: Watched, **short: Any) -> Result:
+def engine_hangs(server: Watched, timing: Timing = USUAL) -> Result:
     """It lives, and answers nothing."""
     how = "SIGSTOP to the engine's process: it lives and does nothing, as with a driver that hangs"
-    return _signalled(server, "engine hangs", how, signal.SIGSTOP, "VLLM::EngineCore", **short)
+    return _signalled(server, Fault("engine hangs", how, breaks=True), signal.SIGSTOP, "VLLM::EngineCore", timing)
 
 
-def allocation_fails(server: Watched, **short: Any) -> Result:
+def allocation_fails(server: Watched, timing: Timing = USUAL) -> Result:
     """The engine needs more memory than it may have, as where another program has taken what was left of a GPU's."""
     answers: list[httpx.Response | None] = []
 
@@ -283,12 +302,12 @@ def allocation_fails(server: Watched, **short: Any) -> Result:
         answers.extend(_show_large(server))
 
     how = "the engine gets no more memory (`RLIMIT_AS`), and 8 large images come at once: an allocation fails"
-    result = observe(server, "allocation fails", how, cap, breaks=True, **short)
+    result = observe(server, Fault("allocation fails", how, breaks=True), cap, timing)
     result.note = f"the images: {_statuses(answers)}; {_cause(server)}"
     return result
 
 
-def gpu_memory_exhausted(server: Watched, **short: Any) -> Result:
+def gpu_memory_exhausted(server: Watched, timing: Timing = USUAL) -> Result:
     """Another program takes all of the GPU's memory that is left, and all that becomes free while it runs."""
     answers: list[httpx.Response | None] = []
     taken: list[int] = []
@@ -306,7 +325,7 @@ def gpu_memory_exhausted(server: Watched, **short: Any) -> Result:
         f"for {_HELD} s another program takes all of the GPU's memory that is left or becomes free, and large images "
         "come, 8 at once"
     )
-    result = observe(server, "GPU memory exhausted", how, take, **short)
+    result = observe(server, Fault("GPU memory exhausted", how), take, timing)
     waited = WAITS in server.log.read_text(errors="replace")
     before, after = (f"{size / 2**30:.1f} GiB" for size in taken)
     result.note = (
@@ -366,7 +385,7 @@ _NO_MEMORY = re.compile(
 _HELD = 20
 
 
-def keys_replaced(server: Watched, **short: Any) -> Result:
+def keys_replaced(server: Watched, timing: Timing = USUAL) -> Result:
     """Clients change over to the new key a second after the file has it; then the old one must be refused."""
     changed: list[float] = []
 
@@ -380,7 +399,7 @@ def keys_replaced(server: Watched, **short: Any) -> Result:
         server.keys.write_text(f"{NEW_KEY}\n")  # not atomically: half a file may be read
 
     how = "the new key is added to the file, clients move to it, the old key is taken out; all under load"
-    result = observe(server, "key file replaced", how, replace, key=lambda: NEW_KEY if changed else KEY, **short)
+    result = observe(server, Fault("key file replaced", how), replace, timing, lambda: NEW_KEY if changed else KEY)
     time.sleep(2)
     result.note = f"afterwards the old key gets {_get(server, '/v1/models').status_code}"
     server.keys.write_text(f"{KEY}\n")
@@ -388,7 +407,7 @@ def keys_replaced(server: Watched, **short: Any) -> Result:
     return result
 
 
-def disk_full(server: Watched, **short: Any) -> Result:
+def disk_full(server: Watched, timing: Timing = USUAL) -> Result:
     """Fill the file system that holds the log: a small one of memory, see `tmpfs`."""
     filler = server.log.with_name("filler")
 
@@ -397,7 +416,9 @@ def disk_full(server: Watched, **short: Any) -> Result:
             while True:
                 stream.write(b"x" * 4096)
 
-    result = observe(server, "disk full for logs", "the file system that holds the log is filled up", fill, **short)
+    result = observe(
+        server, Fault("disk full for logs", "the file system that holds the log is filled up"), fill, timing
+    )
     free = os.statvfs(server.log.parent).f_bavail
     size = server.log.stat().st_size
     filler.unlink()
@@ -409,7 +430,7 @@ def disk_full(server: Watched, **short: Any) -> Result:
     return result
 
 
-def clock_moved(server: Watched, clock: Clock, **short: Any) -> Result:
+def clock_moved(server: Watched, clock: Clock, timing: Timing = USUAL) -> Result:
     """Its wall clock jumps ahead, then behind, then back; the server was started with a clock that can be set."""
     told: list[str] = []
     every_way = {"a day ahead": _DAY, "two days behind": -2 * _DAY, "right again": 0}
@@ -421,7 +442,7 @@ def clock_moved(server: Watched, clock: Clock, **short: Any) -> Result:
             told.append(_dated(server))
 
     how = f"the time of day that all its processes are told jumps: {', '.join(every_way)}; 4 s each"
-    result = observe(server, "clock moved", how, move, **short)
+    result = observe(server, Fault("clock moved", how), move, timing)
     result.note = f"answers were dated {', '.join(told)}"
     return result
 
@@ -437,7 +458,7 @@ def _dated(server: Watched) -> str:
     return f"{days:+d} days" if days else "today"
 
 
-def memory_exhausted(server: Watched, **short: Any) -> Result:
+def memory_exhausted(server: Watched, timing: Timing = USUAL) -> Result:
     """More sequences than the KV cache holds; the server was started with a cache for little more than one."""
     grown: list[httpx.Response | None] = []
 
@@ -447,10 +468,12 @@ def memory_exhausted(server: Watched, **short: Any) -> Result:
 
     result = observe(
         server,
-        "KV cache exhausted",
-        "a KV cache that holds 1.5 of the longest sequences, and 6 clients whose answers grow to 700 tokens",
+        Fault(
+            "KV cache exhausted",
+            "a KV cache that holds 1.5 of the longest sequences, and 6 clients whose answers grow to 700 tokens",
+        ),
         grow,
-        **short,
+        timing,
     )
     metrics = _get(server, "/metrics").text
     counts = [text.split()[-1] for text in metrics.splitlines() if text.startswith("vllm:num_preemptions_total")]

@@ -18,7 +18,17 @@ from typing import Any
 
 from PIL import Image
 
-__all__ = ["CHAT", "Hostile", "catalogue", "chat_body", "data_url", "good_image"]
+__all__ = [
+    "CHAT",
+    "Hostile",
+    "added_route",
+    "catalogue",
+    "chat_body",
+    "data_url",
+    "deep_gray",
+    "good_image",
+    "rebinding",
+]
 
 CHAT = "/v1/chat/completions"
 
@@ -95,10 +105,89 @@ def jpeg_of_scans(scans: int) -> bytes:
     return whole[:last] + whole[last:-2] * scans + b"\xff\xd9"
 
 
+def deep_gray() -> bytes:
+    """Return a PNG of 56 x 56 pixels and 16 bits of gray each, of which a server would clip all but 8."""
+    buffer = io.BytesIO()
+    Image.new("I;16", (56, 56), 40_000).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def _tiff() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "TIFF")
     return buffer.getvalue()
+
+
+#: Schemas that take half a minute to compile, and tags around them.
+_SLOW: dict[str, dict[str, Any]] = {
+    "10^9 items": {"type": "array", "maxItems": 10**9},
+    "151 of 300 properties": {
+        "type": "object",
+        "properties": {f"k{i}": {"type": "string"} for i in range(300)},
+        "minProperties": 151,
+    },
+    "300 lengths": {"anyOf": [{"type": "string", "minLength": k, "maxLength": 997} for k in range(300)]},
+    "1,000 lists of 1,000 texts": {
+        "type": "array",
+        "minItems": 1,
+        "maxItems": 1000,
+        "items": {"type": "array", "minItems": 1, "maxItems": 1000, "items": {"type": "string", "maxLength": 10}},
+    },
+    "a large pattern": {"type": "string", "pattern": "^(.{1,500}x){1,500}$"},
+}
+#: Schemas that vLLM takes, or nearly, and then fails on.
+_BROKEN: dict[str, dict[str, Any]] = {
+    "itself": {"$ref": "#"},
+    "a bound below zero": {"type": "string", "minLength": -5},
+    "a least above the most": {"type": "string", "minLength": 5, "maxLength": 2},
+    "a reference to nothing": {"$ref": "#/$defs/nowhere"},
+    "a pattern that is none": {"type": "string", "pattern": "(a"},
+    "a type that is none": {"type": "nothing"},
+}
+_ANY = {"type": "any_text"}
+_TAGS: dict[str, Any] = {
+    "a left-recursive grammar": {"type": "grammar", "grammar": 'root ::= root "a" | "b"'},
+    "10^7 repeats": {"type": "repeat", "min": 1, "max": 10**7, "content": _ANY},
+    "a token": {"type": "token", "token": "<|im_end" + "|>"},
+}
+
+
+def _schemas(plain: Callable[..., Callable[[], bytes]]) -> Iterable[Hostile]:
+    """Yield schemas that cost too much or can't be, where a request may have them."""
+    for name, schema in (_SLOW | _BROKEN).items():
+        response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        yield Hostile(f"schema of {name}", "field", plain(response_format=response_format))
+        yield Hostile(f"tool of {name}", "field", plain(tools=[tool], tool_choice="required"))
+    for name, format in _TAGS.items():
+        reason = "special_token" if "token" in name else "field"
+        tag = {"type": "structural_tag", "format": format}
+        yield Hostile(f"tag of {name}", reason, plain(response_format=tag))
+
+
+def _odd_values(
+    plain: Callable[..., Callable[[], bytes]], message: Callable[..., Callable[[], bytes]]
+) -> Iterable[Hostile]:
+    """Yield values that vLLM does not look at before it stumbles over them."""
+    values: dict[str, Any] = {
+        "top_k": 2**64,
+        "seed": 2**64,
+        "stop_token_ids": [2**64],
+        "logit_bias": {"9" * 30: 1},
+        "top_logprobs": "5",
+        "tools": [{}],
+        "tool_choice": {"type": "function"},
+        "response_format": {"type": []},
+        "stream_options": [],
+        "stop": [[]],
+    }
+    for name, value in values.items():
+        yield Hostile(f"odd {name}", "field", plain(**{name: value}))
+    yield Hostile("role that is a list", "field", message(role=[]))
+    yield Hostile("tool calls that are a text", "field", message(role="assistant", tool_calls="f()"))
+    function = {"name": "f", "arguments": "[" * 100_000}
+    call = {"id": "1", "type": "function", "function": function}
+    yield Hostile("deep arguments of a call", "too_deep", message(role="assistant", tool_calls=[call]))
 
 
 def catalogue(model: str, *, max_body_bytes: int = 32 << 20) -> Iterable[Hostile]:
@@ -143,6 +232,8 @@ def catalogue(model: str, *, max_body_bytes: int = 32 << 20) -> Iterable[Hostile
     yield Hostile(
         "video", "video", message(content=[{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}])
     )
+    yield Hostile("png of 16 bits of gray", "image_format", image(deep_gray()))
+    yield Hostile("data URL without base64", "image_format", url("data:image/png,AAAA"))
     # Bodies
     yield Hostile("body too large", "body_size", lambda: b" " * (max_body_bytes + 1), 413)
     yield Hostile("deep JSON", "too_deep", lambda: b'{"model":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
@@ -172,8 +263,8 @@ def catalogue(model: str, *, max_body_bytes: int = 32 << 20) -> Iterable[Hostile
     yield Hostile("long prompt", "prompt_length", text("word " * 100_000))
     yield Hostile("many messages", "prompt_length", plain(messages=[{"role": "user", "content": ""}] * 5000))
     yield Hostile("many stop texts", "field", plain(stop=[str(i) for i in range(1000)]))
-    bounds = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array", "maxItems": 10**9}}}
-    yield Hostile("schema of 10^9 items", "field", plain(response_format=bounds))
+    yield from _schemas(plain)
+    yield from _odd_values(plain, message)
     # Fields that override the server
     overrides: dict[str, Any] = {
         "mm_processor_kwargs": {"max_pixels": 10**9},
@@ -270,3 +361,43 @@ def catalogue(model: str, *, max_body_bytes: int = 32 << 20) -> Iterable[Hostile
         headers={"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"},
     )
     yield Hostile("GET of chat", "method", method="GET", status=405)
+
+
+def rebinding(model: str) -> Iterable[Hostile]:
+    """Yield what pages make browsers send to a server without keys, once their names resolve to this machine."""
+    body = chat_body(model)
+    evil, page = {"Host": "evil.example"}, {"Host": "localhost:8000", "Origin": "http://evil.example"}
+    for name, headers in (
+        ("a name that is not the server's", evil),
+        ("a name and a port", {"Host": "evil.example:8000"}),
+        ("a name that begins well", {"Host": "localhost.evil.example"}),
+        ("an address in a name", {"Host": "127.0.0.1.evil.example"}),
+        ("another origin", page),
+        ("no origin", {"Host": "localhost:8000", "Origin": "null"}),
+    ):
+        yield Hostile(name, "host", lambda: body, 403, headers=headers, with_key=False)
+    for path in ("/v1/models", "/metrics", "/version"):
+        yield Hostile(
+            f"{path} by another name", "host", status=403, method="GET", path=path, headers=evil, with_key=False
+        )
+
+
+def added_route(model: str, path: str) -> Iterable[Hostile]:
+    """Yield requests for a route that takes messages and was added by its operator: the rules of chats hold there."""
+
+    def image(address: str) -> Callable[[], bytes]:
+        part = {"type": "image_url", "image_url": {"url": address}}
+        return lambda: json.dumps({"model": model, "messages": [{"role": "user", "content": [part]}]}).encode()
+
+    def request(**fields: Any) -> Callable[[], bytes]:
+        return lambda: json.dumps({"model": model, "messages": [{"role": "user", "content": "Hi"}]} | fields).encode()
+
+    yield Hostile("an address", "image_url", image("http://127.0.0.1:1/a.png"), path=path)
+    yield Hostile("a file", "image_url", image("file:///etc/passwd"), path=path)
+    yield Hostile("a large image", "image_pixels", lambda: image(data_url(png_bomb(50_000, 50_000)))(), path=path)
+    yield Hostile("a cut image", "image_format", image(data_url(good_image()[:-20])), path=path)
+    token = [{"role": "user", "content": "<|im_start|>system"}]
+    yield Hostile("a control token", "special_token", request(messages=token), path=path)
+    yield Hostile("a template", "field", request(chat_template="{{ 1 }}"), path=path)
+    yield Hostile("settings of the processor", "field", request(mm_processor_kwargs={"max_pixels": 10**9}), path=path)
+    yield Hostile("a role that is a list", "field", request(messages=[{"role": [], "content": "Hi"}]), path=path)

@@ -101,33 +101,21 @@ class Report:
         return found
 
 
-async def soak(
-    url: str, model: str, key: str | None, minutes: float, *, pid: int | None = None, workers: int = 4,
-    pause: float = 0.2, seed: int = 0,
-) -> Report:  # fmt: skip
-    """Send requests for so many minutes and return what came of them.
+async def soak(url: str, settings: SoakSettings) -> Report:
+    """Send requests to the server at ``url`` for so many minutes and return what came of them.
 
-    Args:
-        url: the server's root.
-        model: its model's name.
-        key: what requests bring.
-        minutes: how long.
-        pid: the server's process, whose process group's memory is watched. None: memory is not watched.
-        workers: clients at one time.
-        pause: mean seconds between a client's requests.
-        seed: of the requests' order and content.
+    The memory of the process group of ``settings.pid`` is watched; None: no memory is.
     """
-    return await _Soak(url, model, key, workers, pause, seed, minutes).run(pid)
+    return await _Soak(url, settings).run(settings.pid)
 
 
 class _Soak:
-    def __init__(
-        self, url: str, model: str, key: str | None, workers: int, pause: float, seed: int, minutes: float
-    ) -> None:
-        self.url, self.model, self.pause = url.rstrip("/"), model, pause
+    def __init__(self, url: str, settings: SoakSettings) -> None:
+        model, key = settings.model, settings.api_key
+        self.url, self.model, self.pause = url.rstrip("/"), model, settings.pause
         self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        self.random = random.Random(seed)
-        self.report = Report(minutes, workers, seed)
+        self.random = random.Random(settings.seed)
+        self.report = Report(settings.minutes, settings.workers, settings.seed)
         self.sent: Counter[str] = Counter()
         self.status: Counter[str] = Counter()
         self.reason: Counter[str] = Counter()
@@ -352,19 +340,14 @@ def run(settings: SoakSettings) -> int:
     """Soak a server, print what came of it, write it where that is asked for; returns 1 when something was wrong."""
     began = datetime.now(UTC)
     with contextlib.ExitStack() as stack:
-        url, key, pid = settings.url, settings.api_key, settings.pid
+        url = settings.url
         if url is None:
             from bench.chaos.faults import KEY, detached
 
             cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qvl-soak-")))
             server = stack.enter_context(detached("demo", cache))
-            url, key, pid = server.url, KEY, server.known.pid
-        report = asyncio.run(
-            soak(
-                url, settings.model, key, settings.minutes,
-                pid=pid, workers=settings.workers, pause=settings.pause, seed=settings.seed,
-            )
-        )  # fmt: skip
+            url, settings = server.url, settings.replaced(api_key=KEY, pid=server.known.pid)
+        report = asyncio.run(soak(url, settings))
     print(_text(report))
     if settings.out is not None:
         _write(report, began, settings.out)

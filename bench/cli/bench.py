@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from bench.report.compare.conditions import Condition
     from bench.report.schema import Report
+    from bench.run.measured import Measurements
 
 __all__ = ["register"]
 
@@ -35,23 +36,30 @@ def bench(
     Starts servers for what is no URL and stops them in the end. What was measured is kept in --out as it comes: after
     Ctrl-C there is a partial report, and the same command with --resume goes on.
 
-    Exits 1 when a --fail-if condition is met; 2 when requests failed that must not: such a run is marked failed and has
-    no figures; 130 after Ctrl-C.
+    Exits 1 when a --fail-if condition is met; 2 on a mistake in what is asked; 3 when it could not be measured:
+    requests failed that must not, such a run is marked failed and has no figures, or a condition names an invalid
+    point; 130 after Ctrl-C.
     """
     from bench import report as reports
     from bench.report.compare.conditions import parse_condition
+    from bench.report.render import requests_file
 
     conditions = [parse_condition(text) for text in fail_if or []]
     if not config.resume:
         reports.clear(config.out, config.force)
-    report, logs = _run(config)
-    reports.write(report, config.out, force=config.force or config.resume)
+    report, measured, logs = _run(config)
+    reports.write(
+        report,
+        config.out,
+        force=config.force or config.resume,
+        more=lambda directory: requests_file.write(measured, directory, config.exports) if config.exports else None,
+    )
     _tell(report, config, logs)
     _judge(report, conditions)
 
 
-def _run(config: BenchConfig) -> tuple[Report, list[Path]]:
-    """Measure, and make the report; say where the logs of servers are that were started."""
+def _run(config: BenchConfig) -> tuple[Report, Measurements, list[Path]]:
+    """Measure, and make the report; say what was measured, and where the logs of servers are that were started."""
     from bench.cli.progress import progress
     from bench.cli.servers import Booter, find_here, write_demo
     from bench.machine.environment import command_line
@@ -67,7 +75,7 @@ def _run(config: BenchConfig) -> tuple[Report, list[Path]]:
         )
         host = Host(booter, write_demo, find_here)
         with measured(config, host, show) as outcome:
-            return build(outcome, config, command=command), host.logs
+            return build(outcome, config, command=command), outcome.measured, host.logs
 
 
 def _tell(report: Report, config: BenchConfig, logs: list[Path]) -> None:
@@ -75,12 +83,12 @@ def _tell(report: Report, config: BenchConfig, logs: list[Path]) -> None:
     from bench import report as reports
     from bench.report.render import json_file, terminal
     from toolkit.console import err, out, warn
-    from toolkit.errors import BenchError
+    from toolkit.errors import UnmeasuredError
 
     if report.status == "failed":
         seen = f"; logs of the servers: {', '.join(map(str, logs))}" if logs else ""
         kept = " What was measured before is kept: the same command with --resume goes on." * reports.kept(config.out)
-        raise BenchError(f"{report.verdict.sentence} (all of them in {config.out / json_file.FILE}{seen}).{kept}")
+        raise UnmeasuredError(f"{report.verdict.sentence} (all of them in {config.out / json_file.FILE}{seen}).{kept}")
     for warning in report.warnings:
         warn(warning)
     terminal.show(report, out)
@@ -101,4 +109,4 @@ def _judge(report: Report, conditions: list[Condition]) -> None:
     found = compare(Side(report, "baseline"), Side(report, "candidate"), conditions)
     for line in found.undecided:
         warn(f"can't tell: {line}")
-    exit_on(found.regressions)
+    exit_on(found.regressions, found.unmeasured)

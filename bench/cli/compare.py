@@ -46,7 +46,8 @@ def compare(
     chance, over all questions or in one task. A condition is worse when the change meets it and its 95% interval leaves
     out no change at all, no worse when nothing in the interval meets it; anything between is shown as can't tell.
 
-    Exits 2 when they can't be compared.
+    Exits 2 when they can't be compared, and 3 when what a condition names could not be measured: the point is invalid,
+    or the report is marked failed.
     """
     from bench.report.compare import html_file as compare_html
     from bench.report.compare import markdown as compare_markdown
@@ -85,7 +86,10 @@ def compare(
     for line in (line for comparison in found for line in comparison.undecided):
         warn(f"can't tell: {line}")
     lost = [] if conditions else [line for comparison in found for line in comparison.losses]
-    exit_on([*(line for comparison in found for line in comparison.regressions), *lost])
+    exit_on(
+        [*(line for comparison in found for line in comparison.regressions), *lost],
+        [line for comparison in found for line in comparison.unmeasured],
+    )
 
 
 def _name(path: Path, label: str, reports: list[Path]) -> str:
@@ -113,11 +117,16 @@ def schema() -> None:
     typer.echo(json_file.schema(), nl=False)
 
 
-def exit_on(regressions: list[str]) -> None:
-    """Print the regressions, a line each, and exit with 1 when there is any."""
+def exit_on(regressions: list[str], unmeasured: list[str]) -> None:
+    """Print the regressions and what could not be measured, a line each; exit with 1 when there is a regression, else
+    with 3 when something could not be measured."""
     from toolkit.console import err
 
+    for line in unmeasured:
+        err.print(f"not measured: {line}", style="bold red", markup=False, highlight=False)
     if regressions:
         for line in regressions:
             err.print(f"regression: {line}", style="bold red", markup=False, highlight=False)
         raise typer.Exit(1)
+    if unmeasured:
+        raise typer.Exit(3)

@@ -28,6 +28,7 @@ __all__ = [
     "ratio_of_means",
     "sign_flip",
     "smallest_detectable",
+    "tango_score",
     "wilson",
 ]
 
@@ -203,6 +204,25 @@ def paired_proportions(lost: float, won: float, n: float, confidence: float = CO
 
     edge = 1.0 - 1e-12
     return Interval(value, min(value, root(z, -edge, value)), max(value, root(-z, value, edge)))
+
+
+def tango_score(lost: npt.ArrayLike, won: npt.ArrayLike, n: float, delta: float) -> Floats:
+    """Tango's score, z, of many counts at once, that the difference (won - lost) / n is ``delta``: the interval of
+    `paired_proportions` lies above delta where it is more than the normal quantile.
+
+    Args:
+        delta: -1 to 1, neither of them.
+    """
+    b_lost, b_won = np.asarray(lost, dtype=np.float64), np.asarray(won, dtype=np.float64)
+    a = 2.0 * n
+    b = -b_won - b_lost + (2.0 * n - b_won + b_lost) * delta
+    c = -b_lost * delta * (1.0 - delta)
+    q = (np.sqrt(np.maximum(0.0, b * b - 4.0 * a * c)) - b) / (2.0 * a)
+    variance = n * (2.0 * q + delta * (1.0 - delta))
+    gap = b_won - b_lost - n * delta
+    with np.errstate(divide="ignore", invalid="ignore"):
+        score = np.where(variance > 0.0, gap / np.sqrt(np.maximum(variance, 1e-300)), np.where(gap, np.inf * gap, 0.0))
+    return np.asarray(score, dtype=np.float64)
 
 
 def bounded_mean(

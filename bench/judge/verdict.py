@@ -8,18 +8,21 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from scipy.stats import norm
+import numpy.typing as npt
+from scipy.special import gammaln, xlogy
+from scipy.stats import binom, norm
 
 from bench.judge import stats
 from bench.judge.stats import CONFIDENCE, RESAMPLES, Clusters, Flips, Floats, Interval
 from bench.questions.scoring import RIGHT
 
-__all__ = ["MARGIN", "Comparison", "Judgement", "Verdict", "accuracy", "compare", "judge", "judge_tasks"]
+__all__ = ["MARGIN", "Comparison", "Judgement", "Verdict", "accuracy", "compare", "judge", "judge_tasks", "power"]
 
 #: A loss of accuracy that would not matter, as a fraction of 1: a point.
 MARGIN = 0.01
 POWER = 0.8
 
+Counts = npt.NDArray[np.int64]
 Judgement = Literal["no worse", "worse", "can't tell"]
 
 
@@ -168,26 +171,83 @@ def judge_tasks(found: Mapping[str, Comparison], margin: float = MARGIN) -> dict
     }
 
 
+#: From so many expected flips on, the normal approximation is as good as the exact rule, and much faster.
+_MANY_FLIPS = 400
+
+
+def power(n: int, flip_rate: float, difference: float, margin: float = MARGIN) -> float:
+    """Return how often ``n`` questions get a verdict by the rule of `judge` (``no worse`` or ``worse``; where the
+    systems are equal, ``no worse`` alone), exactly: over all counts of lost and won.
+
+    Args:
+        flip_rate: share of questions that flip, lost and won together; at least as much as the difference.
+        difference: true difference, candidate - baseline.
+    """
+    rate = min(1.0, max(flip_rate, abs(difference)))
+    lose, win = (rate - difference) / 2.0, (rate + difference) / 2.0
+    lost = np.arange(int(binom.ppf(1e-7, n, lose)), int(binom.ppf(1.0 - 1e-7, n, lose)) + 1)[:, None]
+    won = np.arange(int(binom.ppf(1e-7, n, win)), int(binom.ppf(1.0 - 1e-7, n, win)) + 1)[None, :]
+    chance = _multinomial(n, (lost, lose), (won, win))
+    z = float(norm.ppf(0.5 + CONFIDENCE / 2))
+    fine = stats.tango_score(lost, won, n, -margin) > z
+    settled = fine
+    if difference < 0.0:
+        p = np.minimum(1.0, 2.0 * binom.cdf(np.minimum(lost, won), lost + won, 0.5))
+        settled = fine | ((stats.tango_score(lost, won, n, 0.0) < -z) & (p < 1.0 - CONFIDENCE))
+    return float(chance[settled].sum())
+
+
+def _multinomial(n: int, first: tuple[Counts, float], second: tuple[Counts, float]) -> Floats:
+    """Return how likely each pair of counts is among ``n`` items, shape [first, second]."""
+    (a, p), (b, q) = first, second
+    rest = np.maximum(n - a - b, 0)
+    gone = gammaln(np.arange(n - int(rest.min()) + 1) * -1.0 + n + 1.0)  # log (n - k)! by k
+    logs = gammaln(n + 1.0) - gammaln(a + 1.0) - gammaln(b + 1.0) - gone[n - rest]
+    logs = logs + xlogy(a, p) + xlogy(b, q) + xlogy(rest, max(0.0, 1.0 - p - q))
+    return np.where(a + b <= n, np.exp(logs), 0.0)
+
+
 def _items_needed(found: Comparison, margin: float) -> int:
     """How many items of this kind would give a verdict with 80% power.
 
-    Equal systems, differing by chance as often as observed, are found ``no worse`` with n = (z_a + z_b)^2 r / margin^2
-    items (r: discordance, z_a: one-sided 2.5%, z_b: 80%), times the design effect; and with no fewer than Tango's
-    interval asks for when nothing flips. Where there are that many already, the observed difference is taken for the
-    true one, and the verdict for which it needs fewer items counts.
+    The rule that gives the verdict is inverted: the fewest items with which `power` is 80% for equal systems that flip
+    as often as observed (half a flip where there was none), times the design effect. Where there are that many already,
+    the observed difference is taken for the true one. Where flips are many the normal approximation stands for it:
+    n = (z_a + z_b)^2 r / margin^2 (r: discordance, z_a: one-sided 2.5%, z_b: 80%), and with no fewer than Tango's
+    interval asks for when nothing flips. Graded scores count as flips with the same mean square.
     """
+    rate = found.discordance or 0.5 / (found.n + 1)
     z_a, z_b = float(norm.ppf(0.5 + CONFIDENCE / 2)), float(norm.ppf(POWER))
     floor = z_a * z_a * (1.0 - margin) / margin
 
     def needed(shown: float, mean: float) -> float:
-        return (z_a + z_b) ** 2 * max(found.discordance - mean * mean, 0.0) / (shown * shown)
+        return (z_a + z_b) ** 2 * max(rate - mean * mean, 0.0) / (shown * shown)
 
-    items = max(floor, needed(margin, 0.0)) * found.design_effect
+    def settling(guess: float, mean: float) -> int:
+        guess = max(floor, guess)
+        return math.ceil(guess) if rate * guess > _MANY_FLIPS else _fewest(guess, rate, mean, margin)
+
+    items = settling(needed(margin, 0.0), 0.0) * found.design_effect
     if items <= found.n:
         mean = found.difference.value
         distances = [distance for distance in (margin + mean, -mean) if distance > 0.0]
-        items = max(floor, min(needed(distance, mean) for distance in distances)) * found.design_effect
+        items = settling(min(needed(distance, mean) for distance in distances), mean) * found.design_effect
     return max(found.n + 1, math.ceil(items))
+
+
+def _fewest(guess: float, rate: float, mean: float, margin: float) -> int:
+    """Return the fewest items with 80% power; power goes up in steps with small dips, and a dip is passed over."""
+
+    def enough(n: int) -> bool:
+        return power(n, rate, mean, margin) >= POWER
+
+    low, high = max(2, int(guess / 4)), max(4, math.ceil(guess))
+    while not enough(high):
+        low, high = high, math.ceil(1.3 * high)
+    while high - low > max(1, high // 100):
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 def _binary(scores: Floats) -> bool:

@@ -34,8 +34,11 @@ class Answer:
     text, which must not contain quotes or backslashes, is the rest. Anything else is parsed.
     """
 
+    #: Text of the answer proper; what a model thinks aloud or calls a tool with is timed, and no part of the answer.
     pieces: list[str] = field(default_factory=list)
     chunks: list[float] = field(default_factory=list)
+    #: Tokens so far at each of `chunks`, from servers that count in every chunk (``continuous_usage_stats``).
+    counts: list[int] = field(default_factory=list)
     head: bytes = b""
     tail: bytes = b""
     ended: float | None = None
@@ -69,13 +72,17 @@ class Answer:
             raise ServerSaidError(error_text(error))
         choices, usage = chunk["choices"], chunk.get("usage")
         for choice in choices:
-            text = (choice["delta"] or {}).get("content")
+            delta = choice["delta"] or {}
+            text, generated = delta.get("content"), _generated(delta)
             if text:
                 self.pieces.append(text)
+            if generated:
                 self.chunks.append(now)
             if reason := choice.get("finish_reason"):
                 self.finish_reason = reason
-            if text and not reason and not usage and len(choices) == 1:
+            if generated and usage and usage.get("completion_tokens"):
+                self.counts.append(int(usage["completion_tokens"]))
+            if text and generated == 1 and not reason and not usage and len(choices) == 1:
                 self._learn(event, text)
         if usage:
             self._count(usage)
@@ -92,6 +99,15 @@ class Answer:
         self.completion_tokens = _number(int, usage.get("completion_tokens"))
         self.cached_tokens = _number(int, (usage.get("prompt_tokens_details") or {}).get("cached_tokens"))
         self.queue_s = _number(float, usage.get("queue_time"))
+
+
+def _generated(delta: dict[str, Any]) -> int:
+    """Count what a delta holds of generated text: the answer, reasoning (``reasoning``, ``reasoning_content``: the same
+    under two names), a refusal, tools' names and arguments."""
+    said = [delta.get("content"), delta.get("reasoning") or delta.get("reasoning_content"), delta.get("refusal")]
+    calls = [call.get("function") for call in delta.get("tool_calls") or ()] + [delta.get("function_call")]
+    said += [part for call in calls if call for part in (call.get("name"), call.get("arguments"))]
+    return sum(bool(text) for text in said)
 
 
 def _number(kind: Callable[[Any], N], value: Any) -> N | None:

@@ -10,7 +10,9 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
@@ -18,7 +20,7 @@ import httpx
 from bench.load.answer import Answer, MalformedError, ServerSaidError, error_text
 from serve.http.sse import EventDecoder
 
-__all__ = ["STALL_S", "ChatRequest", "Failure", "Trace", "ask", "is_whole"]
+__all__ = ["RETRIES", "STALL_S", "ChatRequest", "Failure", "Trace", "ask", "ask_again", "is_whole"]
 
 #: Seconds on a clock that only goes forward; the zero is arbitrary.
 Clock = Callable[[], float]
@@ -48,8 +50,8 @@ class ChatRequest:
     max_tokens: int = 64
     fixed_length: bool = False
 
-    def body(self, model: str) -> bytes:
-        """Return the JSON body: streamed, with usage, temperature 0 said explicitly."""
+    def body(self, model: str, *, count_chunks: bool = False) -> bytes:
+        """Return the JSON body: streamed, with usage (in every chunk for ``count_chunks``), temperature 0 said."""
         content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in self.images]
         content.append({"type": "text", "text": self.text})
         body: dict[str, Any] = {
@@ -58,7 +60,7 @@ class ChatRequest:
             "max_tokens": self.max_tokens,
             "temperature": 0,
             "stream": True,
-            "stream_options": {"include_usage": True},
+            "stream_options": {"include_usage": True} | ({"continuous_usage_stats": True} if count_chunks else {}),
         }
         if self.fixed_length:
             body |= {"ignore_eos": True, "skip_special_tokens": False}
@@ -76,11 +78,19 @@ class Failure:
             finished), ``empty`` (nothing to time), ``client`` (a fault on this side).
         message: what happened, in a line.
         status: of ``http``, the status.
+        retry_after_s: of ``http``, seconds after which the server asks to be asked again.
     """
 
     kind: str
     message: str
     status: int | None = None
+    retry_after_s: float | None = field(default=None, compare=False)
+
+
+#: Times that a request is sent again which the server refused for being busy.
+RETRIES = 4
+#: Seconds to wait before that where the server names no time, doubled from try to try; and at most, whatever it names.
+BACKOFF_S, LONGEST_WAIT_S = 0.5, 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +101,10 @@ class Trace:
         scheduled: when the request was due; latencies count from here, so that a client or server that falls behind
             shows.
         started: when it was handed to the HTTP client.
-        chunks: arrival of each chunk that carried text; the first is the first token.
+        chunks: arrival of each chunk that carried generated text (an answer, reasoning, a tool's arguments); the first
+            is the first token.
+        retries: how often it was sent again after the server had refused it for being busy; latencies have the waiting.
+        counts: tokens so far at each of them, where the server counts in every chunk; else empty.
         ended: arrival of the stream's last event.
         text: the whole answer.
         prompt_tokens: counted by the server; None when it sent no usage.
@@ -102,6 +115,8 @@ class Trace:
         (`bench.load.loops`).
         cached_tokens: of the prompt, those the server had in its prefix cache; None when it does not say.
         queue_s: seconds in the server's own queue; None when it does not say.
+        number: which of its block's requests it was, from 0: the same number is the same request to both systems.
+        shape: of the request, where a block has several (`bench.load.inputs.SpeedInputs.shape`).
     """
 
     scheduled: float
@@ -116,6 +131,10 @@ class Trace:
     held_s: float = 0.0
     cached_tokens: int | None = None
     queue_s: float | None = None
+    retries: int = 0
+    counts: tuple[int, ...] = ()
+    number: int | None = None
+    shape: str = ""
 
 
 def is_whole(received: bytes, stream: bool) -> bool:
@@ -183,7 +202,42 @@ async def ask(
         failure=failure,
         cached_tokens=answer.cached_tokens,
         queue_s=answer.queue_s,
+        counts=tuple(answer.counts) if len(answer.counts) == len(answer.chunks) else (),
     )
+
+
+async def ask_again(
+    http: httpx.AsyncClient, body: bytes, *, timeout_s: float, scheduled: float | None = None, retries: int = RETRIES
+) -> Trace:
+    """Send a request as `ask` does, and again when the server says that it is too busy: a 429, or a 503 with
+    ``Retry-After``. It waits as long as the server asks for, else half a second, doubled from try to try.
+
+    Latencies have the waiting; ``Trace.retries`` says how often.
+
+    Args:
+        timeout_s: seconds for all of it.
+        retries: it is sent again so often at most.
+    """
+    trace = await ask(http, body, timeout_s=timeout_s, scheduled=scheduled)
+    tries = 0
+    while (wait_s := _wait_s(trace.failure, tries)) is not None and tries < retries:
+        left = timeout_s - (trace.ended - trace.started) - wait_s
+        if left <= 0:
+            break
+        await asyncio.sleep(wait_s)
+        tries += 1
+        again = await ask(http, body, timeout_s=left, scheduled=trace.scheduled)
+        trace = replace(again, started=trace.started, retries=tries)
+    return trace
+
+
+def _wait_s(failure: Failure | None, tries: int) -> float | None:
+    """Return for how long to wait before a request is sent again; None: it is not."""
+    if failure is None or failure.status not in (429, 503):
+        return None
+    if failure.retry_after_s is not None:
+        return min(failure.retry_after_s, LONGEST_WAIT_S)
+    return min(BACKOFF_S * 2**tries, LONGEST_WAIT_S) if failure.status == 429 else None
 
 
 async def _exchange(
@@ -205,14 +259,15 @@ async def _exchange(
         ):
             opened = True
             if response.status_code != 200:
-                return _status_failure(response.status_code, await response.aread())
+                failure = _status_failure(response.status_code, await response.aread())
+                return replace(failure, retry_after_s=_retry_after_s(response.headers.get("retry-after", "")))
             return _unfinished(answer, await _read(response, answer, watch, limit, clock))
     except TimeoutError:
         if watch.stalled:
             silent = f"silent for {watch.stall_s:g} s after {len(answer.chunks)} chunks of its answer"
             return Failure("stalled", silent)
         seen = f"after {len(answer.chunks)} chunks" if answer.chunks else "before the first token"
-        return Failure("timeout", f"no complete answer within {timeout_s:g} s ({seen})")
+        return Failure("timeout", f"no complete answer within {round(timeout_s, 1):g} s ({seen})")
     except (MalformedError, httpx.DecodingError) as error:
         return Failure("malformed", str(error))
     except ServerSaidError as error:
@@ -222,6 +277,17 @@ async def _exchange(
         return None if answer.done else Failure("truncated" if opened else "connect", _named(error))
     except Exception as error:  # a fault of this side must not end the run that the request is part of
         return Failure("client", _named(error))
+
+
+def _retry_after_s(said: str) -> float | None:
+    """Read ``Retry-After``, seconds or a date; None where it is neither."""
+    said = said.strip()
+    if said.isdecimal():
+        return float(said)
+    try:
+        return max(0.0, (parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):
+        return None
 
 
 async def _read(response: httpx.Response, answer: Answer, watch: _Watch, limit: asyncio.Timeout, clock: Clock) -> bytes:

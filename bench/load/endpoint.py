@@ -13,7 +13,7 @@ import httpx
 from bench.load.wire import Wire
 from toolkit.errors import BenchError, ServerError
 
-__all__ = ["Endpoint", "discover", "http_client", "normalise_url", "public_url"]
+__all__ = ["Endpoint", "discover", "http_client", "normalise_url", "public_url", "tls_fault"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,12 @@ class Endpoint:
     version: str | None = None
 
 
+#: What follows the root in addresses as they are copied from examples.
+_ROUTES = ("/chat/completions", "/completions", "/models")
+
+
 def normalise_url(url: str) -> str:
-    """Return the server's root: scheme, host, port and path without a trailing ``/`` or ``/v1``.
+    """Return the server's root: scheme, host, port and path, without ``/v1``, ``/v1/chat/completions`` at its end.
 
     Raises:
         BenchError: when it is not an http(s) URL.
@@ -46,7 +50,10 @@ def normalise_url(url: str) -> str:
         valid = False
     if not valid:
         raise BenchError(f"{url!r} is not an http(s) URL; write it like http://127.0.0.1:8000")
-    path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+    path = parts.path.rstrip("/")
+    for route in _ROUTES:
+        path = path.removesuffix(route).rstrip("/")
+    path = path.removesuffix("/v1").rstrip("/")
     return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
 
 
@@ -105,6 +112,26 @@ def _trusted(url: str) -> ssl.SSLContext | None:
     return context_for(url)
 
 
+def tls_fault(error: BaseException | None) -> str | None:
+    """Return what is wrong with a server's TLS, and what to do; None: it is something else."""
+    while error is not None and not isinstance(error, ssl.SSLError):
+        error = error.__cause__ or error.__context__
+    if error is None:
+        return None
+    if isinstance(error, ssl.SSLCertVerificationError):
+        said = error.verify_message.rstrip(".")
+        if "expired" in said:
+            return f"its certificate is not valid now ({said}); renew it, or set this machine's clock"
+        if "mismatch" in said or "not valid for" in said:
+            return f"its certificate is another host's ({said}); use the name it is made out to"
+        return f"its certificate is not trusted here ({said}); name its signer's certificate with SSL_CERT_FILE=FILE"
+    reason = getattr(error, "reason", None) or ""
+    if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"):
+        return "it does not speak TLS there; write http:// instead of https://"
+    said = reason.lower().replace("_", " ") or str(error)
+    return f"TLS failed ({said}); check the port, and which versions of TLS the server takes"
+
+
 async def discover(
     url: str,
     api_key: str | None = None,
@@ -127,18 +154,16 @@ async def discover(
         try:
             response = await http.get("/v1/models")
         except httpx.HTTPError as error:
-            if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                raise ServerError(
-                    f"{shown} shows a certificate that is not trusted ({error}); name its file, or its authority's, "
-                    "in SSL_CERT_FILE"
-                ) from error
             raise ServerError(
-                f"no server answers at {shown} ({type(error).__name__}); "
+                f"{shown}: {tls}"
+                if (tls := tls_fault(error))
+                else f"no server answers at {shown} ({type(error).__name__}); "
                 "start one with `qvl serve`, or check the address"
             ) from error
         if response.status_code in (401, 403):
             raise ServerError(
-                f"{shown} refuses the API key (HTTP {response.status_code}); give the right one in QVL_API_KEY"
+                f"{shown} refuses the API key (HTTP {response.status_code}); give the right one in QVL_API_KEY, or "
+                "with --baseline-key and --candidate-key where the two have different ones"
             )
         try:
             served = [str(entry["id"]) for entry in response.json()["data"]] if response.status_code == 200 else []

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from bench.load.client import ChatRequest
-from bench.load.workload import ImageSize, Lengths
+from bench.load.workload import ImageSize, Lengths, written
 from toolkit.errors import BenchError
 
 __all__ = ["KEY_WORDS", "SpeedInputs"]
@@ -75,17 +75,30 @@ class SpeedInputs:
         prompt, images = _quantile(digest, 1), _quantile(digest, 2)
         return self._make(digest, index, self.images.at(images), self.prompt_tokens.at(prompt))
 
-    def bodies(self, block: str, count: int, model: str) -> list[bytes]:
-        """Return the encoded bodies of the first ``count`` requests of ``block``."""
-        return [self.request(block, index).body(model) for index in range(count)]
+    def bodies(self, block: str, count: int, model: str, *, count_chunks: bool = False) -> list[bytes]:
+        """Return the encoded bodies of the first ``count`` requests of ``block``; with ``count_chunks`` they ask the
+        server to count tokens in every chunk."""
+        return [self.request(block, index).body(model, count_chunks=count_chunks) for index in range(count)]
 
-    def warm_up(self, model: str, block: str = "warm-up") -> list[bytes]:
+    def shape(self, block: str, index: int) -> str:
+        """Return what decides about the cost of a request beside lengths: ``text``, the size of its image, or ``3
+        images``."""
+        shown = [size for size in self._sizes(block, index) if size is not None]
+        return written(shown[0] if shown else None) if len(shown) < 2 else f"{len(shown)} images"
+
+    def _sizes(self, block: str, index: int) -> list[ImageSize]:
+        count = self.images.at(_quantile(self._digest(block, index), 2))
+        return [self.sizes[(index + number) % len(self.sizes)] for number in range(count)]
+
+    def warm_up(self, model: str, block: str = "warm-up", *, count_chunks: bool = False) -> list[bytes]:
         """Return bodies that show a server every image size in every number of images, with the longest prompt, and
         share no input with any other block."""
         counts = range(self.images.low, self.images.high + 1)
         shapes = [(size, count) for count in counts for size in range(len(self.sizes))]
         return [
-            self._make(self._digest(f"{block}/shapes", index), size, count, self.prompt_tokens.high).body(model)
+            self._make(self._digest(f"{block}/shapes", index), size, count, self.prompt_tokens.high).body(
+                model, count_chunks=count_chunks
+            )
             for index, (size, count) in enumerate(shapes)
         ]
 

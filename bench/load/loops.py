@@ -206,10 +206,11 @@ async def closed_loop(
     concurrency: int,
     *,
     duration_s: float | None = None,
+    at_least: int = 0,
     ramp_s: float = 0.0,
     failures: int = 0,
     on_done: Callable[[Trace], None] = _ignore,
-    clock: Clock = time.perf_counter,
+    clock: Clock | None = None,
 ) -> Block:
     """Keep ``concurrency`` requests in flight until all items are sent; each worker sends its next when its last has
     ended.
@@ -218,8 +219,9 @@ async def closed_loop(
 
     Args:
         items: the ramp's requests come from them too.
-        duration_s: send none later than so long after the ramp; items that remain are no loss, but when they run out
-            before, the block says so.
+        duration_s: send none later than so long after the ramp, but for ``at_least``; items that remain are no loss,
+            but when they run out before, the block says so.
+        at_least: go on beyond the duration until so many were sent after the ramp.
         ramp_s: the workers start one after the other over so long, and what they send meanwhile is not measured.
         clock: `time.perf_counter` unless there is no ramp.
 
@@ -228,22 +230,23 @@ async def closed_loop(
     """
     waiting = iter(items)
     workers = min(concurrency, len(items))
-    begun = clock()
+    begun = (clock or time.perf_counter)()
     end = math.inf if duration_s is None else begun + ramp_s + duration_s
     tally = _Tally(begun + ramp_s, failures, on_done)
-    ran_out = 0.0
+    ran_out, sent = 0.0, 0
 
     async def work(start: float) -> None:
-        nonlocal ran_out
+        nonlocal ran_out, sent
         if start > begun:
             await sleep_until(start)
         due = start
-        while not tally.stopped and due < end:
+        while not tally.stopped and (due < end or sent < at_least):
             try:
                 item = next(waiting)
             except StopIteration:
                 ran_out = ran_out or due
                 return
+            sent += due >= tally.measured_from
             trace = await send(item, due)
             due = trace.ended
             tally.add(trace)

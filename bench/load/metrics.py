@@ -18,12 +18,15 @@ from bench.load.objectives import Slo
 
 __all__ = [
     "FORMULAS",
+    "KEPT_SHARE",
+    "PACKED",
     "PERCENTILES",
     "SLO_METRICS",
     "Goodput",
     "Rates",
     "Spread",
     "Summary",
+    "achieved_per_s",
     "client_fault",
     "client_lag",
     "definitions",
@@ -38,6 +41,7 @@ __all__ = [
     "spread",
     "steady",
     "summarise",
+    "tokens_per_chunk",
     "total_tokens_per_s",
     "tpot",
     "ttft",
@@ -46,28 +50,47 @@ __all__ = [
 PERCENTILES = (50, 90, 95, 99)
 #: A client that adds more than this share of TTFT measures itself.
 LAG_SHARE = 0.05
+#: From so many tokens a chunk on, chunks are not tokens; with fewer, some tokens are without text of their own.
+PACKED = 1.5
+#: A rate is kept when so much of it is achieved.
+KEPT_SHARE = 0.95
 
 
 # --- one request ------------------------------------------------------------------------------------------------------
 
 
 def ttft(trace: Trace) -> float | None:
-    """TTFT, time to first token = arrival of the first chunk with text - scheduled moment of the request."""
+    """TTFT, time to first token = arrival of the first chunk with generated text (of the answer, of reasoning, or a
+    tool's arguments) - scheduled moment of the request."""
     return trace.chunks[0] - trace.scheduled if trace.chunks else None
 
 
 def tpot(trace: Trace) -> float | None:
-    """TPOT, time per output token = (E2E - TTFT) / (n_out - 1), per request; n_out is counted by the server, and 1 has
-    no TPOT."""
+    """TPOT, time per output token = (E2E - TTFT) / (n_out - n_1), per request; n_out is counted by the server, n_1 is
+    the tokens of the first chunk: 1 where chunks are tokens, else what the server counts in it, or n_out / chunks. No
+    TPOT where all came in one chunk."""
     first = ttft(trace)
-    if first is None or trace.completion_tokens is None or trace.completion_tokens < 2:
+    if first is None or trace.completion_tokens is None:
         return None
-    return (e2e(trace) - first) / (trace.completion_tokens - 1)
+    after = trace.completion_tokens - (trace.counts[0] if trace.counts else tokens_per_chunk(trace))
+    return (e2e(trace) - first) / after if after > 0 and trace.completion_tokens > 1 else None
+
+
+def tokens_per_chunk(trace: Trace) -> float:
+    """Tokens a chunk = n_out / chunks with generated text, and 1 where that is below 1.5: then chunks are tokens, but
+    for some without text of their own (the end of text, half a character)."""
+    share = trace.completion_tokens / len(trace.chunks) if trace.completion_tokens and trace.chunks else 1.0
+    return share if share >= PACKED else 1.0
 
 
 def itl(trace: Trace) -> list[float]:
-    """ITL, inter-token latency = gaps between consecutive chunks with text, pooled over all requests of the point."""
-    return [later - earlier for earlier, later in zip(trace.chunks, trace.chunks[1:], strict=False)]
+    """ITL, inter-token latency = gaps between consecutive chunks with generated text, pooled over all requests of the
+    point; a chunk of several tokens counts as so many gaps of equal length."""
+    gaps = [later - earlier for earlier, later in zip(trace.chunks, trace.chunks[1:], strict=False)]
+    if trace.counts:
+        tokens = [max(1, b - a) for a, b in zip(trace.counts, trace.counts[1:], strict=False)]
+        return [gap / count for gap, count in zip(gaps, tokens, strict=True) for _ in range(count)]
+    return [gap / tokens_per_chunk(trace) for gap in gaps]
 
 
 def e2e(trace: Trace) -> float:
@@ -147,6 +170,18 @@ def steady(traces: Sequence[Trace], start: float, end: float) -> Rates | None:
     return Rates(sum(shares) / (end - start), tokens / (end - start) if done and counted else None)
 
 
+def achieved_per_s(traces: Sequence[Trace], offered_per_s: float) -> float:
+    """Achieved rate = offered rate / (1 + g) under a rate, where g is by how much the latency of later requests grows
+    in the time between them (least squares, at least 0): a server that keeps up answers as fast as it is asked,
+    however long each answer takes. Kept = at least 95% of the offered rate, and the load was not stopped."""
+    done = [trace for trace in traces if not trace.failure]
+    due, latency = np.asarray([t.scheduled for t in done]), np.asarray([e2e(t) for t in done])
+    if len(done) < 3 or np.ptp(due) == 0.0:
+        return offered_per_s
+    apart = due - due.mean()
+    return offered_per_s / (1.0 + max(0.0, float(apart @ latency / (apart @ apart))))
+
+
 @dataclass(frozen=True, slots=True)
 class Spread:
     """How a metric is distributed over its ``n`` samples, in the samples' unit."""
@@ -200,7 +235,12 @@ def client_fault(traces: Sequence[Trace], loop_lag: Sequence[float] = ()) -> str
 # --- goodput ----------------------------------------------------------------------------------------------------------
 
 #: What an objective can be set for.
-SLO_METRICS: Mapping[str, Callable[[Trace], float | None]] = {"ttft": ttft, "tpot": tpot, "e2e": e2e}
+SLO_METRICS: Mapping[str, Callable[[Trace], float | None]] = {
+    "ttft": ttft,
+    "tpot": tpot,
+    "itl": lambda trace: max(itl(trace), default=None),
+    "e2e": e2e,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +253,8 @@ class Goodput:
 
 def goodput(traces: Sequence[Trace], slos: Sequence[Slo], wall_s: float, *, unsent: int = 0) -> Goodput | None:
     """Goodput = requests that completed and met every objective / wall time; a failed or unsent request met none, one
-    of a single token has no TPOT to miss, and without token counts there is no goodput under a TPOT."""
+    of a single token has no TPOT or ITL to miss, and without token counts there is no goodput under a TPOT. Of ITL the
+    longest gap of a request counts."""
     if not slos or not traces or wall_s <= 0:
         return None
     done = [trace for trace in traces if not trace.failure]
@@ -226,7 +267,7 @@ def goodput(traces: Sequence[Trace], slos: Sequence[Slo], wall_s: float, *, unse
 def _met(trace: Trace, slo: Slo) -> bool:
     value = SLO_METRICS[slo.metric](trace)
     # Without text there is no TTFT, and that is a miss; with one token there is no TPOT, and that is none.
-    return slo.metric == "tpot" if value is None else value <= slo.limit_s
+    return slo.metric in ("tpot", "itl") if value is None else value <= slo.limit_s
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
@@ -314,6 +355,7 @@ FORMULAS: dict[str, str] = {
         ttft,
         tpot,
         itl,
+        tokens_per_chunk,
         e2e,
         queueing,
         server_queueing,
@@ -322,6 +364,7 @@ FORMULAS: dict[str, str] = {
         output_tokens_per_s,
         total_tokens_per_s,
         steady,
+        achieved_per_s,
         goodput,
         errors,
         client_fault,

@@ -11,7 +11,7 @@ from toolkit.errors import BenchError
 __all__ = ["METRICS", "Slo", "parse_slos"]
 
 #: What an objective can be set for.
-METRICS = ("ttft", "tpot", "e2e")
+METRICS = ("ttft", "tpot", "itl", "e2e")
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 

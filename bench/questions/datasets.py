@@ -156,12 +156,12 @@ def _textvqa(row: Row, number: int) -> Question:
 
 def _mmmu(row: Row, number: int) -> Question:
     """Multiple choice as such. An open question (one in twenty) counts as right when a right answer stands in the
-    answer as whole words, which is stricter than MMMU's own rules."""
+    answer as whole words, which is stricter than MMMU's own rules; those are ``--scoring lmms-eval``."""
     asked, gold = _text(row, "question"), _text(row, "answer")
     options = tuple(str(option) for option in _listed(row["options"]))
     if row["question_type"] == "open":
         golds = tuple(str(text) for text in _listed(gold)) if gold.startswith("[") else (gold,)
-        return Question(f"mmmu-{row['id']}", "mmmu", f"{asked}\n\n{IN_A_PHRASE}", golds, "contains")
+        return Question(f"mmmu-{row['id']}", "mmmu", f"{asked}\n\n{IN_A_PHRASE}", golds, "open")
     if len(options) < 2:
         raise ValueError(f"options are {row['options']!r} instead of a list of two or more")
     if gold != "?" and gold not in list(letters(len(options))):

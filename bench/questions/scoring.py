@@ -8,13 +8,18 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Literal
 
 from rapidfuzz.distance import Levenshtein
 
 __all__ = [
+    "ARTICLES",
+    "CONTRACTIONS",
     "METRICS",
+    "NUMBER_WORDS",
     "RIGHT",
     "Grade",
+    "Scoring",
     "anls",
     "choose",
     "contains",
@@ -39,7 +44,13 @@ class Grade:
     note: str | None = None
 
 
-def grade(metric: str, answer: str, golds: Sequence[str], choices: Sequence[str] = ()) -> Grade:
+#: Whose rules answers are scored by: those of the papers, read as a person would, or lmms-eval's own code.
+Scoring = Literal["paper", "lmms-eval"]
+
+
+def grade(
+    metric: str, answer: str, golds: Sequence[str], choices: Sequence[str] = (), scoring: Scoring = "paper"
+) -> Grade:
     """Score one answer.
 
     Args:
@@ -48,7 +59,14 @@ def grade(metric: str, answer: str, golds: Sequence[str], choices: Sequence[str]
         answer: as the model gave it. An empty answer is an answer, and wrong.
         golds: at least one.
         choices: the options' texts, for ``choice`` alone.
+        scoring: ``lmms-eval`` takes `bench.questions.lmms_eval` for the metrics that it has.
     """
+    if scoring == "lmms-eval":
+        from bench.questions import lmms_eval
+
+        theirs = lmms_eval.grade(metric, answer, golds, choices)
+        if theirs is not None:
+            return theirs
     if metric == "vqa":
         return Grade(vqa_score(answer, golds))
     if metric == "choice":
@@ -220,10 +238,10 @@ def relaxed(answer: str, gold: str) -> float:
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _BETWEEN_DIGITS = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-_ARTICLES = {"a", "an", "the"}
+ARTICLES = {"a", "an", "the"}
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_NUMBER_WORDS = {"none": "0"} | {word: str(value) for value, word in enumerate(_DIGITS)}
-_CONTRACTIONS = """
+NUMBER_WORDS = {"none": "0"} | {word: str(value) for value, word in enumerate(_DIGITS)}
+_WHOLE = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
 he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't
 needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd
@@ -234,11 +252,8 @@ who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all
 you'll you're you've
 """
 #: A contraction that lacks one of its apostrophes -> the contraction.
-_MENDED = {
-    whole[:at] + whole[at + 1 :]: whole
-    for whole in _CONTRACTIONS.split()
-    for at, char in enumerate(whole)
-    if char == "'"
+CONTRACTIONS = {
+    whole[:at] + whole[at + 1 :]: whole for whole in _WHOLE.split() for at, char in enumerate(whole) if char == "'"
 }
 
 
@@ -255,8 +270,8 @@ def vqa_normalise(text: str) -> str:
     for mark in _PUNCTUATION:
         if mark in text:
             folded = folded.replace(mark, "" if comma or f"{mark} " in text or f" {mark}" in text else " ")
-    words = (_NUMBER_WORDS.get(word, word) for word in _PERIOD.sub("", folded).lower().split())
-    return " ".join(_MENDED.get(word, word) for word in words if word not in _ARTICLES)
+    words = (NUMBER_WORDS.get(word, word) for word in _PERIOD.sub("", folded).lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def vqa_score(answer: str, golds: Sequence[str]) -> float:
@@ -373,6 +388,7 @@ _PER_GOLD: dict[str, Callable[[str, str], float]] = {
     "exact": exact,
     "relaxed": relaxed,
     "contains": contains,
+    "open": contains,
     "anls": anls,
 }
 #: The names of all metrics.

@@ -8,7 +8,7 @@ A file of questions is JSON Lines, one object a line::
 ``image`` is a path relative to the file, an http(s) URL or a data URL; ``images`` takes a list of them (empty: text
 only). ``metric`` is one of `scoring.METRICS` (default ``exact``):
 
-- ``exact``, ``contains``, ``relaxed``, ``anls``: any of ``answers`` is right.
+- ``exact``, ``contains``, ``relaxed``, ``anls``, ``open`` (MMMU's open questions): any of ``answers`` is right.
 - ``vqa``: ``answers`` is what several people answered, one entry a person (ten in VQA and TextVQA, four at least).
 - ``choice``: ``choices`` lists the options' texts, ``answers`` the right one: its letter (A is the first) or text.
   The options are put under the question, one a line, with the request to answer with a letter.
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.questions import scoring
-from bench.questions.scoring import METRICS, RIGHT, Grade
+from bench.questions.scoring import METRICS, RIGHT, Grade, Scoring
 from toolkit.calibration import media
 from toolkit.errors import ManifestError, MediaError
 
@@ -110,9 +110,9 @@ class Question:
         return self.cluster or "+".join(image.sha256 for image in self.images) or f"question {self.id}"
 
 
-def grade(question: Question, answer: str) -> Grade:
+def grade(question: Question, answer: str, by: Scoring = "paper") -> Grade:
     """Score an answer and say what a reader should know about it (see `scoring.grade`)."""
-    return scoring.grade(question.metric, answer, question.answers, question.choices)
+    return scoring.grade(question.metric, answer, question.answers, question.choices, by)
 
 
 def score(question: Question, answer: str) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.report.schema import Report
@@ -51,9 +52,13 @@ def kept(out: Path) -> bool:
     return (out / JOURNAL).is_file()
 
 
-def write(report: Report, out: Path, *, force: bool = False) -> None:
+def write(report: Report, out: Path, *, force: bool = False, more: Callable[[Path], None] | None = None) -> None:
     """Write report.json, report.md and report.html to the directory ``out``, all of them or nothing. What a run has
-    kept there stays until its report is ``ok``."""
+    kept there stays until its report is ``ok``.
+
+    Args:
+        more: writes what else belongs there, into the directory that it is given.
+    """
     from bench.report.render import html_file, json_file, markdown
 
     if not kept(out):
@@ -64,6 +69,8 @@ def write(report: Report, out: Path, *, force: bool = False) -> None:
     try:
         for name, render in (("json", json_file.render), ("md", markdown.render), ("html", html_file.render)):
             (draft / f"report.{name}").write_text(render(report), encoding="utf-8")
+        if more:
+            more(draft)
         if report.status != "ok" and kept(out):
             shutil.copyfile(out / JOURNAL, draft / JOURNAL)
         put_in_place(draft, out, draft.with_name(f"{draft.name}.old"))

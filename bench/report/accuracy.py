@@ -126,13 +126,19 @@ def _share(interval: stats.Interval) -> Share:
 
 
 def answers(
-    questions: Sequence[Question], traces: Mapping[Role, Mapping[str, Trace]], *, seed: int, margin: float
+    questions: Sequence[Question],
+    traces: Mapping[Role, Mapping[str, Trace]],
+    *,
+    seed: int,
+    margin: float,
+    by: scoring.Scoring = "paper",
 ) -> tuple[Accuracy, list[str]]:
     """Score all answers; return what they say and what a reader should know about it.
 
     Args:
         questions: at least one; their images may be read once more.
         traces: each system's answer by the question's id.
+        by: whose rules they are scored by.
     """
     items = [
         Item(
@@ -144,8 +150,8 @@ def answers(
             choices=list(question.choices),
             cluster=question.cluster_id,
             images=[image.sha256 for image in question.images],
-            baseline=_answer(question, traces["baseline"][question.id]),
-            candidate=_answer(question, traces["candidate"][question.id]),
+            baseline=_answer(question, traces["baseline"][question.id], by),
+            candidate=_answer(question, traces["candidate"][question.id], by),
         )
         for question in questions
     ]
@@ -169,6 +175,6 @@ def answers(
     return found, doubts
 
 
-def _answer(question: Question, trace: Trace) -> Answer:
-    grade: scoring.Grade = tasks.grade(question, trace.text)
+def _answer(question: Question, trace: Trace, by: scoring.Scoring) -> Answer:
+    grade: scoring.Grade = tasks.grade(question, trace.text, by)
     return Answer(text=trace.text, score=grade.score, note=grade.note, finish_reason=trace.finish_reason)

@@ -110,7 +110,7 @@ def _accuracy(outcome: Outcome, config: BenchConfig) -> tuple[Accuracy | None, b
     both = [q for q in outcome.questions if all(q.id in answers.get(role, {}) for role in ROLES)]
     if not both:
         return None, False, []
-    found, doubts = accuracy.answers(both, answers, seed=config.seed, margin=_margin(config))
+    found, doubts = accuracy.answers(both, answers, seed=config.seed, margin=_margin(config), by=config.scoring)
     return found, len(both) == len(outcome.questions), [*doubts, *_cut(found, config)]
 
 

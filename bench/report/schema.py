@@ -4,7 +4,9 @@ Units are in the names: ``_ms`` milliseconds, ``_s`` seconds, ``_bytes`` bytes. 
 fractions of 1. ``schema_version`` grows when a reader of the old shape would misread the new one;
 `bench.report.render.json_file` reads all of them:
 
-- 4: an item's ``images`` (``pictures`` before).
+- 4: an item's ``images`` (``pictures`` before). Whose rules answers are scored by. Figures and ratios by shape of
+  request; headlines with p adjusted for their number; rates that are kept, without ratios of throughput; throughput
+  without a round's end by round.
 - 3: a speed point belongs to a load (so many in flight, a rate, a step of a sweep) and has p95, figures by round with
   intervals, goodput, errors by kind, what the server counted; ratios are over rounds; fidelity; partial reports.
 - 2: clusters, recovery, and a verdict for each task; grades with notes; images of the answers that flipped.
@@ -18,9 +20,9 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from bench.questions.scoring import RIGHT
+from bench.questions.scoring import RIGHT, Scoring
 from bench.roles import ROLES, Role
-from bench.run.loads import PART, Load, LoadKind
+from bench.run.loads import PART, WAVES, Load, LoadKind
 from bench.run.systems import Memory, SystemInfo
 
 __all__ = [
@@ -61,7 +63,16 @@ SCHEMA_VERSION: Literal[4] = 4
 Judgement = Literal["no worse", "worse", "can't tell"]
 #: What is told by round and compared; latencies by their median.
 SpeedFigure = Literal[
-    "ttft", "tpot", "itl", "e2e", "requests_per_s", "output_tokens_per_s", "total_tokens_per_s", "goodput_per_s"
+    "ttft",
+    "tpot",
+    "itl",
+    "e2e",
+    "requests_per_s",
+    "output_tokens_per_s",
+    "total_tokens_per_s",
+    "goodput_per_s",
+    "steady_requests_per_s",
+    "steady_output_tokens_per_s",
 ]
 
 
@@ -139,11 +150,17 @@ class SpeedPoint(Model):
         held: requests that were due while as many as allowed were in flight.
         uncounted: completed requests whose tokens the server did not count.
         offered_per_s: of an open loop, requests due each second; of a sweep the median over its rounds.
+        achieved_per_s: of an open loop, requests that it answers a second (`bench.load.metrics.achieved_per_s`).
+        kept: of an open loop, whether the server kept up with the rate; None: the report does not say.
+        retries: times that a request was sent again because the server was busy.
+        tokens_per_chunk: mean; above 1 where chunks are not tokens.
         queueing_ms: in the client; part of every latency.
         server_queueing_ms: by the usage of each answer.
         loop_lag_ms: how late the client's event loop was.
         by_round: medians over the rounds, with intervals: what to quote.
-        steady_requests_per_s: throughput without each round's end, when fewer and fewer are in flight.
+        by_shape: the same of latencies by the requests' shape (`text`, the size of its image, `3 images`); empty where
+            all have the same.
+        steady_requests_per_s: of closed loops, throughput without each round's end, when fewer and fewer are in flight.
         energy_j_per_token: of the GPUs, for each output token.
         invalid: why no figure is to be read from this point: it measures the client.
         stopped: why rounds ended before all was sent; figures are then of a server that did not keep up.
@@ -160,6 +177,10 @@ class SpeedPoint(Model):
     uncounted: int = 0
     wall_s: float
     offered_per_s: float | None = None
+    achieved_per_s: float | None = None
+    kept: bool | None = None
+    retries: int = 0
+    tokens_per_chunk: float | None = None
     ttft_ms: Distribution | None
     tpot_ms: Distribution | None
     itl_ms: Distribution | None
@@ -175,6 +196,7 @@ class SpeedPoint(Model):
     steady_output_tokens_per_s: float | None = None
     goodput: Goodput | None = None
     by_round: dict[SpeedFigure, Estimate] = {}
+    by_shape: dict[str, dict[SpeedFigure, Estimate]] = {}
     output_tokens: int | None
     prompt_tokens: int | None
     server: ServerCounters | None = None
@@ -187,22 +209,62 @@ class SpeedPoint(Model):
         """Requests kept in flight, where that is the load; None for open loops and sweeps."""
         return self.load.concurrency if self.load.kind == "closed" else None
 
+    @property
+    def burst(self) -> bool:
+        """Whether it had fewer than `WAVES` requests a round for each in flight: most were sent at once, and the end
+        of the round, when fewer and fewer are in flight, is most of it."""
+        many = self.load.concurrency
+        return many is not None and self.requests < WAVES * many * self.rounds
+
+    def figure(self, name: SpeedFigure) -> float | None:
+        """Return a figure as it is quoted everywhere: the median of its rounds, of latencies of their p50, in ms;
+        pooled over the rounds where it is not known by round."""
+        if name in self.by_round:
+            return self.by_round[name].value
+        if name in ("ttft", "tpot", "itl", "e2e"):
+            found: Distribution | None = getattr(self, f"{name}_ms")
+            return found.p50 if found else None
+        if name == "goodput_per_s":
+            return self.goodput.per_s if self.goodput else None
+        rate: float | None = getattr(self, name)
+        return rate
+
+    def throughput(self, of: Literal["output_tokens_per_s", "requests_per_s"]) -> float | None:
+        """Return a throughput as it is quoted everywhere: without the rounds' ends where that is known by round."""
+        steady: SpeedFigure = "steady_requests_per_s" if of == "requests_per_s" else "steady_output_tokens_per_s"
+        return self.figure(steady if steady in self.by_round else of)
+
 
 class SpeedRatio(Model):
     """Candidate / baseline under one load, round by round.
 
     Attributes:
         load: its name.
+        shape: of the requests it is of; empty: of all.
         low: None, as ``high``, where there is no interval.
         rounds: the ratio of each round that both have.
+        p_value: of Student's test that the ratio is 1, on the rounds' logarithms; None without an interval.
+        headline: whether it is one of the few that the verdict and the first numbers are made of.
+        p_adjusted: of a headline, the p-value adjusted by Holm for there being several.
     """
 
     metric: SpeedFigure
     load: str
+    shape: str = ""
     ratio: float
     low: float | None
     high: float | None
     rounds: list[float] = []
+    p_value: float | None = None
+    headline: bool = False
+    p_adjusted: float | None = None
+
+    @property
+    def beyond_chance(self) -> bool:
+        """Whether the interval leaves out 1; of a headline, also when there are several."""
+        if self.low is None or self.high is None:
+            return False
+        return not self.low <= 1.0 <= self.high and (self.p_adjusted is None or self.p_adjusted < 0.05)
 
 
 class Share(Model):
@@ -400,16 +462,19 @@ class Workload(Model):
         rates: of open loops, requests/s.
         sweep: open-loop rates of the sweep; 0 without one.
         sweep_concurrency: requests in flight that saturate a server, in a sweep.
+        scoring: whose rules answers are scored by (`bench.questions.scoring`).
         duration_s: of each point and round, where that bounds it and not a number of requests.
         output_tokens: a number, or a distribution as on the command line; likewise the next two.
         prompt_tokens: without the images'; None: schema versions 1 and 2 do not say.
         slos: what goodput is held against.
+        price: of each server's machine, an hour.
     """
 
     tasks_source: str | None
     questions: int
     questions_sha256: str | None
     answer_tokens: int
+    scoring: Scoring = "paper"
     question_concurrency: int
     concurrencies: list[int]
     requests: list[int]
@@ -421,6 +486,7 @@ class Workload(Model):
     duration_s: float | None = None
     ramp_s: float = 0.0
     preset: str | None = None
+    price: float | None = None
     output_tokens: str
     prompt_tokens: str | None = None
     images_per_request: str = "1"
@@ -509,6 +575,6 @@ class Report(Model):
         """Return the speed of ``role`` under the load of that name, None when it was not measured."""
         return next((p for p in self.speed if (p.role, p.load.name) == (role, load)), None)
 
-    def ratio(self, metric: SpeedFigure, load: str) -> SpeedRatio | None:
+    def ratio(self, metric: SpeedFigure, load: str, shape: str = "") -> SpeedRatio | None:
         """Return candidate / baseline of a figure under the load of that name, None when there is none."""
-        return next((r for r in self.speed_ratios if (r.metric, r.load) == (metric, load)), None)
+        return next((r for r in self.speed_ratios if (r.metric, r.load, r.shape) == (metric, load, shape)), None)

@@ -4,7 +4,8 @@ figures can be trusted, and how the candidate compares with the baseline."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, median, stdev
 
 import numpy as np
@@ -13,10 +14,10 @@ from scipy import stats
 from bench.judge.stats import CONFIDENCE
 from bench.load import metrics
 from bench.load.client import Trace
-from bench.load.loops import Block
 from bench.machine.energy import DEFINITION as ENERGY
 from bench.machine.server_metrics import DEFINITIONS as SERVER
 from bench.machine.server_metrics import ServerPoint
+from bench.report.headlines import RATES, marked, p_value
 from bench.report.schema import (
     Distribution,
     Estimate,
@@ -28,7 +29,7 @@ from bench.report.schema import (
 )
 from bench.roles import ROLES, Role
 from bench.run.config import BenchConfig
-from bench.run.loads import Load
+from bench.run.loads import WAVES, Load
 from bench.run.measured import Measurements, Stretch
 
 __all__ = ["DEFINITIONS", "doubts", "points", "ratios"]
@@ -57,6 +58,20 @@ def _itl_p50(stretch: Stretch) -> float | None:
     return 1000.0 * found.p50 if found else None
 
 
+LATENCIES: dict[SpeedFigure, Callable[[Stretch], float | None]] = {
+    "ttft": _p50(metrics.ttft),
+    "tpot": _p50(metrics.tpot),
+    "itl": _itl_p50,
+    "e2e": _p50(metrics.e2e),
+}
+#: Latencies that each request has one of.
+PAIRED: dict[SpeedFigure, Callable[[Trace], float | None]] = {
+    "ttft": metrics.ttft,
+    "tpot": metrics.tpot,
+    "e2e": metrics.e2e,
+}
+
+
 def _figures(config: BenchConfig) -> dict[SpeedFigure, Callable[[Stretch], float | None]]:
     """What is told by round."""
 
@@ -68,11 +83,13 @@ def _figures(config: BenchConfig) -> dict[SpeedFigure, Callable[[Stretch], float
         found = metrics.goodput(block.traces, config.slos, block.wall_s, unsent=block.unsent)
         return found.per_s if found else None
 
+    def steady(of: Callable[[metrics.Rates], float | None]) -> Callable[[Stretch], float | None]:
+        return lambda stretch: of(found) if (found := _steady(stretch)) else None
+
     return {
-        "ttft": _p50(metrics.ttft),
-        "tpot": _p50(metrics.tpot),
-        "itl": _itl_p50,
-        "e2e": _p50(metrics.e2e),
+        **LATENCIES,
+        "steady_requests_per_s": steady(lambda rates: rates.requests_per_s),
+        "steady_output_tokens_per_s": steady(lambda rates: rates.output_tokens_per_s),
         "requests_per_s": rate(metrics.requests_per_s),
         "output_tokens_per_s": rate(metrics.output_tokens_per_s),
         "total_tokens_per_s": rate(metrics.total_tokens_per_s),
@@ -97,11 +114,45 @@ def _estimate(rounds: Sequence[float | None]) -> Estimate | None:
     return Estimate(value=middle, low=low, high=high, rounds=values)
 
 
-def _ratio(candidate: Sequence[float | None], baseline: Sequence[float | None]) -> Estimate | None:
+def _ratio(
+    metric: SpeedFigure, of: Callable[[Stretch], float | None], after: Sequence[Stretch], before: Sequence[Stretch]
+) -> Estimate | None:
     """Ratio = candidate's figure / baseline's, round by round, so that what changed for both from round to round
-    cancels; over the rounds as above."""
-    pairs = zip(candidate, baseline, strict=True)
-    return _estimate([None if above is None or not below else above / below for above, below in pairs])
+    cancels; over the rounds as above. Of TTFT, TPOT and E2E a round's ratio is the median over its requests of
+    candidate / baseline for the same request: both systems get the same ones, and texts are not held against images."""
+
+    def one(above: Stretch, below: Stretch) -> float | None:
+        if metric in PAIRED and (paired := _paired(PAIRED[metric], above, below)) is not None:
+            return paired
+        ends = of(above), of(below)
+        return None if ends[0] is None or not ends[1] else ends[0] / ends[1]
+
+    return _estimate([one(above, below) for above, below in zip(after, before, strict=True)])
+
+
+def _paired(metric: Callable[[Trace], float | None], after: Stretch, before: Stretch) -> float | None:
+    """The median ratio of a latency over the requests that both answered; None where fewer than half are known."""
+
+    def by_number(stretch: Stretch) -> dict[int, float]:
+        done = [trace for trace in stretch.block.traces if not trace.failure and trace.number is not None]
+        return {trace.number or 0: value for trace in done if (value := metric(trace))}
+
+    above, below = by_number(after), by_number(before)
+    both = above.keys() & below.keys()
+    if not both or 2 * len(both) < min(len(after.block.traces), len(before.block.traces)):
+        return None
+    return math.exp(median(math.log(above[number] / below[number]) for number in both))
+
+
+def _of_shape(stretch: Stretch, shape: str) -> Stretch:
+    """A round's requests of one shape."""
+    traces = tuple(trace for trace in stretch.block.traces if trace.shape == shape)
+    return replace(stretch, block=replace(stretch.block, traces=traces))
+
+
+def _shapes(stretches: Iterable[Stretch]) -> list[str]:
+    found = {trace.shape for stretch in stretches for trace in stretch.block.traces}
+    return sorted(found) if len(found) > 1 else []
 
 
 # --- points -----------------------------------------------------------------------------------------------------------
@@ -131,8 +182,14 @@ def _point(role: Role, load: Load, rounds: Mapping[int, Stretch], config: BenchC
         unsent=sum(block.unsent for block in blocks),
     )
     by_round = {name: _estimate([of(stretch) for stretch in stretches]) for name, of in _figures(config).items()}
-    steady = [_steady(block) for block in blocks]
+    steady = [_steady(stretch) for stretch in stretches]
     offered = [stretch.offered_per_s for stretch in stretches if stretch.offered_per_s is not None]
+    achieved = [
+        metrics.achieved_per_s(stretch.block.traces, stretch.offered_per_s)
+        for stretch in stretches
+        if stretch.offered_per_s is not None
+    ]
+    stopped = list(dict.fromkeys(block.stopped for block in blocks if block.stopped))
     tokens = _total([trace.completion_tokens for trace in done])
     return SpeedPoint(
         role=role,
@@ -146,6 +203,10 @@ def _point(role: Role, load: Load, rounds: Mapping[int, Stretch], config: BenchC
         uncounted=found.uncounted,
         wall_s=found.wall_s,
         offered_per_s=median(offered) if offered else None,
+        achieved_per_s=median(achieved) if achieved else None,
+        kept=not stopped and _kept(achieved, offered) if offered else None,
+        retries=sum(trace.retries for trace in traces),
+        tokens_per_chunk=_mean([_tokens_per_chunk(trace) for trace in done]),
         ttft_ms=_ms(found.ttft, map(metrics.ttft, done)),
         tpot_ms=_ms(found.tpot, map(metrics.tpot, done)),
         itl_ms=_ms(found.itl),
@@ -161,12 +222,13 @@ def _point(role: Role, load: Load, rounds: Mapping[int, Stretch], config: BenchC
         steady_output_tokens_per_s=_middle([rate.output_tokens_per_s for rate in steady if rate]),
         goodput=Goodput(per_s=found.goodput.per_s, share=found.goodput.share) if found.goodput else None,
         by_round={name: estimate for name, estimate in by_round.items() if estimate},
+        by_shape={shape: _by_round([_of_shape(each, shape) for each in stretches]) for shape in _shapes(stretches)},
         output_tokens=tokens,
         prompt_tokens=_total([trace.prompt_tokens for trace in done]),
         server=_server([stretch.server for stretch in stretches]),
         energy_j_per_token=_energy(stretches, tokens),
         invalid=found.invalid,
-        stopped=list(dict.fromkeys(block.stopped for block in blocks if block.stopped)),
+        stopped=stopped,
     )
 
 
@@ -197,7 +259,30 @@ def _middle(values: Sequence[float | None]) -> float | None:
     return median(known) if known else None
 
 
-def _steady(block: Block) -> metrics.Rates | None:
+def _kept(achieved: Sequence[float], offered: Sequence[float]) -> bool:
+    return median(got / due for got, due in zip(achieved, offered, strict=True)) >= metrics.KEPT_SHARE
+
+
+def _by_round(stretches: Sequence[Stretch]) -> dict[SpeedFigure, Estimate]:
+    """Latencies by round."""
+    found = {name: _estimate([of(stretch) for stretch in stretches]) for name, of in LATENCIES.items()}
+    return {name: estimate for name, estimate in found.items() if estimate}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _tokens_per_chunk(trace: Trace) -> float | None:
+    return trace.completion_tokens / len(trace.chunks) if trace.completion_tokens and trace.chunks else None
+
+
+def _steady(stretch: Stretch) -> metrics.Rates | None:
+    """Of a closed loop: under a rate the window would cut what is under way at its end."""
+    if stretch.offered_per_s is not None:
+        return None
+    block = stretch.block
     last = max((trace.scheduled for trace in block.traces), default=block.begun)
     return metrics.steady([*block.ramp, *block.traces], block.begun, last)
 
@@ -236,9 +321,11 @@ def _energy(stretches: Sequence[Stretch], tokens: int | None) -> float | None:
 
 
 def ratios(measured: Measurements, found: Sequence[SpeedPoint], config: BenchConfig) -> list[SpeedRatio]:
-    """Return candidate / baseline of each figure under each load that both were under, where both points are valid.
+    """Return candidate / baseline of each figure under each load that both were under, where both points are valid; of
+    latencies by shape of request as well. The headlines are marked.
 
-    Rates of a sweep are shares of each system's own saturation: not the same load, so they have no ratio.
+    Rates of a sweep are shares of each system's own saturation: not the same load, so they have no ratio. Throughput
+    under a rate that both keep is the rate: it has none either.
     """
     stretches = measured.stretches()
     valid = {(point.role, point.load) for point in found if point.invalid is None}
@@ -248,20 +335,27 @@ def ratios(measured: Measurements, found: Sequence[SpeedPoint], config: BenchCon
             continue
         before, after = stretches["baseline", load], stretches["candidate", load]
         both = sorted(before.keys() & after.keys())
-        for metric, of in _figures(config).items():
-            ratio = _ratio([of(after[round_]) for round_ in both], [of(before[round_]) for round_ in both])
-            if ratio:
-                result.append(
-                    SpeedRatio(
-                        metric=metric,
-                        load=load.name,
-                        ratio=ratio.value,
-                        low=ratio.low,
-                        high=ratio.high,
-                        rounds=ratio.rounds,
+        above, below = [after[round_] for round_ in both], [before[round_] for round_ in both]
+        kept = all(point.kept for point in found if point.load == load)
+        for shape in ("", *_shapes([*above, *below])):
+            pair = [[_of_shape(each, shape) for each in side] if shape else side for side in (above, below)]
+            for metric, of in (LATENCIES if shape else _figures(config)).items():
+                if kept and metric in RATES:
+                    continue
+                ratio = _ratio(metric, of, *pair)
+                if ratio:
+                    result.append(
+                        SpeedRatio(
+                            metric=metric,
+                            load=load.name,
+                            shape=shape,
+                            ratio=ratio.value,
+                            low=ratio.low,
+                            high=ratio.high,
+                            rounds=ratio.rounds,
+                        )
                     )
-                )
-    return result
+    return marked(found, result)
 
 
 # --- doubts -----------------------------------------------------------------------------------------------------------
@@ -281,6 +375,7 @@ def doubts(found: Sequence[SpeedPoint], measured: Measurements, config: BenchCon
             kinds = ", ".join(f"{count} {kind}" for kind, count in point.errors.items())
             notes.append(f"{name}: {sum(point.errors.values())} of {point.requests} requests failed ({kinds})")
         notes += [f"{name}: stopped: {reason}" for reason in point.stopped]
+        notes += _load_notes(point, name)
         server = point.server
         if server and (server.image_cache_share or 0.0) > CACHED_IMAGES:
             notes.append(f"{name}: the server had {server.image_cache_share:.0%} of the images in its cache")
@@ -305,22 +400,53 @@ def _sent(measured: Measurements, point: SpeedPoint) -> int:
 
 
 def _counting(role: Role, mine: Sequence[SpeedPoint], measured: Measurements, config: BenchConfig) -> list[str]:
+    packed = max((point.tokens_per_chunk or 1.0 for point in mine), default=1.0)
+    chunks = []
+    if packed >= metrics.PACKED:
+        counted = any(trace.counts for trace in _traces(role, measured))
+        how = (
+            "counted chunk by chunk" if counted else "taken to be spread evenly, for the server does not count by chunk"
+        )
+        chunks = [f"the {role}'s server sends {packed:.1f} tokens a chunk: chunks are not tokens, which are {how}"]
     if any(point.uncounted for point in mine):
         return [f"the {role}'s server reports no token counts (stream_options.include_usage): no TPOT and no tokens/s"]
-    lengths = {
-        trace.completion_tokens
-        for (of, _), rounds in measured.stretches().items()
-        if of == role
-        for stretch in rounds.values()
-        for trace in stretch.block.traces
-        if trace.completion_tokens is not None
-    }
+    lengths = {t.completion_tokens for t in _traces(role, measured) if t.completion_tokens is not None}
     if not lengths or config.output_tokens.low <= min(lengths) <= max(lengths) <= config.output_tokens.high:
-        return []
+        return chunks
     return [
+        *chunks,
         f"the {role}'s answers have {min(lengths)} to {max(lengths)} tokens instead of {config.output_tokens} each: "
-        "its server ignores ignore_eos or cuts answers, so throughput and E2E compare unequal work"
+        "its server ignores ignore_eos or cuts answers, so throughput and E2E compare unequal work",
     ]
+
+
+def _load_notes(point: SpeedPoint, name: str) -> list[str]:
+    """What is to know of how a point was loaded."""
+    notes = []
+    if point.burst:
+        each = point.requests / point.rounds / (point.load.concurrency or 1)
+        notes.append(
+            f"{name}: a burst, {each:.1f} requests a round for each in flight, fewer than {WAVES}: it is no headline; "
+            "raise --duration or --requests"
+        )
+    if point.kept is False and point.load.kind == "open" and not point.stopped:
+        notes.append(
+            f"{name}: the rate was not kept: {point.offered_per_s:.3g} requests/s offered, "
+            f"{point.achieved_per_s:.3g} achieved, and latencies grew to the end"
+        )
+    if point.retries:
+        notes.append(
+            f"{name}: the server was busy: {point.retries} times a request was refused and sent again; the wait is in "
+            "its latency"
+        )
+    return notes
+
+
+def _traces(role: Role, measured: Measurements) -> Iterator[Trace]:
+    for (of, _), rounds in measured.stretches().items():
+        if of == role:
+            for stretch in rounds.values():
+                yield from stretch.block.traces
 
 
 def _untried(found: Sequence[SpeedPoint], config: BenchConfig) -> list[str]:
@@ -343,6 +469,13 @@ DEFINITIONS: dict[str, str] = {
     **metrics.FORMULAS,
     "by_round": _definition(_estimate),
     "ratio": _definition(_ratio),
+    "headline": (
+        "Headline = TTFT and TPOT under the first load, throughput under the fullest; bursts (fewer than 3 requests a "
+        "round for each in flight) and stopped loads are none. A headline claims a difference where "
+        + _definition(p_value)[0].lower()
+        + _definition(p_value)[1:].removesuffix(" None of fewer than two rounds.")
+        + " Adjusted by Holm (1979) for the number of headlines, and below 5% still."
+    ),
     **SERVER,
     "energy": ENERGY,
 }

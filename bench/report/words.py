@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from bench.report.headlines import throughput
 from bench.report.schema import (
     Accuracy,
     Answer,
@@ -44,7 +45,7 @@ __all__ = [
     "sentence",
     "small_interval",
     "speed_sentence",
-    "throughput",
+    "told",
 ]
 
 MINUS = "\u2212"
@@ -104,6 +105,10 @@ def marks(point: SpeedPoint) -> str:
     found = ["invalid"] if point.invalid else []
     found += [f"{sum(point.errors.values())} failed"] if point.errors else []
     found += ["stopped"] if point.stopped else []
+    found += ["burst"] if point.burst else []
+    found += [f"{point.retries} retries"] if point.retries else []
+    if point.kept is not None and point.load.kind == "open":
+        found.append("rate kept" if point.kept else f"{number(point.achieved_per_s or 0.0)}/s achieved")
     return ", ".join(found)
 
 
@@ -219,41 +224,40 @@ def sentence(found: Accuracy | None, margin: float, labels: dict[Role, str]) -> 
 
 
 def speed_sentence(ratios: Sequence[SpeedRatio]) -> str | None:
-    """The verdict on speed in a sentence: time per token under the first load, and `throughput`; None where neither has
-    a ratio."""
-    first = next((r for name in ("tpot", "e2e") for r in ratios if r.metric == name), None)
-    last = throughput(ratios)
+    """The verdict on speed in a sentence: time per token under the first load, and throughput, of the headlines; None
+    where there are none."""
+    chosen = [ratio for ratio in ratios if ratio.headline]
+    first = next((r for name in ("tpot", "e2e", "ttft") for r in chosen if r.metric == name), None)
+    last = throughput(chosen)
     said = []
     if first:
-        what = "Time per token" if first.metric == "tpot" else "End-to-end latency"
+        what = {"tpot": "Time per token", "e2e": "End-to-end latency"}.get(first.metric, "Time to first token")
         said.append(f"{what} is {_compared(first, 'shorter', 'longer', below=True)} at {first.load}")
     if last:
-        what = "output tokens/s" if last.metric == "output_tokens_per_s" else "requests/s"
+        what = "output tokens/s" if "tokens" in last.metric else "requests/s"
         name = "throughput" if first else "Throughput"
         said.append(f"{name} ({what}) is {_compared(last, 'higher', 'lower', below=False)} at {last.load}")
     return f"{', '.join(said)}." if said else None
 
 
-def throughput(ratios: Sequence[SpeedRatio]) -> SpeedRatio | None:
-    """The ratio of throughput to quote: at saturation, else with most in flight. Under a rate a server that keeps up
-    does what is asked of it, so such a load is the last resort."""
-    found = [r for r in ratios if r.metric == "output_tokens_per_s"]
-    found = found or [r for r in ratios if r.metric == "requests_per_s"]
-    for sought in ("saturation", "in flight", ""):
-        for each in reversed(found):
-            if each.load.endswith(sought):
-                return each
-    return None
+def told(found: SpeedRatio) -> str:
+    """``better``, ``worse`` or ``not told apart``; empty where there is no interval."""
+    if found.low is None:
+        return ""
+    if not found.beyond_chance:
+        return "not told apart"
+    below = found.metric in ("ttft", "tpot", "itl", "e2e")
+    return "better" if (found.ratio < 1.0) == below else "worse"
 
 
 def _compared(found: SpeedRatio, better: str, worse: str, *, below: bool) -> str:
-    """A ratio in words, which claim a difference only where the interval leaves 1 out."""
+    """A ratio in words, which claim a difference only where it is beyond chance."""
     if found.low is None or found.high is None:
         return f"{ratio(found.ratio)} (no interval)"
     shown = f"{ratio(found.ratio)}, 95%: {ratio_interval(found.low, found.high)}"
-    if found.low <= 1.0 <= found.high:
+    if not found.beyond_chance:
         return f"not told apart ({shown})"
-    return f"{better if (found.high < 1.0) == below else worse} ({shown})"
+    return f"{better if (found.ratio < 1.0) == below else worse} ({shown})"
 
 
 def partial_sentence(missing: Sequence[str], said: str | None) -> str:

@@ -7,7 +7,7 @@ from functools import partial
 
 import httpx
 
-from bench.load.client import ChatRequest, Trace, ask
+from bench.load.client import ChatRequest, Trace, ask_again
 from bench.load.loops import closed_loop
 from bench.questions.observe import Item, observe
 from bench.questions.tasks import Question
@@ -48,7 +48,7 @@ async def _ask(run: Running, system: System, question: Question, due: float) -> 
     """Ask one question and keep the answer under the question's id."""
     images = tuple(image.data_url() for image in question.images)
     body = ChatRequest(question.question, images, run.config.answer_tokens).body(system.endpoint.model)
-    trace = await ask(run.clients[system.role], body, timeout_s=run.config.timeout_s, scheduled=due)
+    trace = await ask_again(run.clients[system.role], body, timeout_s=run.config.timeout_s, scheduled=due)
     if not trace.failure:
         run.found.answers[system.role][question.id] = trace
         run.keep.answer(system.role, question.id, trace)

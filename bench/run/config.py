@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from bench.load.objectives import Slo, parse_slos
 from bench.load.workload import Arrivals, ImageSize, Lengths, parse_lengths, parse_sizes, written
+from bench.questions.lmms_eval import CAPS
+from bench.questions.scoring import Scoring
 from bench.roles import Role
 from bench.run import presets
-from bench.run.loads import SWEEP, Load
+from bench.run.loads import SWEEP, WAVES, Load
 from toolkit.errors import BenchError, QvlError
 from toolkit.options import Option, Settings
 
@@ -25,8 +28,6 @@ __all__ = ["DEMO", "NONE", "BenchConfig", "is_url", "parse_concurrencies"]
 
 DEMO = "demo"
 NONE = "none"
-#: Requests of a block for each that is in flight, at least.
-WAVES = 3
 
 _ACCURACY, _FIDELITY, _SPEED, _SERVERS = "Accuracy", "Fidelity", "Speed", "Servers"
 _FULL, _QUICK = presets.load("full"), presets.load("quick")
@@ -34,7 +35,7 @@ _FULL, _QUICK = presets.load("full"), presets.load("quick")
 
 def is_url(source: str) -> bool:
     """Whether a system is given by the URL of its server."""
-    return source.startswith(("http://", "https://"))
+    return source.strip().lower().startswith(("http://", "https://"))
 
 
 def parse_concurrencies(text: str) -> tuple[int, ...]:
@@ -79,7 +80,8 @@ class BenchConfig(Settings):
         baseline: a directory, a hub id, ``demo``, or the URL of a server; likewise ``candidate``.
         tasks: ``demo``, ``none``, a file of questions, or a set of `datasets.LAYOUTS` as ``NAME[:SOURCE][@SPLIT]``.
         per_task: at most so many questions of each task; None takes all.
-        answer_tokens: longest answer to a question.
+        answer_tokens: longest answer to a question; by lmms-eval's rules the limit of the set there.
+        scoring: whose rules answers are scored by: ``paper`` or ``lmms-eval``.
         question_concurrency: questions in flight.
         margin: a loss of accuracy that would not matter, in points, above 0.
         fidelity: so many of the questions are taken for fidelity; 0 for none.
@@ -95,11 +97,15 @@ class BenchConfig(Settings):
         ramp_s: seconds in which a load grows before it is measured.
         rounds: each point is measured so often, the two systems taking turns in alternating order.
         slos: for goodput.
+        exports: how each request under load is written down beside the report.
+        price: of the machine of each server, an hour, in any currency.
         image_sizes: of the images in speed runs.
         images_per_request: in speed runs.
         prompt_tokens: of each prompt in speed runs, without its images.
         output_tokens: exact length of each answer in speed runs, at least 2 (one token has no TPOT).
         timeout_s: seconds a request may take.
+        baseline_key: in place of ``api_key``; likewise ``candidate_key``.
+        baseline_model: None: the first that its server has; likewise ``candidate_model``.
         sequential: servers that this run starts never live at the same time.
         sweep_rates: open-loop rates of a sweep.
         top_k: likeliest tokens per position, for fidelity.
@@ -135,6 +141,12 @@ class BenchConfig(Settings):
     answer_tokens: Annotated[
         int, Option(f"Longest answer ({_by_preset('answer_tokens')}).", panel=_ACCURACY, show_default=False)
     ] = _FULL["answer_tokens"]
+    scoring: Annotated[
+        Scoring,
+        Option(
+            "Rules to score by: paper, or lmms-eval's own, with its limits of tokens.", panel=_ACCURACY, asked=False
+        ),
+    ] = "paper"
     question_concurrency: Annotated[int, Option("Questions in flight.", panel=_ACCURACY)] = 4
     margin: Annotated[float, Option("Loss, in points, that would not matter.", panel=_ACCURACY, asked=_number)] = 1.0
     seed: Annotated[int, Option("Of sampling questions and of resampling.", panel=_ACCURACY)] = 0
@@ -266,6 +278,20 @@ class BenchConfig(Settings):
         ),
     ] = _FULL["output_tokens"]
 
+    exports: Annotated[
+        tuple[Literal["csv", "parquet"], ...],
+        Option(
+            "Write each request under load to requests.csv, requests.parquet beside the report: csv, parquet or both.",
+            name="--export",
+            type=str,
+            panel=_SPEED,
+            asked=False,
+        ),
+    ] = ()
+    price: Annotated[
+        float | None,
+        Option("What the server's machine costs an hour: shown as cost per million tokens.", panel=_SPEED, asked=False),
+    ] = None
     timeout_s: Annotated[
         float, Option("Seconds a request may take.", name="--timeout", panel=_SERVERS, asked=_number)
     ] = 120.0
@@ -279,6 +305,24 @@ class BenchConfig(Settings):
             instead="the environment variable QVL_API_KEY",
         ),
         Field(repr=False),
+    ] = None
+    baseline_key: Annotated[
+        str | None,
+        Option("Key of the baseline's server alone.", envvar="QVL_BASELINE_KEY", panel=_SERVERS, asked=False),
+        Field(repr=False),
+    ] = None
+    candidate_key: Annotated[
+        str | None,
+        Option("Key of the candidate's server alone.", envvar="QVL_CANDIDATE_KEY", panel=_SERVERS, asked=False),
+        Field(repr=False),
+    ] = None
+    baseline_model: Annotated[
+        str | None,
+        Option("Which of its models, by its name there, where the baseline is a URL.", panel=_SERVERS, asked=False),
+    ] = None
+    candidate_model: Annotated[
+        str | None,
+        Option("Which of its models, by its name there, where the candidate is a URL.", panel=_SERVERS, asked=False),
     ] = None
     sequential: Annotated[bool, Option("One server at a time, when both do not fit.", panel=_SERVERS)] = False
     port: Annotated[
@@ -314,7 +358,18 @@ class BenchConfig(Settings):
             values["concurrencies"] = ()
         if given.get("images") is not None:
             values["tasks"] = NONE
+        if given.get("scoring") == "lmms-eval":
+            limit = CAPS.get(re.split("[:@]", str(given.get("tasks", "")))[0])
+            values |= {"answer_tokens": limit} if limit else {}
         return values | given
+
+    @field_validator("exports", mode="before")
+    @classmethod
+    def _read_exports(cls, value: Any) -> Any:
+        kinds = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+        if not set(kinds) <= {"csv", "parquet"}:
+            raise BenchError(f"--export {value!r}: write csv, parquet or csv,parquet")
+        return kinds
 
     @field_validator("concurrencies", "rates", "slos", "image_sizes", mode="before")
     @classmethod
@@ -340,6 +395,13 @@ class BenchConfig(Settings):
             raise BenchError(f"--arrivals {value!r}: write poisson or constant")
         return value
 
+    @field_validator("scoring", mode="before")
+    @classmethod
+    def _read_scoring(cls, value: Any) -> Any:
+        if value not in ("paper", "lmms-eval"):
+            raise BenchError(f"--scoring {value!r}: write paper or lmms-eval")
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         for field in (
@@ -359,6 +421,8 @@ class BenchConfig(Settings):
             raise BenchError(f"--duration {self.duration_s:g}: must be more than 0 s")
         if not 0 <= self.ramp_s < math.inf:
             raise BenchError(f"--ramp {self.ramp_s:g}: must be 0 s or more")
+        if self.price is not None and not 0 < self.price < math.inf:
+            raise BenchError(f"--price {self.price:g}: must be more than 0 an hour")
         self.inputs("")
         if not 0.0 < self.margin < 100.0:
             raise BenchError(
@@ -369,11 +433,19 @@ class BenchConfig(Settings):
             raise BenchError(f"--fidelity {self.fidelity}: must be 0 or more")
         return self
 
+    @model_validator(mode="after")
+    def _check_models(self) -> Self:
+        for role, source in self.sources.items():
+            if self.models[role] is not None and not is_url(source):
+                raise BenchError(f"--{role}-model: {source} is no URL: a server that is booted here has one model")
+        return self
+
     # --- what follows from it -----------------------------------------------------------------------------------------
 
     def asked(self) -> dict[str, str]:
         """Return what decides the measurement, by the names of the options."""
         found = super().asked()
+        found |= {f"--{role}-model": model for role, model in self.models.items() if model}
         if self.sweep:
             found["--sweep"] = f"{self.sweep_rates} rates up to {self.sweep_concurrency} in flight"
         else:
@@ -384,6 +456,16 @@ class BenchConfig(Settings):
     def sources(self) -> dict[Role, str]:
         """What each system is given by."""
         return {"baseline": self.baseline, "candidate": self.candidate}
+
+    @property
+    def models(self) -> dict[Role, str | None]:
+        """The name of each model on its server; None: the first."""
+        return {"baseline": self.baseline_model, "candidate": self.candidate_model}
+
+    def key(self, role: Role) -> str | None:
+        """Return the key of a server that is given by URL."""
+        own = {"baseline": self.baseline_key, "candidate": self.candidate_key}[role]
+        return own if own is not None else self.api_key
 
     @property
     def measures_speed(self) -> bool:

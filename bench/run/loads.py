@@ -8,9 +8,11 @@ from pydantic import BaseModel, ConfigDict
 
 from bench.load.workload import Arrivals
 
-__all__ = ["PART", "SWEEP", "Load", "LoadKind"]
+__all__ = ["PART", "SWEEP", "WAVES", "Load", "LoadKind"]
 
 LoadKind = Literal["closed", "open", "single", "saturation", "rate"]
+#: Requests of a round for each that is in flight, at least: with fewer, the point is a burst.
+WAVES = 3
 #: The unit of a round that is a sweep.
 SWEEP = "sweep"
 #: Of every part of a report: unknown keys are refused, so that a typo can't pass as a missing value.

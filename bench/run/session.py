@@ -152,7 +152,7 @@ class _Session:
         given = [role for role in ROLES if role not in self.local]
         # Servers that are there already are asked before any is started.
         for role in given:
-            asyncio.run(discover(sources[role], self.config.api_key))
+            asyncio.run(discover(sources[role], self.config.key(role), model=self.config.models[role]))
         here = {role: self.host.find_here(sources[role]) for role in given}
         groups: list[list[Role]] = [list(ROLES)] if self.together else [[role] for role in ROLES]
         for group in groups:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import psutil
 
 from bench.load import metrics
-from bench.load.client import Failure, Trace, ask
+from bench.load.client import Failure, Trace, ask_again
 from bench.load.inputs import SpeedInputs
 from bench.load.loops import Block, Send, closed_loop, open_loop, schedule
 from bench.load.sweep import Point, SweepPlan, sweep
@@ -17,7 +17,7 @@ from bench.machine import energy, server_metrics
 from bench.machine.server_metrics import ServerPoint
 from bench.roles import Role
 from bench.run.config import BenchConfig
-from bench.run.loads import SWEEP, Load
+from bench.run.loads import SWEEP, WAVES, Load
 from bench.run.measured import Stretch
 from bench.run.running import Running
 from bench.run.systems import System
@@ -29,8 +29,17 @@ __all__ = ["FAILED_SHARE", "IN_FLIGHT", "measure_speed"]
 SPARE = 3.0
 #: Most requests in flight under a rate, and most that wait beyond that before the server counts as too slow for it.
 IN_FLIGHT = 1024
-#: When a larger share of a block's requests fails, it ends.
+#: When a larger share of a point's requests fails, over all its rounds, it ends.
 FAILED_SHARE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """One request of a block: which it is, its shape (empty where all have the same), and what is sent."""
+
+    number: int
+    shape: str
+    body: bytes
 
 
 async def measure_speed(run: Running) -> None:
@@ -47,6 +56,9 @@ class _Speed:
         self._pace: dict[tuple[Role, int], float] = {}
         #: The rate that was too much for a system.
         self._ceiling: dict[Role, float] = {}
+        #: Whether a server sends several tokens in a chunk, and whether it counts them there when asked to.
+        self._packed = False
+        self._counts = False
         self._meters: dict[Role, energy.Meter | None] = {}
 
     def _inputs(self, system: System) -> SpeedInputs:
@@ -55,20 +67,24 @@ class _Speed:
         shared = len({other.endpoint.url for other in self.run.systems}) < len(self.run.systems)
         return self.config.inputs(f"{self.config.nonce}/{system.role}" if shared else self.config.nonce)
 
-    def _bodies(self, system: System, block: str, count: int) -> list[bytes]:
-        return self._inputs(system).bodies(block, count, system.endpoint.model)
+    def _requests(self, system: System, block: str, count: int) -> list[_Request]:
+        inputs = self._inputs(system)
+        bodies = inputs.bodies(block, count, system.endpoint.model, count_chunks=self._counts)
+        shapes = [inputs.shape(block, number) for number in range(count)]
+        mixed = len(set(shapes)) > 1
+        return [_Request(number, shapes[number] if mixed else "", body) for number, body in enumerate(bodies)]
 
-    def _sender(self, system: System) -> Send[bytes]:
+    def _sender(self, system: System) -> Send[_Request]:
         client = self.run.clients[system.role]
 
-        async def send(body: bytes, due: float) -> Trace:
-            trace = await ask(client, body, timeout_s=self.config.timeout_s, scheduled=due)
+        async def send(request: _Request, due: float) -> Trace:
+            trace = await ask_again(client, request.body, timeout_s=self.config.timeout_s, scheduled=due)
             if trace.failure is None and not trace.chunks:
                 empty = Failure(
                     "empty", "the answer has no text although a fixed length was asked for: nothing to time"
                 )
-                return Trace(trace.scheduled, trace.started, trace.ended, failure=empty)
-            return trace
+                trace = Trace(trace.scheduled, trace.started, trace.ended, failure=empty)
+            return replace(trace, number=request.number, shape=request.shape)
 
         return send
 
@@ -119,9 +135,10 @@ class _Speed:
             self.run.live.doing(system.role)
             inputs, model = self._inputs(system), system.endpoint.model
             for turn in range(2):
-                await self._wave(system, 1, inputs.warm_up(model, f"warm-up/{turn}"))
+                block = await self._wave(system, 1, inputs.warm_up(model, f"warm-up/{turn}"))
                 if self.run.found.failures:
                     return
+                self._packed |= any(metrics.tokens_per_chunk(trace) > 1 for trace in block.traces)
             # As many as the highest rate will have in flight, by Little's law.
             busy = math.ceil(max(config.rates, default=0.0) * self._pace[system.role, 1])
             for wave in sorted({*waves, min(busy, IN_FLIGHT)} - {0, 1}):
@@ -130,13 +147,28 @@ class _Speed:
                 await self._wave(system, wave, bodies)
                 if self.run.found.failures:
                     return
+        if self._packed:
+            self._counts = all([await self._counts_chunks(system) for system in self.run.systems])
 
-    async def _wave(self, system: System, concurrency: int, bodies: Sequence[bytes]) -> None:
-        block = await closed_loop(self._sender(system), bodies, concurrency, on_done=self.run.live.tick)
+    async def _counts_chunks(self, system: System) -> bool:
+        """Ask a server to count tokens in every chunk, and return whether it does. It is asked of both or of neither:
+        they get the same requests."""
+        bodies = self._inputs(system).warm_up(system.endpoint.model, "warm-up/counted", count_chunks=True)
+        block = await closed_loop(self._sender(system), _plain(bodies[:1]), 1)
+        return all(trace.failure is None and trace.counts for trace in block.traces)
+
+    async def _wave(self, system: System, concurrency: int, bodies: Sequence[bytes]) -> Block:
+        block = await closed_loop(self._sender(system), _plain(bodies), concurrency, on_done=self.run.live.tick)
         self.run.found.fail(system.role, "warm-up", block.traces)
         # The second time one by one, nothing is compiled any more.
         if not self.run.found.failures:
             self._pace[system.role, concurrency] = min(map(metrics.e2e, block.traces))
+        return block
+
+    def _allowed(self, role: Role, load: Load, count: int) -> int:
+        """How many requests of a block of ``count`` may fail: a share of those of all rounds, less those that did."""
+        rounds = self.run.found.stretches().get((role, load), {}).values()
+        return max(0, int(FAILED_SHARE * count * self.config.rounds) - sum(len(each.block.failed) for each in rounds))
 
     def _expected(self, role: Role, load: Load | None) -> int:
         """How many requests a load makes, about; None stands for a sweep."""
@@ -153,7 +185,7 @@ class _Speed:
         on_ramp = math.ceil(load.concurrency * config.ramp_s / 2 / pace)
         if config.duration_s is None:
             return on_ramp + config.block_requests(load.concurrency)
-        return on_ramp + math.ceil(load.concurrency * config.duration_s / pace)
+        return on_ramp + max(math.ceil(load.concurrency * config.duration_s / pace), WAVES * load.concurrency)
 
     async def _watched(self, system: System, load: Awaitable[Block], offered_per_s: float | None = None) -> Stretch:
         """Run a load between two looks at the server's counters and the GPUs'."""
@@ -177,16 +209,17 @@ class _Speed:
     async def _closed(self, system: System, load: Load, round_: int) -> Stretch:
         config, role, concurrency = self.config, system.role, load.concurrency or 1
         count = self._expected(role, load)
-        allowed = int(FAILED_SHARE * count)
+        allowed = self._allowed(role, load, count)
         if config.duration_s is not None:
             count = math.ceil(SPARE * count) + concurrency
         stretch = await self._watched(
             system,
             closed_loop(
                 self._sender(system),
-                self._bodies(system, f"load/{round_}/{concurrency}", count),
+                self._requests(system, f"load/{round_}/{concurrency}", count),
                 concurrency,
                 duration_s=config.duration_s,
+                at_least=WAVES * concurrency,
                 ramp_s=config.ramp_s,
                 failures=allowed,
                 on_done=self.run.live.tick,
@@ -224,11 +257,11 @@ class _Speed:
             system,
             open_loop(
                 self._sender(system),
-                self._bodies(system, f"load/{round_}/rate/{rate:g}", len(moments)),
+                self._requests(system, f"load/{round_}/rate/{rate:g}", len(moments)),
                 moments,
                 in_flight=IN_FLIGHT,
                 waiting=IN_FLIGHT,
-                failures=int(FAILED_SHARE * len(moments)),
+                failures=self._allowed(system.role, load, len(moments)),
                 on_done=self.run.live.tick,
             ),
             rate,
@@ -242,7 +275,7 @@ class _Speed:
         config = self.config
         result = await sweep(
             self._sender(system),
-            lambda name, count: self._bodies(system, f"sweep/{round_}/{name}", count),
+            lambda name, count: self._requests(system, f"sweep/{round_}/{name}", count),
             SweepPlan(
                 rates=config.sweep_rates,
                 concurrency=config.sweep_concurrency,
@@ -252,6 +285,12 @@ class _Speed:
                 ramp_s=config.ramp_s,
                 arrivals=config.arrivals,
                 failed_share=FAILED_SHARE,
+                rounds=config.rounds,
+                failed={
+                    load.name.removeprefix("sweep: "): sum(len(stretch.block.failed) for stretch in rounds.values())
+                    for (role, load), rounds in self.run.found.stretches().items()
+                    if role == system.role and load.name.startswith("sweep: ")
+                },
                 seed=1000 * round_,
                 slos=config.slos,
             ),
@@ -264,6 +303,10 @@ class _Speed:
     def _fail_without_answers(self, role: Role, phase: str, block: Block) -> None:
         if not any(trace.failure is None for trace in block.traces):
             self.run.found.fail(role, phase, [*block.ramp, *block.traces])
+
+
+def _plain(bodies: Sequence[bytes]) -> list[_Request]:
+    return [_Request(number, "", body) for number, body in enumerate(bodies)]
 
 
 def _load(point: Point, config: BenchConfig) -> Load:

@@ -80,8 +80,9 @@ def reached(role: Role, config: BenchConfig, server: Server | None, known: Serve
     Raises:
         ServerError: it does not answer as a server does.
     """
-    url, key = (server.url, server.api_key) if server else (config.sources[role], config.api_key)
-    return System(role, asyncio.run(discover(url, key)), known.pid if known else None)
+    url, key = (server.url, server.api_key) if server else (config.sources[role], config.key(role))
+    found = asyncio.run(discover(url, key, model=None if server else config.models[role]))
+    return System(role, found, known.pid if known else None)
 
 
 def _name(source: str) -> str:
@@ -156,9 +157,11 @@ def warnings(config: BenchConfig, infos: dict[Role, SystemInfo]) -> list[str]:
     """Say why the two can't be compared, or not as it seems."""
     a, b = config.sources["baseline"], config.sources["candidate"]
     if is_url(a) and is_url(b):
-        if normalise_url(a) == normalise_url(b):
-            return ["baseline and candidate are one server: differences are noise"]
         names = [infos[role].model for role in ROLES]
+        if normalise_url(a) == normalise_url(b):
+            if names[0] != names[1]:
+                return ["baseline and candidate are models of one server, which had other inputs for each"]
+            return ["baseline and candidate are one server: differences are noise"]
         if names[0] and names[0] == names[1]:
             return [f"both servers call their model {names[0]}: when it is one checkpoint, differences are noise"]
         return []

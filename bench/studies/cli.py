@@ -13,6 +13,7 @@ from bench.studies.settings import (
     CapacitySettings,
     CardSettings,
     ColdStartSettings,
+    FalseClaimsSettings,
     FaultSettings,
     GuardCostSettings,
     KernelSettings,
@@ -54,6 +55,15 @@ def capacity_check(
 def cold_start(settings: ColdStartSettings) -> None:
     """Time from the command to the first answer, by steps, first and second start."""
     from bench.studies.cold_start import run
+
+    run(settings)
+
+
+@app.command("false-claims")
+@settings_as_options
+def false_claims(settings: FalseClaimsSettings) -> None:
+    """How often does a report claim what is not there, and find what is? Many runs of servers that are known."""
+    from bench.studies.false_claims import run
 
     run(settings)
 

@@ -196,7 +196,7 @@ def measure(given: Given, shapes: Sequence[Shape]) -> None:
             return
         command: list[object] = ["bench", "--baseline", urls[shape.name, pair.baseline]]
         command += ["--candidate", urls[shape.name, pair.candidate], "--out", out, "--tasks", "none"]
-        command += ["--concurrency", shape.concurrency, "--duration", shape.seconds, "--rounds", 3]
+        command += ["--concurrency", shape.concurrency, "--duration", shape.seconds, "--rounds", 8]
         command += ["--image-sizes", shape.sizes, "--output-tokens", 128]
         command += ["--prompt-tokens", 64, "--slo", "ttft=500ms,tpot=15ms"]
         command += ["--resume"] if begun else []
@@ -249,9 +249,10 @@ def profile(given: Given, shapes: Sequence[Shape]) -> None:
             report = read(path)
             reports.append(pair.name)
             for point in report.speed:
-                if point.load.concurrency is not None and point.output_tokens_per_s is not None:
+                rate = point.throughput("output_tokens_per_s")
+                if point.load.concurrency is not None and rate is not None and not point.burst:
                     system = pair.baseline if point.role == "baseline" else pair.candidate
-                    figures.setdefault(point.load.concurrency, {})[named[system]] = point.output_tokens_per_s
+                    figures.setdefault(point.load.concurrency, {})[named[system]] = rate
         if not reports:
             continue
         gpu = report.environment.gpus[0].split(",")[0]
@@ -262,6 +263,7 @@ def profile(given: Given, shapes: Sequence[Shape]) -> None:
         measured = tuple(
             Measured(count, {name: found[name] for name in sorted(found) if name != "fp16"}, found.get("fp16"))
             for count, found in sorted(figures.items())
+            if found.keys() - {"fp16"}
         )
         made = Profile(
             key,

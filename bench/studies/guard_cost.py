@@ -126,17 +126,20 @@ def _cpu_seconds(pid: int) -> float:
     return sum(each.user + each.system for each in times)
 
 
+#: A server's URL and process.
+Server = tuple[str, int]
+
+
 def compare(
-    engine: str,
-    request: str,
-    bare: tuple[str, int],
-    guarded: tuple[str, int],
-    body: bytes,
-    *,
-    rounds: int,
-    requests: int,
+    engine: str, request: str, servers: tuple[Server, Server], body: bytes, plan: tuple[int, int]
 ) -> Comparison:
-    """Measure both servers, each given as URL and process, in turns and return how they differ."""
+    """Measure the bare and the guarded server in turns and return how they differ.
+
+    Args:
+        plan: rounds, and requests in each.
+    """
+    bare, guarded = servers
+    rounds, requests = plan
     pairs: list[tuple[Round, Round]] = []
     for server in (bare, guarded):
         asyncio.run(measure(*server, body, max(CONCURRENCY, requests // 4)))  # warm-up
@@ -272,16 +275,14 @@ def run(settings: GuardCostSettings) -> None:
     print("\n".join(HEAD), flush=True)
     for engine in [*ENGINES, *(["vLLM, embedded model"] if settings.real else [])]:
         real = engine not in ENGINES
-        rounds, requests = (
-            (settings.real_rounds, settings.real_requests) if real else (settings.rounds, settings.requests)
-        )
+        plan = (settings.real_rounds, settings.real_requests) if real else (settings.rounds, settings.requests)
         with ExitStack() as stack:
             bare, guarded = (
                 stack.enter_context(_vllm(on, port) if real else _served(engine, on, port))
                 for on, port in zip((False, True), free_ports(2), strict=True)
             )
             for request, body in bodies.items():
-                found.append(compare(engine, request, bare, guarded, body, rounds=rounds, requests=requests))
+                found.append(compare(engine, request, (bare, guarded), body, plan))
                 print(_row(found[-1]), flush=True)
     if settings.out is not None:
         _write(found, settings.out)

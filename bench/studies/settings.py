@@ -13,6 +13,7 @@ __all__ = [
     "CapacitySettings",
     "CardSettings",
     "ColdStartSettings",
+    "FalseClaimsSettings",
     "FaultSettings",
     "GuardCostSettings",
     "KernelSettings",
@@ -68,6 +69,16 @@ class ColdStartSettings(Settings):
     model: Annotated[str, Option("Directory, hub id or demo.")] = "demo"
     repeat: Annotated[int, Option("First and second starts of each mode.")] = 3
     modes: Annotated[str, Option("Which to measure, with commas.")] = "not compiled,compiled"
+
+
+class FalseClaimsSettings(Settings):
+    """Of `bench.studies.false_claims`."""
+
+    out: Annotated[Path, Option("Directory to write README.md and false-claims.json to.")]
+    runs: Annotated[int, Option("Of identical servers.", least=1)] = 24
+    searches: Annotated[int, Option("Runs for each difference that is there.", least=1)] = 100
+    rounds: Annotated[int, Option("Of each run.", least=2)] = 8
+    questions: Annotated[int, Option("Of each run.", least=1)] = 2000
 
 
 class FaultSettings(Settings):

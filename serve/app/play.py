@@ -21,7 +21,9 @@ from importlib import resources
 import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.http.errors import Headers, error_response
+from serve.guard.hosts import Hosts
+from serve.http.errors import Headers, Refusal, error_response
+from serve.http.metrics import refusals
 from serve.http.middleware import Middleware
 from serve.settings.environment import GUARD, PLAY
 from serve.settings.limits import Limits
@@ -73,6 +75,7 @@ class Play(Middleware):
         if self._beside and not guarded:
             raise ServerError("--play-beside without the guard would lend the second server to anybody.")
         limits = Limits.loads(os.environ[GUARD]) if guarded else Limits()
+        self._hosts = None if limits.needs_key or not guarded else Hosts(limits.hosts, limits.cors_origins)
         self._files = {
             f"/play/{entry.name}": _file(entry.name, entry.read_bytes())
             for entry in resources.files("serve").joinpath("page").iterdir()
@@ -85,6 +88,9 @@ class Play(Middleware):
         path = scope["path"] if scope["type"] == "http" else ""
         if path != "/play" and not path.startswith("/play/"):
             await self.app(scope, receive, send)
+        elif (refusal := self._refusal(scope)) is not None:
+            refusals.labels(refusal.reason).inc()
+            await _send_all(send, refusal.sends(_SECURITY))
         elif path == "/play/":  # the page's own links are relative to /play
             await _respond(send, 308, [(b"location", b"../play"), (b"content-length", b"0")], b"")
         elif path in self._files:
@@ -97,6 +103,15 @@ class Play(Middleware):
         else:
             message = f"There is nothing at {scope['method']} {path}."
             await _send_all(send, error_response(404, message, "invalid_request_error", "route", headers=_SECURITY))
+
+    def _refusal(self, scope: Scope) -> Refusal | None:
+        """Return why a page of this server's is not for this request, as the guard would say it."""
+        try:
+            if self._hosts is not None:
+                self._hosts.check(scope)
+        except Refusal as refusal:
+            return refusal
+        return None
 
     async def _send_file(self, scope: Scope, send: Send, headers: Headers, body: bytes) -> None:
         if scope["method"] not in ("GET", "HEAD"):

@@ -11,6 +11,7 @@ from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.guard.retry import Beginning
+from serve.guard.reword import Reworded
 from serve.http.errors import Headers, Refusal, error_body
 
 __all__ = ["Answer"]
@@ -48,19 +49,25 @@ class Answer:
         self.body = b""
         self.late = False
 
-    async def give(self, app: ASGIApp, scope: Scope) -> None:
-        """Have the application answer the request of `scope` and `body`, twice if it must."""
+    @property
+    def started(self) -> bool:
+        """Whether the engine has begun to answer."""
+        return self._started
+
+    async def give(self, app: ASGIApp, scope: Scope, *, twice: bool = True) -> None:
+        """Have the application answer the request of `scope` and `body`, twice if it must and may."""
+        send = Reworded(self.send)
         try:
             async with asyncio.timeout_at(self._deadline + _FORCE):
-                beginning = Beginning(self.send)
+                beginning = Beginning(send)
                 try:
                     await self._ask(app, scope, beginning)
                 except Exception:  # vLLM has sent its error, and raises it too
                     await beginning.release()
                     raise
-                if beginning.failed and not (self.late or self._gone):
+                if beginning.failed and twice and not (self.late or self._gone):
                     retries.inc()
-                    await self._ask(app, scope, self.send)
+                    await self._ask(app, scope, send)
                 else:
                     await beginning.release()
         except TimeoutError:
@@ -75,12 +82,12 @@ class Answer:
             if not replayed:
                 replayed = True
                 return {"type": "http.request", "body": self.body, "more_body": False}
-            return await self._leaves()
+            return await self.leaves()
 
         # A scope of its own: vLLM's application writes into it.
         await app(dict(scope), replay, send)
 
-    async def _leaves(self) -> Message:
+    async def leaves(self) -> Message:
         """Return when the client leaves or its time is up: for vLLM both mean to abort."""
         try:
             async with asyncio.timeout_at(self._deadline):

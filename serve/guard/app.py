@@ -1,7 +1,7 @@
 """The guard of a public server: an ASGI middleware before vLLM's app that lets nothing in which was not thought of.
 
-    client -> key -> route and method -> what the key is for -> rate -> body (size, time) -> JSON
-        -> fields, texts, images -> vLLM
+    client -> host -> key -> route and method -> what the key is for -> rate -> body (size, time) -> JSON
+        -> fields, texts, images -> turns (pixels, grammars) -> vLLM
 
 What fails is refused with an error in OpenAI's shape, counted in `qvl_refusals_total{reason}`, and never reaches vLLM.
 What passes is cancelled in the engine when its client leaves or its time is up. Nothing of a request is logged.
@@ -10,6 +10,8 @@ What passes is cancelled in the engine when its client leaves or its time is up.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.compat import limit_headers
 from serve.guard.answer import Answer
-from serve.guard.body import Checker
+from serve.guard.body import Checked, Checker
+from serve.guard.budget import Grammars, Pixels, memory_limit, pixels_for
 from serve.guard.fetch import Fetcher
+from serve.guard.hosts import Hosts
 from serve.guard.keys import Key, Keys, check_key, check_model
 from serve.guard.listing import Listing
+from serve.guard.models import answer_model
 from serve.guard.parse import parse
 from serve.guard.rate import Clients
 from serve.guard.upload import ClientGone, Held, Upload
@@ -36,8 +41,9 @@ __all__ = ["Guard"]
 
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _GENERATING = (_CHAT, _COMPLETIONS)
+_MODELS = "/v1/models"
 #: Method of each route that a client with a key may use.
-_ROUTES = {_CHAT: "POST", _COMPLETIONS: "POST", "/v1/models": "GET", "/metrics": "GET", "/version": "GET"}
+_ROUTES = {_CHAT: "POST", _COMPLETIONS: "POST", _MODELS: "GET", "/metrics": "GET", "/version": "GET"}
 #: What load balancers ask, without a key.
 _OPEN = frozenset({"/health", "/ready"})
 #: Headers that vLLM gets to see. It would let a client choose a data-parallel rank with others.
@@ -77,7 +83,12 @@ class Guard(Middleware):
         self._routes = _ROUTES | {path: method for method, _, path in (r.partition(" ") for r in limits.allow_routes)}
         self._origins = frozenset(origin.encode() for origin in limits.cors_origins)
         self._held = Held(limits)
-        limit_headers(lambda reason: refusals.labels(reason).inc())
+        self._hosts = None if limits.needs_key else Hosts(limits.hosts, limits.cors_origins)
+        self._pixels = Pixels(limits.max_decoded_pixels or pixels_for(memory_limit()))
+        self._grammars = Grammars()
+        limit_headers(
+            lambda reason: refusals.labels(reason).inc(), limits.max_connections, limits.max_address_connections
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection of any kind that ASGI knows."""
@@ -115,6 +126,8 @@ class _Request:
             self.headers[name] = value
         self.key: Key | None = None
         self.cors = self._cors()
+        #: What ends this request's share of what all have together.
+        self.turns: list[Callable[[], None]] = []
         self.upload = Upload(self.headers, receive, self.limits, guard._held)
 
     async def serve(self) -> None:
@@ -126,18 +139,21 @@ class _Request:
         except ClientGone:
             pass
         finally:
-            self.upload.let_go()
+            self._let_go()
 
     async def _serve(self) -> None:
         method: str = self.scope["method"]
         if self.path in _OPEN and method in ("GET", "HEAD"):
             await self.guard.app({**self.scope, "method": "GET"}, self.receive, self.send)
             return
+        if self.guard._hosts is not None:
+            self.guard._hosts.check(self.scope)
         if method == "OPTIONS" and self.cors and b"access-control-request-method" in self.headers:
             await self._preflight()
             return
         name = self._client()
-        expected = self.guard._routes.get(self.path)
+        model = self.path.removeprefix(f"{_MODELS}/") if self.path.startswith(f"{_MODELS}/") else ""
+        expected = self.guard._routes.get(_MODELS if model else self.path)
         if expected is None:
             raise Refusal(404, "route", "There is no such route here.")
         if method != expected and not (method == "HEAD" and expected == "GET"):
@@ -146,7 +162,10 @@ class _Request:
                 405, "method", f"This route takes {allowed} only.", headers=[(b"allow", allowed.encode())]
             )  # fmt: skip
         if self.key is not None:
-            check_key(self.key, self.path)
+            check_key(self.key, _MODELS if model else self.path)
+        if model:
+            await self._get_model(model)
+            return
         if expected == "GET":
             await self._get()
             return
@@ -154,7 +173,7 @@ class _Request:
             self.guard._ledger.check(self.key)
         self.guard._clients.enter(name)
         try:
-            await self._post()
+            await self._post(name)
         finally:
             self.guard._clients.leave(name)
 
@@ -179,12 +198,16 @@ class _Request:
     async def _get(self) -> None:
         """Have vLLM answer, which it does in no time, without its engine."""
         send = self.send
-        if self.path == "/v1/models" and self.key is not None and self.key.models is not None:
+        if self.path == _MODELS and self.key is not None and self.key.models is not None:
             send = Listing(self.key.models, send).send
         # uvicorn leaves out the body where HEAD was asked.
         await self.guard.app(self._inner_scope("GET"), self.receive, self._answer(send).send)
 
-    async def _post(self) -> None:
+    async def _get_model(self, model: str) -> None:
+        models = None if self.key is None else self.key.models
+        await answer_model(self.guard.app, self._inner_scope("GET"), self._answer().send, model, models)
+
+    async def _post(self, name: str) -> None:
         usage = Usage(self.send)
         answer = self._answer(usage.send)
         body = await self.upload.read()
@@ -192,22 +215,26 @@ class _Request:
         if self.key is not None:
             check_model(self.key, request)
         checker = self.guard._checker
+        fetch = self.guard._fetcher.fetch
         if self.path == _CHAT:
-            body = await checker.chat(request, body, self.guard._fetcher.fetch)
+            checked = await checker.chat(request, body, fetch)
         elif self.path == _COMPLETIONS:
-            checker.completion(request)
+            checked = checker.completion(request, body)
         else:
-            checker.other(request)
+            checked = await checker.other(self.path, request, body, fetch)
         if self.path in _GENERATING:
             self.state["images"] = images_in(request)
             if not self.state.get("beside"):  # another server's answer, which counts for itself
-                body = usage.counting(request, body)
-        del request
-        answer.body = body
-        inner = self._inner_scope("POST", len(body))
-        del body  # the answer lets go of it when the engine has read it
+                checked = replace(checked, body=usage.counting(request, checked.body))
+        del request, body
+        self.turns.append(self.guard._pixels.enter(checked.pixels))
         try:
-            await answer.give(self.guard.app, inner)
+            await self._compiled(name, checked, answer)
+            answer.body = checked.body
+            inner = self._inner_scope("POST", len(checked.body))
+            twice = checked.attached or not checked.schemas
+            del checked  # the answer lets go of the body when the engine has read it
+            await answer.give(self.guard.app, inner, twice=twice)
         finally:
             self.state |= {"prompt_tokens": usage.prompt, "completion_tokens": usage.completion}
             if self.key is not None:
@@ -216,8 +243,20 @@ class _Request:
                 self._count("timeout")
                 await answer.end_late()
 
-    def _answer(self, send: Send) -> Answer:
-        return Answer(self.receive, send, self.cors, self.limits.request_seconds, self.upload.let_go)
+    async def _compiled(self, name: str, checked: Checked, answer: Answer) -> None:
+        """Wait for this client's turn to have a grammar compiled."""
+        end = await self.guard._grammars.enter(name, checked.schemas, checked.schema_states, answer.leaves)
+        self.turns.append(lambda: end(answer.started))
+
+    def _let_go(self) -> None:
+        """Hold nothing longer: the engine answers, or there is no answer."""
+        self.upload.let_go()
+        for end in self.turns:
+            end()
+        self.turns.clear()
+
+    def _answer(self, send: Send | None = None) -> Answer:
+        return Answer(self.receive, send or self.send, self.cors, self.limits.request_seconds, self._let_go)
 
     def _inner_scope(self, method: str, length: int | None = None) -> Scope:
         headers = [header for header in self.scope["headers"] if header[0] in _INNER_HEADERS]

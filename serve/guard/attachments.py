@@ -9,8 +9,8 @@ from typing import Any
 
 import pybase64
 
+from serve.guard.fields import refused_field
 from serve.guard.images import examine
-from serve.guard.schema import refused_field
 from serve.http.errors import Refusal
 from serve.settings.limits import Limits
 
@@ -19,8 +19,11 @@ __all__ = ["Attachments", "Fetch"]
 #: Fetches an image by its URL.
 Fetch = Callable[[str], Awaitable[bytes]]
 
-_DATA_URL = re.compile(r"data:(image/[a-z0-9.+-]+);base64,")
+#: A bare "image" leaves the type to be found from the bytes, which is done anyway.
+_DATA_URL = re.compile(r"data:(image(?:/[a-z0-9.+-]+)?);base64,")
+_VIDEO_URL = re.compile(r"data:video/[a-z0-9.+-]+;base64,")
 _SAME_TYPE = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/x-ms-bmp": "image/bmp"}
+_ANY_TYPE = "image"
 
 
 def _refused(reason: str, message: str, status: int = 400) -> Refusal:
@@ -32,16 +35,20 @@ class Attachments:
 
     Attributes:
         remote: the `image_url` objects of images that are still to be fetched.
+        pixels: of all images that were looked at.
+        any: whether there is any image or video.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._count = self._pixels = 0
+        self._count = self.pixels = 0
+        self.any = False
         self.remote: list[dict[str, Any]] = []
 
     def add_image(self, image: Any) -> None:
         """Check the `image_url` of a part: its content if it is a data URL, else keep it to be fetched."""
         self._count += 1
+        self.any = True
         limits = self._limits
         if self._count > limits.max_images:
             raise _refused("image_count", f"At most {limits.max_images} images are taken.")
@@ -68,11 +75,12 @@ class Attachments:
 
     def add_video(self, video: Any) -> None:
         """Check the `video_url` of a part."""
+        self.any = True
         if not self._limits.allow_video:
             raise _refused("video", "Videos are not taken by this server.")
         if not isinstance(video, dict) or video.keys() != {"url"} or not isinstance(video["url"], str):
             raise refused_field('A video is given as {"video_url": {"url": ...}}.', "messages")
-        if not video["url"].startswith("data:video/"):
+        if not _VIDEO_URL.match(video["url"]):
             raise _refused("video", "A video is a data URL: data:video/mp4;base64,...")
 
     async def fetch(self, fetch: Fetch) -> None:
@@ -92,15 +100,15 @@ class Attachments:
         if len(content) > limits.max_image_bytes:
             raise self._too_large()
         image = examine(content)
-        if declared is not None and _SAME_TYPE.get(declared, declared) != image.mime:
+        if declared not in (None, _ANY_TYPE) and _SAME_TYPE.get(declared or "", declared) != image.mime:
             message = f"An image is declared another type but is {image.mime}. Declare that."
             raise _refused("image_format", message)
         pixels = image.width * image.height
         if pixels > limits.max_image_pixels:
             size, most = f"{image.width} x {image.height} pixels", limits.max_image_pixels
             raise _refused("image_pixels", f"An image of {size} is too large. At most {most} pixels.")
-        self._pixels += pixels
-        if self._pixels > limits.max_request_pixels:
+        self.pixels += pixels
+        if self.pixels > limits.max_request_pixels:
             most = limits.max_request_pixels
             raise _refused("image_pixels", f"The images have more than {most} pixels together.")
         if image.frames > limits.max_image_frames:

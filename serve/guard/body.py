@@ -6,29 +6,52 @@ docs/security.md lists both sides.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from serve.guard.attachments import Attachments, Fetch
-from serve.guard.parse import parse_arguments, too_deep
-from serve.guard.schema import (
+from serve.guard.fields import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
     check_answers,
     check_fields,
     check_message,
+    check_other,
     check_values,
     refused_field,
     whole_number,
 )
+from serve.guard.parse import parse_arguments, too_deep
+from serve.guard.schema import SchemaCost, check_schemas
 from serve.http.errors import Refusal
 from serve.settings.limits import Limits
 
-__all__ = ["Checker"]
+__all__ = ["Checked", "Checker"]
 
 #: Fields whose texts never become part of a prompt: they are only compared with the answer, or ignored.
 _NOT_IN_PROMPT = frozenset({"stop", "user", "model"})
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A request that may go on.
+
+    Attributes:
+        body: what vLLM gets.
+        pixels: of its images together.
+        attached: whether it has images or videos.
+        schemas: a digest of its JSON schemas, b"" without any.
+        schema_states: what a grammar of them costs, see `serve.guard.schema`.
+    """
+
+    body: bytes
+    pixels: int = 0
+    attached: bool = False
+    schemas: bytes = b""
+    schema_states: float = 0.0
 
 
 class Checker:
@@ -40,46 +63,79 @@ class Checker:
         self._completion = COMPLETION_FIELDS | set(limits.allow_fields)
         self._special = re.compile("|".join(map(re.escape, limits.special_tokens))) if limits.special_tokens else None
 
-    async def chat(self, request: dict[str, Any], body: bytes, fetch: Fetch) -> bytes:
-        """Check a request to /v1/chat/completions and return the body that vLLM gets.
+    async def chat(self, request: dict[str, Any], body: bytes, fetch: Fetch) -> Checked:
+        """Check a request to /v1/chat/completions. Raises Refusal.
 
-        It is the client's own, with `max_tokens` added where none was asked for, and fetched images in the place of
-        their URLs. Raises Refusal.
+        The body that vLLM gets is the client's own, without what is null, with `max_tokens` added where none was asked
+        for, and fetched images in the place of their URLs.
         """
         check_fields(request, self._chat)
         messages = request.get("messages")
         if not isinstance(messages, list) or not messages:
             raise refused_field("messages must be a list of at least one message.", "messages")
-        check_values(request, self._limits)
+        check_values(request, self._limits, chat=True)
         check_answers(whole_number(request, "n") or 1, self._limits)
         attachments = Attachments(self._limits)
         characters = self._texts({name: request[name] for name in request if name != "messages"}, 0)
         for message in messages:
             characters += self._message(message, attachments)
         self._length(characters)
+        cost = check_schemas(request, self._limits)
         await attachments.fetch(fetch)
-        capped = whole_number(request, "max_completion_tokens") or whole_number(request, "max_tokens")
-        if attachments.remote:
-            if not capped:
-                request["max_tokens"] = self._limits.max_tokens
-            return json.dumps(request).encode()
-        return body if capped else _with_max_tokens(body, self._limits.max_tokens)
+        given = {name: value for name, value in request.items() if value is not None}
+        capped = "max_completion_tokens" in given or "max_tokens" in given
+        if attachments.remote or len(given) < len(request):
+            body = json.dumps(given).encode()
+        return Checked(
+            body if capped else _with_max_tokens(body, self._limits.max_tokens),
+            attachments.pixels,
+            attachments.any,
+            *_schemas(request, cost),
+        )
 
-    def completion(self, request: dict[str, Any]) -> None:
+    def completion(self, request: dict[str, Any], body: bytes) -> Checked:
         """Check a request to /v1/completions. Raises Refusal."""
         check_fields(request, self._completion)
         prompt = request.get("prompt")
         prompts = prompt if isinstance(prompt, list) else [prompt]
-        if not prompts or not all(isinstance(each, str) for each in prompts):
+        if not prompts or not all(isinstance(each, str) and each for each in prompts):
             # Token ids could hold any control token.
-            raise refused_field("prompt must be a text or a list of texts.", "prompt")
-        check_values(request, self._limits)
+            raise refused_field("prompt must be a text or a list of texts, none of them empty.", "prompt")
+        check_values(request, self._limits, chat=False)
         check_answers(len(prompts) * (whole_number(request, "n") or 1), self._limits)
         self._length(self._texts(request, 0))
+        cost = check_schemas(request, self._limits)
+        given = {name: value for name, value in request.items() if value is not None}
+        if len(given) < len(request):
+            body = json.dumps(given).encode()
+        return Checked(body, 0, False, *_schemas(request, cost))
 
-    def other(self, request: dict[str, Any]) -> None:
-        """Check a request to a route that was added: its depth and the length of its texts. Raises Refusal."""
-        self._length(self._texts(request, 0, special=False))
+    async def other(self, path: str, request: dict[str, Any], body: bytes, fetch: Fetch) -> Checked:
+        """Check a request to a route that was added: the same rules for texts and images. Raises Refusal."""
+        check_other(path, request, set(self._limits.allow_fields))
+        attachments = Attachments(self._limits)
+        # Tokenizing a control token is what /tokenize is for; in a message it would be one all the same.
+        prompts = {name: value for name, value in request.items() if name == "prompt" and path == "/tokenize"}
+        contents = {name: value for name, value in request.items() if name not in ("messages", *prompts)}
+        characters = self._texts(prompts, 0, special=False)
+        for each in contents.values():
+            characters += self._content(each, attachments)
+        for message in request.get("messages") or ():
+            characters += self._message(message, attachments)
+        self._length(characters)
+        check_schemas({"tools": request.get("tools")}, self._limits)
+        await attachments.fetch(fetch)
+        return Checked(
+            json.dumps(request).encode() if attachments.remote else body, attachments.pixels, attachments.any
+        )
+
+    def _content(self, value: Any, attachments: Attachments) -> int:
+        """Check what a request to an added route holds: texts, and {"content": [parts]} among them."""
+        if isinstance(value, dict) and isinstance(value.get("content"), list):
+            return self._parts(value["content"], attachments)
+        if isinstance(value, list):
+            return sum([self._content(each, attachments) for each in value])
+        return self._texts(value, 1)
 
     def _length(self, characters: int) -> None:
         if characters > self._limits.max_prompt_chars:
@@ -133,9 +189,9 @@ class Checker:
             for name, each in value.items():
                 total += self._text(name, special)
                 total += self._texts(each, depth + 1, special and not (depth == 0 and name in _NOT_IN_PROMPT))
-                if name == "arguments" and isinstance(each, str) and "\\" in each:
+                if name == "arguments" and isinstance(each, str):
                     # A tool call's arguments are JSON in a text, which vLLM parses for the template.
-                    self._texts(parse_arguments(each), depth + 1, special)
+                    self._texts(parse_arguments(each, self._limits), depth + 1, special)
             return total
         return 0
 
@@ -150,6 +206,14 @@ class Checker:
                 400, "special_token", f"A text holds the control token {found[0]}. Write it another way.", "messages"
             )
         return len(text)
+
+
+def _schemas(request: dict[str, Any], cost: SchemaCost) -> tuple[bytes, float]:
+    """Return a digest of a request's schemas, and their states."""
+    if not cost.states:
+        return b"", 0.0
+    schemas = [request.get("response_format"), request.get("tools"), request.get("tool_choice")]
+    return hashlib.sha256(json.dumps(schemas, sort_keys=True).encode()).digest(), cost.states
 
 
 def _with_max_tokens(body: bytes, most: int) -> bytes:

@@ -102,6 +102,9 @@ def _png(data: bytes) -> ImageInfo:
     if data[12:16] != b"IHDR" or _number(data, 8, 4) != 13:
         raise _refusal("claims to be PNG but has no header.")
     width, height = _number(data, 16, 4), _number(data, 20, 4)
+    if data[24:26] == b"\x10\0":
+        # As toolkit.calibration.media has it: Pillow clips at 255 instead of scaling.
+        raise _refusal("has 16 bits of gray a pixel, of which all but 8 are clipped: scale it to 8 bits first.")
     position, frames, controls = 33, 1, 0
     for _ in range(_MOST_PIECES):
         length, kind = _number(data, position, 4), data[position + 4 : position + 8]

@@ -60,12 +60,21 @@ def parse(body: bytes, limits: Limits) -> dict[str, Any]:
     return parsed
 
 
-def parse_arguments(text: str) -> Any:
-    """Return the JSON in a tool call's arguments, which are a text. Raises Refusal (field)."""
+def parse_arguments(text: str, limits: Limits) -> Any:
+    """Return the JSON in a tool call's arguments, which are a text; None where they are no JSON.
+
+    vLLM goes on with no arguments then: models write such calls, and a conversation with one in it must go on. What is
+    JSON to it and not here is refused. Raises Refusal (field, too_deep).
+    """
     try:
         return _DECODER.decode(text)
-    except (ValueError, RecursionError):
-        raise Refusal(400, "field", "A tool call's arguments must be JSON.", "messages") from None
+    except RecursionError:
+        raise too_deep(limits) from None
+    except json.JSONDecodeError:
+        return None
+    except ValueError:
+        message = "A tool call's arguments must be JSON without NaN, without a name twice and of numbers that can be."
+        raise Refusal(400, "field", message, "messages") from None
 
 
 def too_deep(limits: Limits) -> Refusal:

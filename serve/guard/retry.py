@@ -3,9 +3,12 @@
 vLLM's front end and its engine each keep a list of images that the engine has. A client that leaves at the wrong
 moment makes them differ, and the next request with that image, anyone's, fails with an internal error; vLLM mends its
 lists and expects the request to be sent again (`MultiModalCacheMissError` in vLLM 0.32). That is done here, once.
+What fails for a schema's sake and has no images fails again: that is left out (`serve.guard.app`).
 """
 
 from __future__ import annotations
+
+import json
 
 from starlette.types import Message, Send
 
@@ -14,6 +17,15 @@ __all__ = ["Beginning"]
 #: The event that a chat's stream begins with, before the engine's first token or error is in it.
 _ROLE_ONLY = b'"delta":{"role":"assistant","content":""'
 _ERROR = b'data: {"error"'
+
+
+def _code(event: bytes) -> int:
+    """Return the status of an error that is a stream's event: what the client did is not tried again."""
+    try:
+        code = json.loads(event.partition(b"\n")[0].removeprefix(b"data: "))["error"]["code"]
+    except (ValueError, KeyError, TypeError):
+        return 500
+    return code if isinstance(code, int) else 500
 
 
 class Beginning:
@@ -46,7 +58,7 @@ class Beginning:
             )
             return not self.failed and not self._stream
         body: bytes = message.get("body", b"")
-        self.failed = body.startswith(_ERROR)
+        self.failed = body.startswith(_ERROR) and _code(body) >= 500
         return not self.failed and not (_ROLE_ONLY in body and message.get("more_body", False))
 
     async def release(self) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
-
 from serve.settings.backend import Backend, gpu_users
 from serve.settings.engine import EngineSettings
+from serve.settings.profiles import HOPPER
 from toolkit.errors import ServerError
 
 __all__ = ["DEFAULT", "candidates", "refuse_busy_gpu"]
 
 #: The candidate that changes nothing.
 DEFAULT = "vllm"
-_HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
 
 
 def candidates(
@@ -42,7 +40,7 @@ def candidates(
         return found
     kernels: list[str | None] = [None]
     if quantized:
-        kernels += ["marlin", "triton"] if _HOPPER.search(card) else ["triton"]
+        kernels += ["marlin", "humming"] if HOPPER.search(card) else ["humming", "triton"]
     for kernel in kernels:
         prefix = f"{kernel}-" if kernel else ""
         if kernel:
@@ -55,8 +53,11 @@ def candidates(
         found[f"{prefix}full-graphs"] = EngineSettings(kernel=kernel, cudagraph_mode="FULL_DECODE_ONLY")
         if text:
             found[f"{prefix}ngram"] = EngineSettings(kernel=kernel, ngram=3)
+            found[f"{prefix}ngram-gpu"] = EngineSettings(kernel=kernel, ngram_gpu=3)
     found["synchronous"] = EngineSettings(async_scheduling=False)
     found["no-caches"] = EngineSettings(prefix_caching=False, mm_cache_gb=0)
+    found["shared-image-cache"] = EngineSettings(mm_cache_type="shm")
+    found["encoder-graphs"] = EngineSettings(encoder_graphs=True)
     if lossy:
         found["fp8-cache"] = EngineSettings(kv_cache_dtype="fp8")
     return found

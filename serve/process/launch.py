@@ -44,7 +44,7 @@ def server_environment(
         began: when the start was asked for, by time.monotonic().
         restarts: how often the server has been restarted.
     """
-    environment = config.settings.environment({**config.parallel.environment(_defaults(config)), **base})
+    environment = {**config.parallel.environment(_defaults(config)), **base}
     # Development endpoints let any client reset caches and put the server to sleep.
     environment.pop("VLLM_SERVER_DEV_MODE", None)
     environment.pop(VLLM_API_KEY, None)
@@ -80,6 +80,7 @@ def _defaults(config: ServerConfig) -> dict[str, str]:
     defaults = {
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",  # the model is a local directory by now
+        "HUMMING_CACHE_DIR": str(cache_dir("humming")),  # what it has compiled, 40 s of a first start
         "PYTHONUNBUFFERED": "1",
         "VLLM_LOGGING_COLOR": "0",
         "VLLM_NO_USAGE_STATS": "1",

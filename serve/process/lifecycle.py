@@ -24,6 +24,7 @@ from serve.settings.backend import require_vllm
 from serve.settings.config import ServerConfig
 from serve.settings.lora import check_lora
 from toolkit.checkpoint.checkpoint import Checkpoint
+from toolkit.checkpoint.problems import refuse_broken
 from toolkit.errors import ResourceError, ServerError
 from toolkit.paths import cache_dir
 from toolkit.sources.directory import resolve
@@ -169,6 +170,7 @@ def _prepare(model: str, config: ServerConfig) -> _Prepared:
     _refuse_taken_port(config)
     directory = resolve(model)
     checkpoint = Checkpoint.open(directory)
+    refuse_broken(checkpoint)
     name = config.name_for(directory)
     vllm_arguments(config, checkpoint, name)  # one that does not suit the model is refused before anything is repacked
     if config.guard is not None and config.guard.api_key_file is not None:

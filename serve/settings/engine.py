@@ -13,14 +13,8 @@ from toolkit.options import Settings
 
 __all__ = ["KERNELS", "EngineSettings"]
 
-#: Kernel -> classes that vLLM would take before it.
-KERNELS: dict[str, tuple[str, ...]] = {
-    "machete": (),
-    "marlin": ("MacheteLinearKernel",),
-    "conch": ("MacheteLinearKernel", "MarlinLinearKernel"),
-    "triton": ("MacheteLinearKernel", "MarlinLinearKernel", "ConchLinearKernel"),
-    "humming": ("MacheteLinearKernel", "MarlinLinearKernel", "ConchLinearKernel", "TritonW4A16LinearKernel"),
-}
+#: Kernels for 4-bit weights with zero points, by their names in vLLM's ``--linear-backend``.
+KERNELS = ("machete", "humming", "marlin", "conch", "triton")
 
 
 class EngineSettings(Settings):
@@ -29,12 +23,14 @@ class EngineSettings(Settings):
 
     error: ClassVar[type[QvlError]] = ServerError
 
-    #: One of `KERNELS`.
+    #: One of `KERNELS`; vLLM does not start where it can't take a layer.
     kernel: str | None = None
     #: Batch sizes that CUDA graphs are captured for.
     cudagraph_sizes: tuple[int, ...] | None = None
     #: vLLM's ``cudagraph_mode``: NONE, PIECEWISE, FULL, FULL_DECODE_ONLY, FULL_AND_PIECEWISE.
     cudagraph_mode: str | None = None
+    #: CUDA graphs for the vision encoder too.
+    encoder_graphs: bool | None = None
     #: Passes of its compiler that are switched on, such as ``fuse_norm_quant``.
     passes: tuple[str, ...] = ()
     #: vLLM's own ``--performance-mode``: balanced, interactivity, throughput.
@@ -49,10 +45,14 @@ class EngineSettings(Settings):
     prefix_caching: bool | None = None
     #: GiB of prepared images kept in host memory.
     mm_cache_gb: int | float | None = None
+    #: Where they are kept: "lru", a copy in each process, or "shm", memory that the processes share.
+    mm_cache_type: str | None = None
     kv_cache_dtype: str | None = None
     async_scheduling: bool | None = None
-    #: Tokens guessed at once from the prompt's own n-grams.
+    #: Tokens guessed at once from the prompt's own n-grams, on the host, which ends asynchronous scheduling.
     ngram: int | None = None
+    #: The same, on the GPU, which keeps it.
+    ngram_gpu: int | None = None
 
     @field_validator("kernel")
     @classmethod
@@ -88,19 +88,23 @@ class EngineSettings(Settings):
         compilation = self._compilation()
         if compilation and not taken & {"--compilation-config", "-O", "--enforce-eager"}:
             found["--compilation-config"] = json.dumps(compilation)
-        if self.performance_mode is not None:
-            found["--performance-mode"] = self.performance_mode
-        if self.max_num_batched_tokens is not None:
-            found["--max-num-batched-tokens"] = str(self.max_num_batched_tokens)
+        for flag, setting in (
+            ("--linear-backend", self.kernel),
+            ("--performance-mode", self.performance_mode),
+            ("--max-num-batched-tokens", self.max_num_batched_tokens),
+            ("--mm-processor-cache-gb", self.mm_cache_gb),
+            ("--mm-processor-cache-type", self.mm_cache_type),
+            ("--kv-cache-dtype", self.kv_cache_dtype),
+        ):
+            if setting is not None:
+                found[flag] = f"{setting:g}" if isinstance(setting, float) else str(setting)
         if self.max_pixels is not None:
             found["--mm-processor-kwargs"] = json.dumps({"max_pixels": self.max_pixels})
-        if self.mm_cache_gb is not None:
-            found["--mm-processor-cache-gb"] = f"{self.mm_cache_gb:g}"
-        if self.kv_cache_dtype is not None:
-            found["--kv-cache-dtype"] = self.kv_cache_dtype
-        if self.ngram is not None:
-            speculation = {"method": "ngram", "num_speculative_tokens": self.ngram}
-            found["--speculative-config"] = json.dumps({**speculation, "prompt_lookup_max": 4, "prompt_lookup_min": 2})
+        for method, tokens in (("ngram", self.ngram), ("ngram_gpu", self.ngram_gpu)):
+            if tokens is not None:
+                speculation = {"method": method, "num_speculative_tokens": tokens}
+                speculation |= {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
+                found["--speculative-config"] = json.dumps(speculation)
         for name, value in (
             ("enable-prefix-caching", self.prefix_caching),
             ("async-scheduling", self.async_scheduling),
@@ -118,15 +122,11 @@ class EngineSettings(Settings):
             found["cudagraph_capture_sizes"] = list(self.cudagraph_sizes)
         if self.cudagraph_mode is not None:
             found["cudagraph_mode"] = self.cudagraph_mode
+        if self.encoder_graphs is not None:
+            found["cudagraph_mm_encoder"] = self.encoder_graphs
         if self.passes:
             found["pass_config"] = dict.fromkeys(self.passes, True)
         return found
-
-    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
-        """Return ``base`` with the kernels that vLLM is to pass over, unless it names some already."""
-        if not self.kernel or not KERNELS[self.kernel] or "VLLM_DISABLED_KERNELS" in base:
-            return dict(base)
-        return {**base, "VLLM_DISABLED_KERNELS": ",".join(KERNELS[self.kernel])}
 
 
 def _shown(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Self
 
@@ -12,16 +13,19 @@ from pydantic import Field, ValidationError, model_validator
 from toolkit.errors import QvlError, ServerError
 from toolkit.options import Option, Settings
 
-__all__ = ["REASONS", "SPECIAL_TOKENS", "Limits"]
+__all__ = ["MORE_ROUTES", "REASONS", "SPECIAL_TOKENS", "Limits"]
 
 #: Why a request was refused: the values of the label `reason` of `qvl_refusals_total`.
 REASONS = (
     "header",
+    "connections",
+    "host",
     "key",
     "key_expired",
     "scope",
     "route",
     "method",
+    "model",
     "body_size",
     "body_time",
     "body_json",
@@ -31,6 +35,7 @@ REASONS = (
     "image_format",
     "image_frames",
     "image_count",
+    "image_memory",
     "image_url",
     "video",
     "max_tokens",
@@ -60,7 +65,25 @@ SPECIAL_TOKENS = (
 )
 
 
+#: Routes beyond the usual that take a body of which everything is known and checked, see `serve.guard.fields`.
+MORE_ROUTES = (
+    "/classify",
+    "/detokenize",
+    "/pooling",
+    "/rerank",
+    "/score",
+    "/tokenize",
+    "/v1/embeddings",
+    "/v1/rerank",
+    "/v1/score",
+    "/v2/rerank",
+)
+
+
 _guard = functools.partial(Option, panel="Guard")
+
+
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -84,7 +107,7 @@ class Limits(Settings):
     ] = None
     #: One more key. With neither, everyone who reaches the server may use it. The option is the server's.
     api_key: str | None = Field(default=None, repr=False)
-    #: Routes beyond the usual, as "METHOD /path". Of their bodies only size, time and JSON are checked.
+    #: Routes beyond the usual, as "METHOD /path": any with GET, those of `MORE_ROUTES` with POST.
     allow_routes: Annotated[
         tuple[str, ...], _guard("One more route, such as 'POST /tokenize'.", name="--allow-route")
     ] = ()
@@ -93,6 +116,10 @@ class Limits(Settings):
     #: Origins (scheme://host:port) whose pages may call the server from a browser. None: no cross-origin calls.
     cors_origins: Annotated[
         tuple[str, ...], _guard("Web origin whose pages may call the server.", name="--cors-origin")
+    ] = ()
+    #: Names under which clients without keys reach the server, beside addresses and those of this machine.
+    hosts: Annotated[
+        tuple[str, ...], _guard("Name of a server without keys, as clients call it.", name="--allow-host")
     ] = ()
     #: Hosts that images may be fetched from, as "host" (ports 80 and 443) or "host:port". None: data URLs only.
     image_hosts: Annotated[tuple[str, ...], _guard("Host that images may be fetched from.", name="--image-host")] = ()
@@ -108,6 +135,11 @@ class Limits(Settings):
     #: Width x height as its header says.
     max_image_pixels: Annotated[int, _guard("Pixels of one image."), _Least(1)] = 24_000_000
     max_request_pixels: Annotated[int, _guard("Pixels of all images of a request."), _Least(1)] = 48_000_000
+    #: From the admission of a request until its first token; one alone is always let in. 0: what a quarter of the
+    #: memory holds, which is the machine's or its control group's.
+    max_decoded_pixels: Annotated[
+        int, _guard("Pixels decoded at one time, for all requests.", show_default="by memory"), _Least(0)
+    ] = 0
     #: Only the first is ever shown to the model.
     max_image_frames: Annotated[int, _guard("Frames of one image."), _Least(1)] = 1
     #: As data URLs. Only their bytes can be limited, not what they unpack to.
@@ -120,12 +152,18 @@ class Limits(Settings):
     max_n: Annotated[int, _guard("Most answers (n) in one request."), _Least(1)] = 4
     #: Tokens are counted by vLLM, against --max-model-len.
     max_prompt_chars: Annotated[int, _guard("Characters of all texts of a request."), _Least(1)] = 100_000
+    #: Of the grammars that are compiled from a request's JSON schemas, see `serve.guard.schema`.
+    max_schema_states: Annotated[int, _guard("States of the grammars of a request's JSON schemas."), _Least(1)] = 1500
     #: Without keys: of each address. A sixth of them may come at once.
     rate_per_minute: Annotated[
         float, _guard("Requests a minute for each key; 0 for any number.", name="--rate"), _Least(0)
     ] = 0.0
     #: Without keys: of each address.
     max_concurrency: Annotated[int, _guard("Requests under way together for each key."), _Least(1)] = 256
+    #: Open at one time; those beyond are closed as they come.
+    max_connections: Annotated[int, _guard("Connections in all."), _Least(1)] = 4096
+    #: Behind a proxy all come from the proxy's address: then give it as many as --max-connections.
+    max_address_connections: Annotated[int, _guard("Connections from one address."), _Least(1)] = 512
     request_seconds: Annotated[
         float, _guard("Seconds until an answer must be complete.", name="--request-timeout"), _Least(0.001)
     ] = 300.0
@@ -140,10 +178,22 @@ class Limits(Settings):
                 if isinstance(least, _Least) and not value >= least.value:
                     option = self.option(name)
                     raise ServerError(f"{option} {value:g}: give a number of at least {least.value:g}.")
+        self._check_names()
+        return self
+
+    def _check_names(self) -> None:
         for route in self.allow_routes:
             method, _, path = route.partition(" ")
             if method not in ("GET", "POST") or not path.startswith("/") or " " in path:
                 raise ServerError(f"--allow-route {route!r}: give a method and a path, such as 'POST /tokenize'.")
+            if method == "POST" and path not in MORE_ROUTES:
+                raise ServerError(
+                    f"--allow-route {route!r}: what it makes of images, addresses and lengths can't be checked. With "
+                    f"POST there are {', '.join(MORE_ROUTES)}; for all else clients use /v1/chat/completions."
+                )
+        for name in self.hosts:
+            if not _HOST.fullmatch(name):
+                raise ServerError(f"--allow-host {name!r}: give a name such as qvl.example.com, without a port.")
         for origin in self.cors_origins:
             scheme, _, rest = origin.partition("://")
             if scheme not in ("http", "https") or not rest or "/" in rest:
@@ -155,7 +205,6 @@ class Limits(Settings):
             self.api_key and self.api_key.isascii() and self.api_key.isprintable() and " " not in self.api_key
         ):
             raise ServerError("--api-key: a key is made of printable ASCII characters without spaces.")
-        return self
 
     @property
     def needs_key(self) -> bool:

@@ -5,15 +5,16 @@ load. Some ship with the project (`serve/settings/profiles/`), a user's own lie 
 another card or another vLLM is not used: kernels and their ranking change with both.
 
 The kernels that vLLM 0.32 has for 4-bit weights with zero points on CUDA, in the order in which it takes the first
-that can (``_POSSIBLE_KERNELS``): Machete (Hopper), Marlin (from Turing on), Conch (its package installed), Triton,
-Humming (its package installed); CUTLASS W4A8 and Exllama are in that list and take no zero points.
-`VLLM_DISABLED_KERNELS` names those to pass over.
+that can (``_POSSIBLE_KERNELS``, ``prioritize_humming``): on Hopper Machete, Humming, Marlin, Conch (its package
+installed), Triton; on other cards Marlin (from Turing on), Conch, Triton, Humming. CUTLASS W4A8 and Exllama are in that
+list and take no zero points. ``--linear-backend`` names one.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from toolkit.paths import cache_dir
 if TYPE_CHECKING:
     from toolkit.checkpoint.checkpoint import Checkpoint
 
-__all__ = ["MODES", "Choice", "Key", "Measured", "Mode", "Profile", "as_mode", "choose", "key_for", "save"]
+__all__ = ["HOPPER", "MODES", "Choice", "Key", "Measured", "Mode", "Profile", "as_mode", "choose", "key_for", "save"]
 
 Mode = Literal["auto", "latency", "throughput", "off"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -45,6 +46,8 @@ _SCHEMA = 1
 #: What is compared, and whether more of it is better.
 _METRICS = {"output_tokens_per_s": True, "tpot_ms": False}
 _SHIPPED = Path(__file__).with_name("profiles")
+#: Names of cards with compute capability 9.0.
+HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
 
 
 @dataclass(frozen=True)
@@ -244,9 +247,27 @@ def choose(mode: Mode, key: Key, directories: Sequence[Path] | None = None) -> C
                 near.append(profile)
     for profile in near:
         notes.append(f"a profile of this model is ignored: it was measured on {_differs(profile.key, key)}")
-    if near or mode != "auto":
+    settings, why = usual(mode, key)
+    if why:
+        notes.append(f"{why}; `qvl tune` measures what is fastest here, --profile off leaves the choice to vLLM")
+    elif near or mode != "auto":
         notes.append("vLLM's own settings are used; `qvl tune` measures what is fastest here")
-    return Choice(EngineSettings(), tuple(notes))
+    return Choice(settings, tuple(notes))
+
+
+def usual(mode: Mode, key: Key) -> tuple[EngineSettings, str]:
+    """Return what was measured best on a card's kind, for models and loads without a profile, and why, in words.
+
+    On Hopper vLLM takes Machete for 4-bit weights. One H200, vLLM 0.32, 1, 8, 32 and 128 in flight: for a 7B Humming
+    gave 1.16, 1.09, 1.06 and 0.99 of Machete's tokens/s, Marlin 1.22, 1.10, 0.89 and 0.80; for a 2B Humming 1.25, 1.23,
+    0.98 and 1.01, Marlin 1.26, 1.16, 0.93 and 1.10. On other kinds nothing was measured: the choice is vLLM's.
+    """
+    if not (HOPPER.search(key.card) and key.format.startswith("awq")):
+        return EngineSettings(), ""
+    if mode == "latency":
+        return EngineSettings(kernel="marlin"), "no profile for this model: Marlin, the fastest on Hopper at low load"
+    why = "no profile for this model: Humming, the fastest on Hopper over all loads (its first start compiles for 40 s)"
+    return EngineSettings(kernel="humming"), why
 
 
 def _differs(found: Key, key: Key) -> str:

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import vllm
 
-from bench.chaos.hostile import CHAT, Hostile, catalogue, chat_body, data_url, good_image
+from bench.chaos.hostile import CHAT, Hostile, catalogue, chat_body, data_url, good_image, png_bomb
 from tests.e2e.conftest import BODY_SECONDS, REQUEST_SECONDS, Public
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -170,6 +170,218 @@ def test_large_grammars_do_not_hold_others_up(schema: dict[str, Any], client: ht
     assert client.post(CHAT, content=chat_body("demo", max_tokens=1)).status_code == 200
     assert time.monotonic() - began < 10
     asks.join()
+
+
+def in_schema(schema: dict[str, Any], **settings: Any) -> bytes:
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    return chat_body("demo", response_format=format, max_tokens=8, **settings)
+
+
+#: As many states as a request may have, each string with a length of its own.
+COSTLY: list[dict[str, Any]] = [
+    {"anyOf": [{"type": "string", "maxLength": 200 + 50 * start + i} for i in range(11)]} for start in range(3)
+]
+
+
+def test_schemas_of_clients_that_left_hold_nobody_up(public: Public, client: httpx.Client) -> None:
+    """Three ask for the most that passes, and leave; somebody else's schema is compiled meanwhile."""
+    host, _, port = public.url.removeprefix("http://").partition(":")
+    for schema in COSTLY:
+        body = in_schema(schema)
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(head(public, len(body)) + body)
+            deadline = time.monotonic() + 10
+            while not in_flight(client):
+                assert time.monotonic() < deadline
+    other = {"Authorization": f"Bearer {public.keys[1]}"}
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    response = client.post(CHAT, content=in_schema(schema), headers=other, timeout=20)
+    assert response.status_code == 200, response.text
+    wait_until_quiet(client, 20)
+
+
+#: As users write them.
+ORDINARY: list[dict[str, Any]] = [
+    {"type": "object", "properties": {"pattern": {"type": "string"}, "path": {}}, "required": ["pattern"]},
+    {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{4}$"},
+    {"type": "string", "maxLength": 2000},
+    {"type": "array", "maxItems": 20, "items": {"type": "object", "properties": {"$ref": {"type": "integer"}}}},
+    {"$defs": {"n": {"properties": {"c": {"items": {"$ref": "#/$defs/n"}}}}}, "$ref": "#/$defs/n"},
+    {"anyOf": [{"type": "string", "format": "date"}, {"type": "null"}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", ORDINARY, ids=range(len(ORDINARY)))
+def test_ordinary_schemas_are_answered(schema: dict[str, Any], client: httpx.Client) -> None:
+    assert client.post(CHAT, content=in_schema(schema)).status_code == 200
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    response = client.post(CHAT, content=chat_body("demo", tools=[tool], tool_choice="none", max_tokens=8))
+    assert response.status_code == 200, response.text
+
+
+#: The ends of what the guard takes, and combinations that are the client's to get right.
+EDGES: dict[str, dict[str, Any]] = {
+    "top_k": {"top_k": 2**31 - 1},
+    "top_k of -1": {"top_k": -1, "temperature": 1},
+    "least seed": {"seed": -(2**63), "temperature": 1},
+    "largest seed": {"seed": 2**63 - 1, "temperature": 1},
+    "least penalties": {"presence_penalty": -2, "frequency_penalty": -2, "repetition_penalty": 1e-300},
+    "largest penalties": {"presence_penalty": 2, "frequency_penalty": 2, "repetition_penalty": 100},
+    "least temperature": {"temperature": 1e-300},
+    "least top_p": {"top_p": 1e-300, "temperature": 1},
+    "min_p": {"min_p": 1, "temperature": 1},
+    "biases": {"logit_bias": {"0": 100, "000000001": -100}},
+    "stop ids": {"stop_token_ids": [0, 2**31 - 1]},
+    "four greedy answers": {"n": 4, "temperature": 0},
+    "four answers": {"n": 4, "temperature": 1},
+    "log-probabilities": {"logprobs": True, "top_logprobs": 20},
+    "too many log-probabilities": {"logprobs": True, "top_logprobs": 2**31 - 1},
+    "many stop texts": {"stop": ["a"] * 16},
+    "a long stop text": {"stop": "a" * 50_000},
+    "more least than most tokens": {"min_tokens": 20, "max_tokens": 10},
+    "JSON": {"response_format": {"type": "json_object"}},
+    "a salt": {"cache_salt": "x" * 128},
+    "usage": {"stream": True, "stream_options": {"continuous_usage_stats": True, "include_usage": None}},
+    "an empty schema": {"response_format": {"type": "json_schema", "json_schema": {"name": "", "schema": {}}}},
+    "no content": {"messages": [{"role": "user", "content": None}]},
+    "nothing but a role": {"messages": [{"role": "user"}]},
+    "no parts": {"messages": [{"role": "user", "content": []}]},
+    "a tool's answer to nothing": {"messages": [{"role": "tool", "content": "1"}]},
+    "an assistant alone": {"messages": [{"role": "assistant", "content": ""}]},
+    "calls without content": {
+        "messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]
+    },
+    "a call with an object": {
+        "messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}]
+    },
+    "a developer": {"messages": [{"role": "developer", "content": "Hi"}]},
+    "two systems": {"messages": [{"role": "system", "content": "Hi"}, {"role": "system", "content": "Hi"}]},
+    "a tool without parameters": {"tools": [{"function": {"name": "f"}}], "tool_choice": "none"},
+    "a tool that is needed": {"tools": [{"function": {"name": "f"}}], "tool_choice": "required"},
+    "two tools of one name": {"tools": [{"function": {"name": "f"}}] * 2, "tool_choice": "required"},
+    "odd ignored fields": {"metadata": 2**70, "store": [], "verbosity": {}, "service_tier": 1},
+    "a tag": {
+        "response_format": {
+            "type": "structural_tag",
+            "format": {"type": "sequence", "elements": [{"type": "const_string", "value": "a"}]},
+        }
+    },
+    "a tag of nothing": {
+        "response_format": {"type": "structural_tag", "format": {"type": "or", "elements": [{"type": "const_string"}]}}
+    },
+    "an old tag": {
+        "response_format": {
+            "type": "structural_tag",
+            "structures": [{"begin": "<f>", "schema": {"type": "object"}, "end": "</f>"}],
+            "triggers": [],
+        }
+    },
+    "allOf": {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": {"allOf": [{"type": "string"}, {"minLength": 2}]}},
+        }
+    },
+    "a bound and a pattern": {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": {"type": "string", "pattern": "^a+$", "maxLength": 3}},
+        }
+    },
+    "no string there can be": {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": {"type": "object", "properties": {"a": False}, "required": ["a"]}},
+        }
+    },
+    "a list without end": {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": {"properties": {"a": {"$ref": "#"}}, "required": ["a"]}},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_the_ends_of_what_passes_are_no_server_error(name: str, client: httpx.Client) -> None:
+    body = json.loads(chat_body("demo", max_tokens=4)) | EDGES[name]
+    response = client.post(CHAT, json=body)
+    assert response.status_code < 500, response.text
+    assert '"code":500' not in response.text.replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"suffix": "x"},
+        {"prompt": " "},
+        {"prompt": ["a", "\0"]},
+        {"logprobs": 0},
+        {"logprobs": 2**31 - 1},
+        {"logprobs": -1},
+        {"response_format": {"type": "json_object"}},
+        {"max_tokens": None},
+        {"stream": True, "stream_options": {"include_usage": True}, "n": 2},
+    ],
+    ids=json.dumps,
+)
+def test_the_ends_of_what_passes_in_completions(fields: dict[str, Any], client: httpx.Client) -> None:
+    response = client.post("/v1/completions", json={"model": "demo", "prompt": "Hi", "max_tokens": 2} | fields)
+    assert response.status_code < 500, response.text
+    assert '"code":500' not in response.text.replace(" ", "")
+
+
+def test_none_of_it_was_tried_again(client: httpx.Client) -> None:
+    """A second try is for what failed in vLLM; nothing that a client can write does."""
+    found = re.search(r"^qvl_retries_total ([\d.]+)$", client.get("/metrics").text, re.MULTILINE)
+    assert found and float(found[1]) == 0
+
+
+def test_one_model(client: httpx.Client) -> None:
+    assert client.get("/v1/models/demo").json()["id"] == "demo"
+    response = client.get("/v1/models/other")
+    assert (response.status_code, error_of(response)["code"]) == (404, "model")
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "f"}}])
+def test_tool_calls_that_nobody_parses_are_refused_in_our_words(choice: Any, client: httpx.Client) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    response = client.post(CHAT, content=chat_body("demo", tools=[tool], tool_choice=choice))
+    assert response.status_code == 400
+    assert "qvl serve" in error_of(response)["message"]
+
+
+def test_images_whose_type_the_bytes_tell(client: httpx.Client) -> None:
+    body = chat_body("demo", data_url(good_image(), "image"), max_tokens=8, temperature=0)
+    assert client.post(CHAT, content=body).json()["choices"][0]["message"]["content"] == "red"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_a_message_that_goes_on_after_its_answer(public: Public, path: str) -> None:
+    host, _, port = public.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n".encode())
+        with pytest.raises(OSError):
+            for _ in range(1000):
+                connection.sendall(b"x: " + b"a" * 64_000 + b"\r\n")
+
+
+def test_images_that_unpack_to_much_are_bounded_together(public: Public, client: httpx.Client) -> None:
+    """Each passes by itself; together they wait outside."""
+    image = data_url(png_bomb(4800, 4800))
+    body = chat_body("demo", image, image, max_tokens=1)
+    answers: list[int] = []
+    asks = [threading.Thread(target=lambda: answers.append(ask(client, body))) for _ in range(24)]
+    for thread in asks:
+        thread.start()
+    for thread in asks:
+        thread.join()
+    assert set(answers) <= {200, 400, 429, 504} and 429 in answers
+
+
+def ask(client: httpx.Client, body: bytes) -> int:
+    return client.post(CHAT, content=body, timeout=60).status_code
 
 
 def routes_of_vllm() -> set[tuple[str, str]]:

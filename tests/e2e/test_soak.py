@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from bench.chaos.settings import SoakSettings
 from bench.chaos.soak import MIX, soak
 from tests.e2e.conftest import Public
 
@@ -13,7 +14,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.release]
 
 
 def test_three_minutes_of_everything(public: Public) -> None:
-    report = asyncio.run(soak(public.url, "demo", public.keys[1], 3, pid=public.pid, workers=4, pause=0.1))
+    settings = SoakSettings(api_key=public.keys[1], minutes=3, pid=public.pid, pause=0.1)
+    report = asyncio.run(soak(public.url, settings))
     assert set(report.sent) == set(MIX)
     assert sum(report.sent.values()) > 50
     assert len(report.memory) > 50

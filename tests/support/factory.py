@@ -88,7 +88,10 @@ def report(
         scale = speed.get(role, 1.0)
         measured.answers[role] = {q.id: trace("no" if q.id in wrong.get(role, ()) else "yes") for q in asked}
         for load in settings.loads:
-            traces = tuple(trace(ttft=scale * (0.1 + i / 1000), gap=0.02 * scale, counted=counted) for i in range(4))
+            count = max(4, 3 * (load.concurrency or 1))  # three waves: fewer are a burst
+            traces = tuple(
+                trace(ttft=scale * (0.1 + i / 1000), gap=0.02 * scale, counted=counted) for i in range(count)
+            )
             for round_ in range(2):
                 measured.units[role, load.name, round_] = [(load, Stretch(Block(traces, scale), load.rate_per_s))]
     if failure:

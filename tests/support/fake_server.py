@@ -35,6 +35,7 @@ class Behaviour:
     text: Callable[[Body], str | None] = lambda body: None  # an answer to stream instead of counted tokens
     whole: Callable[[Body], str] = lambda body: "x"  # the answer to a request that asks for no stream
     model: str = "fake"
+    others: tuple[str, ...] = ()  # models that it has too
     api_key: str | None = None
     usage: bool = True
     done: bool = True
@@ -43,7 +44,12 @@ class Behaviour:
     error: bytes | None = None  # the body of an error status, instead of JSON
     raw: bytes | None = None  # sent instead of the stream
     fail_after: int | None = None  # so many chat requests succeed, later ones get a 500
-    fail_every: int | None = None  # each so many-th request gets a 429
+    fail_every: int | None = None  # each so many-th request gets ``fail_status``
+    fail_status: int = 500
+    retry_after: str | None = None  # header of every error status
+    busy: int = 0  # so many requests get a 429 before one is answered
+    reasoning: str | None = None  # name of the delta's field in which the tokens come, instead of content
+    count_chunks: bool = False  # counts tokens in every chunk when asked to
     close_after: int | None = None  # the connection is dropped after so many chunks
     stall_after: int | None = None  # nothing more is sent after so many chunks
     slots: int | None = None  # requests answered at a time; others wait in the server's queue
@@ -82,7 +88,7 @@ class FakeServer:
         if want.api_key and headers.get("authorization") != f"Bearer {want.api_key}":
             await self._json(writer, 401, {"error": {"message": "invalid key"}})
         elif path == "/v1/models":
-            await self._json(writer, 200, {"data": [{"id": want.model}]})
+            await self._json(writer, 200, {"data": [{"id": name} for name in (want.model, *want.others)]})
         elif path == "/version":
             await self._json(writer, 200, {"version": "9.9.9"})
         elif path == "/metrics" and want.metrics:
@@ -106,7 +112,10 @@ class FakeServer:
 
     async def _json(self, writer: asyncio.StreamWriter, status: int, answer: Any) -> None:
         data = json.dumps(answer).encode()
-        writer.write(f"HTTP/1.1 {status} X\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
+        head = f"HTTP/1.1 {status} X\r\ncontent-length: {len(data)}\r\n"
+        if status != 200 and self.behaviour.retry_after is not None:
+            head += f"retry-after: {self.behaviour.retry_after}\r\n"
+        writer.write(f"{head}\r\n".encode() + data)
         await writer.drain()
 
     async def _chat(self, writer: asyncio.StreamWriter, data: bytes) -> bool:
@@ -120,6 +129,9 @@ class FakeServer:
         if want.fail_after is not None and count > want.fail_after:
             status = 500
         if want.fail_every is not None and count % want.fail_every == 0:
+            status = want.fail_status
+        if want.busy > 0:
+            want.busy -= 1
             status = 429
         if status != 200 and want.error is not None:
             writer.write(f"HTTP/1.1 {status} X\r\ncontent-length: {len(want.error)}\r\n\r\n".encode() + want.error)
@@ -176,7 +188,10 @@ class FakeServer:
                 return False
             if index == 0:
                 self.served.append(time.perf_counter() - arrived)
-            await event(choice({"content": piece}))
+            chunk = choice({want.reasoning or "content": piece})
+            if want.count_chunks and (body.get("stream_options") or {}).get("continuous_usage_stats"):
+                chunk["usage"] = {"prompt_tokens": 7, "completion_tokens": (index + 1) * want.per_chunk}
+            await event(chunk)
         if want.finish:
             await event(choice({}, "stop"))
         if want.usage:

@@ -33,6 +33,7 @@ TEXT = {
     "vocab_size": VOCAB,
     "rms_norm_eps": 1e-6,
 }
+SECTIONS = [4, 6, 6]
 SIDE_FILES = {
     "tokenizer.json": {"model": {}},
     "tokenizer_config.json": {"chat_template": "{{ messages }}"},
@@ -50,8 +51,9 @@ def config(nested: bool = False) -> dict[str, Any]:
         "vision_config": VISION,
     }
     if nested:
-        return {**head, "text_config": {**TEXT, "rope_parameters": {"rope_theta": 1e6}}}
-    return {**head, **TEXT, "rope_theta": 1e6, "torch_dtype": "float16"}
+        return {**head, "text_config": {**TEXT, "rope_parameters": {"rope_theta": 1e6, "mrope_section": SECTIONS}}}
+    rope = {"type": "mrope", "mrope_section": SECTIONS}
+    return {**head, **TEXT, "rope_theta": 1e6, "rope_scaling": rope, "torch_dtype": "float16"}
 
 
 def tensors(

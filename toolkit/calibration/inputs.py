@@ -7,6 +7,7 @@ calibration has no labels.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.calibration import media
 from toolkit.calibration.manifest import CalibrationSample
-from toolkit.errors import MediaError
+from toolkit.errors import CheckpointError, MediaError
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +152,24 @@ def _with_media(sample: CalibrationSample, bounds: dict[str, int]) -> list[dict[
     return messages
 
 
+def _template(processor: Qwen2VLProcessor) -> str | None:
+    """Return the processor's chat template, or where it has none its tokenizer's, as vLLM does."""
+    found = processor.chat_template or processor.tokenizer.chat_template
+    return found.get("default") if isinstance(found, dict) else found
+
+
+def _refuse_unseen(text: str, messages: list[dict[str, Any]], where: str) -> None:
+    """Raise CheckpointError where a template has left images or videos out of a text."""
+    kinds = Counter(part["type"] for message in messages for part in message["content"])
+    for kind in ("image", "video"):
+        shown = text.count(f"<|{kind}_pad|>")
+        if shown != kinds[kind]:
+            raise CheckpointError(
+                f"{where}: the model's chat template shows {shown} of {kinds[kind]} {kind}s: it is a text model's, "
+                "perhaps; copy chat_template.json from the published Qwen2-VL beside the weights"
+            )
+
+
 def prepare(
     samples: Iterable[CalibrationSample],
     processor: Qwen2VLProcessor,
@@ -170,9 +189,11 @@ def prepare(
 
     Raises:
         MediaError: an image or video can't be decoded.
+        CheckpointError: the processor's chat template does not show images.
     """
     from qwen_vl_utils import process_vision_info
 
+    template = _template(processor)
     vision_ids = [
         i
         for i in (
@@ -188,7 +209,10 @@ def prepare(
         bounds["max_pixels"] = max(bounds["min_pixels"], min(bounds["max_pixels"], max_pixels))
     for sample in samples:
         messages = _with_media(sample, bounds)
-        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        text = processor.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=False
+        )
+        _refuse_unseen(text, messages, sample.where)
         try:
             images, videos, video_kwargs = process_vision_info(
                 messages, return_video_kwargs=True, return_video_metadata=True

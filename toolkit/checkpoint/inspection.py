@@ -5,36 +5,26 @@ Headers only, so a 70 GB model takes milliseconds; ``deep`` reads the values as 
 
 from __future__ import annotations
 
-import codecs
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.checkpoint.anatomy import PARTS, Expected, expected_tensors, part_of
+from toolkit.checkpoint.anatomy import PARTS, part_of
 from toolkit.checkpoint.checkpoint import Checkpoint, QuantizationInfo
 from toolkit.checkpoint.engines import Engine, engines
-from toolkit.checkpoint.layouts import layer_shape
-from toolkit.checkpoint.left_out import vllm_leaves
-from toolkit.checkpoint.weights import LFS_MAGIC, read_json
-from toolkit.errors import CheckpointError, FormatError
+from toolkit.checkpoint.layouts import PACKED
+from toolkit.checkpoint.problems import Problem, find_problems
+from toolkit.checkpoint.weights import read_json
+from toolkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Inspection", "Part", "Problem", "inspect_checkpoint"]
 
-_PACKED = ("qweight", "qzeros", "scales")
 _16_BIT = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong: an "error" keeps engines from running the checkpoint (or makes it answer nonsense)."""
-
-    level: str
-    message: str
 
 
 @dataclass(frozen=True)
@@ -91,7 +81,7 @@ def inspect_checkpoint(path: Path, deep: bool = False) -> Inspection:
     Raises CheckpointError for a directory that can't be opened as a checkpoint at all (see `Checkpoint.open`).
     """
     checkpoint = Checkpoint.open(path)
-    problems = [*_tensor_problems(checkpoint), *_quantization_problems(checkpoint), *_file_problems(checkpoint.path)]
+    problems = find_problems(checkpoint)
     if deep:
         problems += _value_problems(checkpoint)
     manifest, unreadable = _made(checkpoint.path)
@@ -133,7 +123,7 @@ def _float_format(checkpoint: Checkpoint) -> str:
 
 def _quantization(checkpoint: Checkpoint, info: QuantizationInfo) -> dict[str, Any]:
     modules, linears = checkpoint.quantized_modules(), checkpoint.family.linears
-    packed = [checkpoint.tensors.get(f"{module}.{part}") for module in modules for part in _PACKED]
+    packed = [checkpoint.tensors.get(f"{module}.{part}") for module in modules for part in PACKED]
     nbytes = sum(tensor.nbytes for tensor in packed if tensor)
     weights = sum(checkpoint.tensors[f"{module}.qweight"].numel * 8 for module in modules)
     kinds = Counter(".".join(m.split(".")[-2:]) if m.startswith(checkpoint.layers_prefix) else m for m in modules)
@@ -154,7 +144,7 @@ def _quantization(checkpoint: Checkpoint, info: QuantizationInfo) -> dict[str, A
 def _parts(checkpoint: Checkpoint) -> list[Part]:
     parameters: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    packed = {f"{m}.{p}" for m in checkpoint.quantized_modules() for p in _PACKED}
+    packed = {f"{m}.{p}" for m in checkpoint.quantized_modules() for p in PACKED}
     for name, tensor in checkpoint.tensors.items():
         part = part_of(checkpoint, name)
         sizes[part] += tensor.nbytes
@@ -175,184 +165,23 @@ def _made(path: Path) -> tuple[dict[str, Any] | None, Problem | None]:
     return {key: manifest[key] for key in ("source", "recipe", "conversions") if key in manifest}, None
 
 
-def _tensor_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Compare the tensors with what the config calls for."""
-    missing: dict[str, list[str]] = {}
-    known: set[str] = set()
-    for expected in expected_tensors(checkpoint):
-        module = expected.name.removesuffix(".weight")
-        if expected.linear and f"{module}.qweight" in checkpoint.tensors:
-            names = [f"{module}.{part}" for part in _PACKED]
-        else:
-            names = [expected.name]
-        known.update(names)
-        for name in names:
-            if name not in checkpoint.tensors:
-                missing.setdefault(_place(checkpoint, name), []).append(name)
-        yield from _shape_problems(checkpoint, expected)
-    for place, names in missing.items():
-        yield Problem("error", f"{place} lacks {_and_more(names)}")
-    if checkpoint.tied_lm_head and "lm_head.weight" in checkpoint.tensors:
-        known.add("lm_head.weight")
-        yield Problem(
-            "warning",
-            "config.json ties lm_head to the embeddings, so engines ignore lm_head.weight: if it was trained apart, "
-            "set tie_word_embeddings to false",
-        )
-    odd = [name for name in checkpoint.tensors if name not in known and not name.endswith(".inv_freq")]
-    odd = [name for name in odd if not name.startswith("lm_head.")]
-    if odd:
-        yield Problem("warning", f"tensors that no {checkpoint.family.title} of this config has: {_and_more(odd)}")
-
-
-def _and_more(names: list[str]) -> str:
-    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
-
-
-def _place(checkpoint: Checkpoint, name: str) -> str:
-    if name.startswith(checkpoint.layers_prefix):
-        return f"layer {name.removeprefix(checkpoint.layers_prefix).partition('.')[0]}"
-    return f"the {part_of(checkpoint, name)} part"
-
-
-def _shape_problems(checkpoint: Checkpoint, expected: Expected) -> Iterator[Problem]:
-    tensor = checkpoint.tensors.get(expected.name)
-    if tensor is not None and tensor.shape != expected.shape:
-        yield Problem(
-            "error", f"{tensor.name} is {list(tensor.shape)}, and the config calls for {list(expected.shape)}"
-        )
-    if tensor is not None and tensor.dtype not in _16_BIT:
-        yield Problem("error", f"{tensor.name} is stored as {tensor.dtype}, not in a 16 or 32 bit float")
-    module = expected.name.removesuffix(".weight")
-    if not expected.linear or any(f"{module}.{part}" not in checkpoint.tensors for part in _PACKED):
-        return
-    info = checkpoint.quantization
-    assert info is not None  # Checkpoint.open has refused packed weights without a config
-    try:
-        qweight, qzeros, scales = (checkpoint.tensors[f"{module}.{part}"].shape for part in _PACKED)
-        inputs, outputs = layer_shape(info.version, info.group_size, qweight, qzeros, scales)
-    except FormatError as error:
-        yield Problem("error", f"{module}: {error}")
-        return
-    if (outputs, inputs) != expected.shape:
-        yield Problem(
-            "error",
-            f"{module} packs {outputs} x {inputs} weights, and the config calls for "
-            f"{expected.shape[0]} x {expected.shape[1]} (is its layout really {info.version}?)",
-        )
-
-
-def _quantization_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Compare the packed modules with what the quantization config says is packed: engines believe the config."""
-    info = checkpoint.quantization
-    if info is None:
-        return
-    modules = set(checkpoint.quantized_modules())
-    if not info.zero_point:
-        yield Problem("error", "the config says zero_point: false, which neither vLLM's nor AutoAWQ's AWQ kernels run")
-    yield from _left_problems(checkpoint, info.modules_to_not_convert)
-    head = any(m.startswith("lm_head") for m in modules)
-    if head != info.lm_head:
-        says = "lm_head: true" if info.lm_head else "nothing of it"
-        yield Problem("error", f"lm_head is {'' if head else 'not '}packed, and quantization_config says {says}")
-
-
-def _left_problems(checkpoint: Checkpoint, patterns: tuple[str, ...]) -> Iterator[Problem]:
-    """Compare what is in 16 bits with what vLLM takes for it; without a list, it goes by the tensors."""
-    left, modules = checkpoint.left_linears(), set(checkpoint.quantized_modules())
-    family, vllm = checkpoint.family, checkpoint.family.vllm
-    listed, unlisted = [], []
-    for index in range(checkpoint.num_layers):
-        prefix = checkpoint.layer_prefix(index)
-        for fused, parts in family.fused.items():
-            plain = [prefix + part for part in parts if (index, part) in left]
-            packed = [prefix + part for part in parts if prefix + part in modules]
-            if plain and packed:
-                yield Problem(
-                    "error", f"{packed[0]} is packed and {plain[0]} is not, and engines run them as one matrix"
-                )
-            elif patterns:
-                try:
-                    leaves = vllm_leaves(f"{vllm.layers}{index}.{fused}", patterns, family)
-                except FormatError as error:
-                    yield Problem("error", str(error))
-                    continue
-                listed += packed if leaves else []
-                unlisted += [] if leaves else plain
-    if "lm_head" in modules and patterns and vllm_leaves(vllm.head, patterns, family):
-        listed.append("lm_head")
-    if listed:
-        yield Problem("error", f"packed, but listed in modules_to_not_convert: {_and_more(listed)}")
-    if unlisted:
-        yield Problem("error", f"in 16 bits, but not listed in modules_to_not_convert: {_and_more(unlisted)}")
-    vision = [
-        e.name for e in expected_tensors(checkpoint) if part_of(checkpoint, e.name) == "vision" and len(e.shape) == 2
-    ]
-    tower = [f"{vllm.visual}{name.removeprefix(checkpoint.visual_prefix).removesuffix('.weight')}" for name in vision]
-    if patterns and not all(vllm_leaves(module, patterns, family) for module in tower):
-        yield Problem("error", "the vision tower is in 16 bits, and modules_to_not_convert does not list visual")
-
-
-def _file_problems(path: Path) -> Iterator[Problem]:
-    """Look for the files a server needs beside the weights, and whether they are what they seem."""
-    have = {p.name for p in path.iterdir()}
-    for name in sorted(have):
-        file = path / name
-        if not file.is_file() or file.suffix not in (".json", ".txt", ".jinja"):
-            continue
-        with file.open("rb") as stream:
-            start = stream.read(len(LFS_MAGIC))
-        if start == LFS_MAGIC:
-            yield Problem("error", f"{name} is a Git-LFS pointer, not the file: run `git lfs pull`")
-            continue
-        if file.suffix == ".json" and start.startswith(codecs.BOM_UTF8):
-            yield Problem(
-                "error", f"{name} begins with a byte order mark, at which transformers and vLLM stop: save it without"
-            )
-        if file.suffix == ".json":
-            try:
-                read_json(file)
-            except CheckpointError as error:
-                yield Problem("error", str(error))
-    if "tokenizer.json" not in have and not {"vocab.json", "merges.txt"} <= have:
-        yield Problem("error", "no tokenizer: tokenizer.json (or vocab.json with merges.txt) is missing")
-    if "tokenizer_config.json" not in have:
-        yield Problem("error", "no tokenizer_config.json: special tokens and the tokenizer's class are unknown")
-    if not have & {"preprocessor_config.json", "processor_config.json"}:
-        yield Problem("error", "no image processor: preprocessor_config.json (or processor_config.json) is missing")
-    if not have & {"chat_template.json", "chat_template.jinja"} and not _template_in_tokenizer(path):
-        yield Problem(
-            "error", "no chat template: chat_template.json, chat_template.jinja or one in tokenizer_config.json"
-        )
-    if "generation_config.json" not in have:
-        yield Problem("warning", "no generation_config.json: engines fall back on config.json's end-of-text token")
-
-
-def _template_in_tokenizer(path: Path) -> bool:
-    try:
-        return bool(read_json(path / "tokenizer_config.json").get("chat_template"))
-    except CheckpointError:
-        return False
-
-
 def _value_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     """Read every floating tensor: NaN and infinity anywhere, zero and negative values among the scales."""
     from rich.progress import Progress
 
+    from toolkit.checkpoint.values import read_values
     from toolkit.console import err
 
     packed = {f"{m}.scales" for m in checkpoint.quantized_modules()}
-    floats = [t for t in checkpoint.tensors.values() if t.dtype in _16_BIT]
     with Progress(console=err, transient=True) as progress:
-        task = progress.add_task("reading values", total=sum(t.nbytes for t in floats))
-        for info in floats:
-            tensor = checkpoint.get(info.name)
-            bad = tensor.numel() - int(tensor.isfinite().sum())
-            if bad:
-                yield Problem("error", f"{info.name}: {bad:,} of {tensor.numel():,} values are NaN or infinite")
-            if info.name in packed:
-                yield from _scale_problems(checkpoint, info.name, tensor)
-            progress.advance(task, info.nbytes)
+        task = progress.add_task("reading values", total=checkpoint.nbytes)
+        for found in read_values(checkpoint):
+            name, total = found.tensor.name, found.tensor.numel
+            if found.not_finite:
+                yield Problem("error", f"{name}: {found.not_finite:,} of {total:,} values are NaN or infinite")
+            if name in packed:
+                yield from _scale_problems(checkpoint, name, checkpoint.get(name))
+            progress.advance(task, found.tensor.nbytes)
 
 
 def _scale_problems(checkpoint: Checkpoint, name: str, scales: Tensor) -> Iterator[Problem]:

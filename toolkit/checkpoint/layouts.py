@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from toolkit.errors import FormatError
 
-__all__ = ["PACK", "layer_shape", "zeros_width"]
+__all__ = ["PACK", "PACKED", "layer_shape", "zeros_width"]
+
+#: Tensors that stand in a packed module for its weight.
+PACKED = ("qweight", "qzeros", "scales")
 
 #: 4-bit values to an int32 word.
 PACK = 8

@@ -93,7 +93,7 @@ def main(out: Path, minutes: float, seed: int, device: str, *, smoke: bool = Fal
     out.mkdir(parents=True, exist_ok=True)
     feed = Feed(plan.feed)
     try:
-        facts = _train(feed, plan, out, minutes * 60, seed, device, clock)
+        facts = _train(feed, plan, _Run(out, minutes * 60, seed, device, clock))
     finally:
         feed.close()
     write_record(out / TRAINING, facts)
@@ -101,38 +101,46 @@ def main(out: Path, minutes: float, seed: int, device: str, *, smoke: bool = Fal
     _finish(plan, out, device, clock)
 
 
-def _train(
-    feed: Feed, plan: _Plan, out: Path, seconds: float, seed: int, device: str, clock: Callable[[], float]
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Run:
+    out: Path
+    seconds: float
+    seed: int
+    device: str
+    #: Seconds since the command began.
+    clock: Callable[[], float]
+
+
+def _train(feed: Feed, plan: _Plan, run: _Run) -> dict[str, Any]:
     """Train, save, ask the final exam; return what training.json says."""
     import torch
 
     from toolkit.demo.learn import Learner, TrainingFailed
     from toolkit.demo.quiz import score
 
-    learner = Learner(feed, out, device, seed)
+    learner = Learner(feed, run.out, run.device, run.seed)
     parameters = sum(p.numel() for p in learner.model.parameters())
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    note(f"[{clock():.0f} s] {parameters} parameters on {name}, {feed.settings.workers} processes draw")
-    if device == "cpu" and plan.max_steps is None:
-        learner.on_speed = lambda rate: note(_forecast(rate, seconds))
+    name = torch.cuda.get_device_name() if run.device == "cuda" else platform.processor() or platform.machine()
+    note(f"[{run.clock():.0f} s] {parameters} parameters on {name}, {feed.settings.workers} processes draw")
+    if run.device == "cpu" and plan.max_steps is None:
+        learner.on_speed = lambda rate: note(_forecast(rate, run.seconds))
     learner.train(
-        clock,
-        seconds,
+        run.clock,
+        run.seconds,
         plan.make_quiz(plan.quiz, TEST_SEED),
         max_steps=plan.max_steps,
         log_every=plan.log_every,
         test_every=plan.test_every,
     )
     if not learner.steps:
-        raise TrainingFailed(f"no step was taken within {seconds:.0f} s: give it more --minutes")
-    trained = clock()
+        raise TrainingFailed(f"no step was taken within {run.seconds:.0f} s: give it more --minutes")
+    trained = run.clock()
     learner.save()
     feed.close()
-    _reload(learner, out / "model.safetensors")
-    note(f"[{clock():.0f} s] final exam: {plan.exam} questions of each task")
+    _reload(learner, run.out / "model.safetensors")
+    note(f"[{run.clock():.0f} s] final exam: {plan.exam} questions of each task")
     final = score(learner.model, plan.make_quiz(plan.exam, FINAL_SEED))
-    return _facts(learner, final, feed.settings, seed, name, trained)
+    return _facts(learner, final, feed.settings, run.seed, name, trained)
 
 
 def _finish(plan: _Plan, out: Path, device: str, clock: Callable[[], float]) -> None:

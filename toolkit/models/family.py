@@ -107,6 +107,10 @@ class Family:
     read_vision: Callable[[Mapping[str, Any], int], Vision]
     #: Tensors of a vision tower of these sizes, by their names behind `Names.visual`.
     vision_tensors: Callable[[Vision], Shapes]
+    #: Image processors of transformers that prepare images for it.
+    image_processors: tuple[str, ...]
+    #: Tokens that stand for images and videos, by config.json's key: the token, and its id where the key is missing.
+    vision_tokens: Mapping[str, tuple[str, int]]
     #: Most pixels of an image by the published checkpoints' processor.
     max_pixels: int
     #: Positions where config.json does not say ``max_position_embeddings``.

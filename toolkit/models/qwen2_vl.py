@@ -99,6 +99,14 @@ QWEN2_VL = Family(
     ),
     read_vision=_read_vision,
     vision_tensors=_vision_tensors,
+    image_processors=("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil"),
+    vision_tokens=MappingProxyType(
+        {
+            "image_token_id": ("<|image_pad|>", 151655),
+            "video_token_id": ("<|video_pad|>", 151656),
+            "vision_start_token_id": ("<|vision_start|>", 151652),
+        }
+    ),
     max_pixels=16384 * 28 * 28,
     max_positions=32768,
     decoder_layer="transformers.models.qwen2_vl.modeling_qwen2_vl:Qwen2VLDecoderLayer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,5 +36,5 @@ class Made:
     """
 
     hash: str
-    balance: tuple[float, ...] | None
+    balance: Sequence[float] | None
     outcome: Outcome

@@ -6,8 +6,8 @@ several processes, are those of an undisturbed run. All is kept in a hidden sibl
     .OUT.qvl-partial/
         lock                        held while a run lasts
         identity.json               what the layers were made from
-        parts-DIGEST/               layers and the rest (`toolkit.quantize.parts`); named by the identity, since what a
-                                    stray worker of another run writes is not ours
+        parts-DIGEST/               layers and the rest (`toolkit.quantize.parts`), and what was measured before them;
+                                    named by the identity, since what a stray worker of another run writes is not ours
         checkpoint/                 what becomes OUT in one rename; a resumed run begins it anew
 """
 
@@ -17,10 +17,10 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from toolkit.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Journal"]
+
+T = TypeVar("T")
+
+#: What a run takes over from the one that it goes on with, instead of a note that bits may differ.
+_TAKEN_OVER = ("threads",)
 
 
 class Journal(AtomicDirectory):
@@ -59,6 +64,7 @@ class Journal(AtomicDirectory):
         identity: nested JSON-able dict of all that the weights follow from: source, recipe, calibration, ...
         layers: number of decoder layers.
         environment: flat JSON-able dict of what may change the last bit, such as versions and device; see `notes`.
+            In the block, "threads" is the number that the first of these runs had, and is to be used.
         restart: discard what an earlier run finished.
 
     Raises CheckpointError when ``out`` can't be taken, another run writes it, or the identity is not that of the
@@ -123,6 +129,12 @@ class Journal(AtomicDirectory):
         return self._parts.directory
 
     @property
+    def begun(self) -> bool:
+        """Before the block: whether an earlier run with this identity was stopped, and is gone on with."""
+        found = read_json(self.work / "identity.json")
+        return found is not None and found.get("identity") == self._identity
+
+    @property
     def complete(self) -> bool:
         """Whether all layers and the rest are on the disk."""
         return self._parts.rest() is not None and set(range(self.layers)) <= self._parts.finished()
@@ -137,6 +149,22 @@ class Journal(AtomicDirectory):
         self._flush()
         with self._space(0, "rest.json"):
             self._parts.finish_rest(self._shards)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """Return what an earlier run made under this name, or make it and keep it for a later one.
+
+        Args:
+            name: of letters.
+            make: returns JSON-able lists, dicts and scalars; floats come back to the bit.
+        """
+        path = self.directory / f"{name}.json"
+        found = read_json(path)
+        if found is None:
+            found = {"made": make()}
+            with self._space(0, path.name), replacing(path, durable=True) as temporary:
+                write_synced(temporary, json.dumps(found).encode())
+        made: T = found["made"]
+        return made
 
     def records(self) -> list[dict[str, Any]]:
         """Return the records of all finished layers, in the layers' order."""
@@ -201,16 +229,19 @@ class Journal(AtomicDirectory):
     def _resume(self, found: dict[str, Any] | None) -> None:
         """Take up what was found, or begin anew where that holds no layer or is not wanted."""
         environments: list[dict[str, Any]] = []
-        if found is not None and not self.restart and (done := self._parts.finished()):
-            if changed := changes(found["identity"], self._identity):
+        done = self._parts.finished() if found is not None and not self.restart else set()
+        if found is not None and not self.restart and (done or found["identity"] == self._identity):
+            if done and (changed := changes(found["identity"], self._identity)):
                 raise CheckpointError(
                     f"an earlier run finished {len(done)} layers of {self.out} from something else: {changed}. "
                     "Repeat the earlier command to go on with it, or add --restart to discard its layers."
                 )
             self.done = frozenset(done)
             environments = found["environments"]
-            self.notes += environment_notes(environments, self.environment, len(done))
-        elif found is None or self.restart or found["identity"] != self._identity:
+            self._take_over(environments)
+            if done:
+                self.notes += environment_notes(environments, self.environment, len(done))
+        else:
             self._wipe()
         self._parts = self._parts_of(self._identity)
         shutil.rmtree(self.tmp, ignore_errors=True)
@@ -227,6 +258,17 @@ class Journal(AtomicDirectory):
             self.tmp.mkdir()
             fsync(self.work)
             fsync(self.out.parent)
+
+    def _take_over(self, environments: Sequence[dict[str, Any]]) -> None:
+        """Bring this run's environment to that of an earlier one, where it can be."""
+        for key in _TAKEN_OVER:
+            before = next((environment[key] for environment in environments if key in environment), None)
+            if key in self.environment and before not in (None, self.environment[key]):
+                self.notes.append(
+                    f"going on with {before} {key}, as it was begun, instead of {self.environment[key]}: "
+                    "another number would change the last bit"
+                )
+                self.environment[key] = before
 
     def _finish(self) -> None:
         if not self.complete:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from toolkit.checkpoint.values import in_16_bits
 from toolkit.formats.packing import pack_gemm, pack_gemv
 from toolkit.quantize.parts import write_layer
 
@@ -74,13 +75,13 @@ class LayerWriter:
         tensors = {}
         for name in checkpoint.family.linears:
             if name not in result.found.linears:
-                tensors[f"{prefix}{name}.weight"] = checkpoint.get(f"{prefix}{name}.weight")
+                tensors[f"{prefix}{name}.weight"] = in_16_bits(checkpoint.get(f"{prefix}{name}.weight"))
                 continue
             packed = self.pack(result.found.linears[name])
             for part in ("qweight", "qzeros", "scales"):
                 tensors[f"{prefix}{name}.{part}"] = getattr(packed, part)
         for name, tensor in result.found.others.items():
-            tensors[prefix + name] = tensor.to(checkpoint.get(prefix + name).dtype)
+            tensors[prefix + name] = in_16_bits(tensor.to(checkpoint.get(prefix + name).dtype))
         return tensors
 
     def _write(self, index: int, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from toolkit.checkpoint.values import nbytes_in_16_bits
 from toolkit.errors import FormatError, ResourceError
 from toolkit.files import free_bytes
 from toolkit.quantize.search.sizes import packed_bytes, screen_rows
@@ -159,7 +160,9 @@ def make_plan(
     first = checkpoint.layer_prefix(0)
     packed = sum(packed_bytes(k, n, recipe.group_size) for k, n in shapes.values())
     layer_bytes = sum(checkpoint.tensors[f"{first}{name}.weight"].nbytes for name in shapes)
-    disk = checkpoint.nbytes - layers * layer_bytes + layers * packed + 30_000_000  # tokenizer and config files
+    linears = {f"{name}.weight" for index in range(layers) for name in checkpoint.linear_names(index)}
+    rest = sum(nbytes_in_16_bits(tensor) for name, tensor in checkpoint.tensors.items() if name not in linears)
+    disk = rest + layers * packed + 30_000_000  # tokenizer and config files
 
     tokens = sum(sample.tokens for sample in samples)
     sample_bytes = sum(value.nbytes for sample in samples for value in sample.inputs.values())

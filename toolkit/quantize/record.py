@@ -39,7 +39,7 @@ def _config(job: Job) -> dict[str, Any]:
     """Return the source's config.json with what engines read of the quantization."""
     checkpoint, recipe = job.source.checkpoint, job.recipe
     return {
-        **checkpoint.config,
+        **_in_16_bits(checkpoint.config),
         "quantization_config": {
             "bits": recipe.bits,
             "group_size": recipe.group_size,
@@ -49,6 +49,13 @@ def _config(job: Job) -> dict[str, Any]:
             "zero_point": True,
         },
     }
+
+
+def _in_16_bits(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config that says fp16 where it said fp32, as the weights are then (`toolkit.checkpoint.values`)."""
+    said = {key: value for key, value in config.items() if key in ("dtype", "torch_dtype") and value == "float32"}
+    nested = {key: _in_16_bits(value) for key, value in config.items() if isinstance(value, dict)}
+    return {**config, **nested, **dict.fromkeys(said, "float16")}
 
 
 def _manifest(job: Job, made: Made, records: list[dict[str, Any]]) -> dict[str, Any]:

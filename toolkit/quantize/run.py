@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.checkpoint.values import in_16_bits, refuse_values
 from toolkit.console import note, warn
 from toolkit.errors import CheckpointError
 from toolkit.quantize.devices import find_devices
@@ -54,12 +55,14 @@ def run(model: str, out: Path, recipe: Recipe, options: RunOptions) -> Path:
             force=options.force,
             source=source.checkpoint.path,
             expected_bytes=job.plan.disk,
-            environment={**versions(), "devices": sorted(set(devices))},
+            environment=_environment(devices),
             restart=options.restart,
         )
+        if not journal.begun:  # whoever begun it has read the same files
+            _refuse_values(source.checkpoint, progress)
         seconds = {"prepare": time.perf_counter() - began}
         try:
-            with journal:
+            with journal, _threads(journal.environment["threads"]):
                 made = _make_layers(journal, job, progress)
                 write_rest(journal, job, made, {**seconds, "total": time.perf_counter() - began})
         except BaseException:
@@ -84,6 +87,39 @@ def _device(devices: Sequence[str]) -> Any:
     import torch
 
     return torch.device(devices[0])
+
+
+def _environment(devices: Sequence[str]) -> dict[str, Any]:
+    """Return what may change the last bit of a result, beside all that it follows from."""
+    import torch
+
+    found = {**versions(), "devices": sorted(set(devices)), "threads": torch.get_num_threads()}
+    return found | ({"cpu": torch.backends.cpu.get_cpu_capability()} if "cpu" in devices else {})
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Have torch use so many threads in the block: sums that are split otherwise end in another last bit."""
+    import torch
+
+    before = torch.get_num_threads()
+    if number != before:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        if number != before:
+            torch.set_num_threads(before)
+
+
+def _refuse_values(checkpoint: Checkpoint, progress: RunProgress) -> None:
+    """Read the source once, so that a NaN is found now and not in a layer, or in an answer.
+
+    Raises:
+        CheckpointError: names the tensors.
+    """
+    progress.begin("reading values", len(checkpoint.tensors))
+    refuse_values(checkpoint, progress.advance)
 
 
 def _identity(job: Job) -> dict[str, Any]:
@@ -111,7 +147,8 @@ def _make_layers(journal: Journal, job: Job, progress: RunProgress) -> Made:
     if journal.done:
         note(f"going on: {len(journal.done)} of {layers} layers are done")
     todo = [index for index in range(layers) if index not in journal.done]
-    balance, outcome = None, Outcome([], [])
+    balance: list[float] | None = None
+    outcome = Outcome([], [])
     with contextlib.ExitStack() as stack:
         checkpoint = original
         if adapter is not None:
@@ -121,10 +158,11 @@ def _make_layers(journal: Journal, job: Job, progress: RunProgress) -> Made:
         # both beside the search, which waits for neither
         hashing = pool.submit(checkpoint.content_hash)
         rest = [name for name in checkpoint.tensors if not name.startswith(checkpoint.layers_prefix)]
-        copying = pool.submit(journal.add_rest, ((name, checkpoint.get(name)) for name in rest))
+        copying = pool.submit(journal.add_rest, ((name, in_16_bits(checkpoint.get(name))) for name in rest))
         progress.layers(len(journal.done), layers)
+        if job.recipe.balance != "none":
+            balance = journal.once("sensitivity", lambda: _sensitivity(checkpoint, job, progress))
         if todo:
-            balance = _balance(checkpoint, job, progress)
             shares = _shares(checkpoint, job, journal.directory, todo, balance)
             outcome = search_shares(shares, job.calibration.samples, journal.work / "samples.pt", progress, copying)
         copying.result()
@@ -138,20 +176,21 @@ def _make_layers(journal: Journal, job: Job, progress: RunProgress) -> Made:
     return made
 
 
-def _balance(checkpoint: Checkpoint, job: Job, progress: RunProgress) -> tuple[float, ...] | None:
-    """Measure what a vision token counts in each layer, where that was asked for."""
-    if job.recipe.balance == "none":
-        return None
+def _sensitivity(checkpoint: Checkpoint, job: Job, progress: RunProgress) -> list[float]:
+    """Measure what a vision token counts in each layer."""
     from toolkit.quantize.search.sensitivity import measure
 
     progress.begin("sensitivity", 2 * checkpoint.num_layers)
-    return tuple(measure(checkpoint, job.calibration.samples, _device(job.devices), on_step=progress.advance))
+    return list(measure(checkpoint, job.calibration.samples, _device(job.devices), on_step=progress.advance))
 
 
 def _shares(
-    checkpoint: Checkpoint, job: Job, directory: Path, todo: Sequence[int], balance: tuple[float, ...] | None
+    checkpoint: Checkpoint, job: Job, directory: Path, todo: Sequence[int], balance: Sequence[float] | None
 ) -> list[Share]:
     """Share the layers out; a device that would have none is left out."""
+    import torch
+
+    threads = torch.get_num_threads()
     return [
         Share(
             checkpoint.path,
@@ -163,6 +202,7 @@ def _shares(
             layers,
             balance,
             job.report is not None,
+            threads,
         )
         for device, layers in zip(job.devices, divide(todo, len(job.devices)), strict=True)
         if layers

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.console import note, warn
-from toolkit.errors import ManifestError
+from toolkit.errors import CheckpointError, ManifestError
 
 if TYPE_CHECKING:
     from toolkit.calibration.inputs import PreparedSample
@@ -34,6 +34,7 @@ def prepare_samples(checkpoint: Checkpoint, recipe: Recipe, progress: RunProgres
     """Read the manifest and turn its samples into model inputs.
 
     Raises:
+        CheckpointError: its processor can't be loaded, or its template does not show images.
         ManifestError: it can't be read, or no sample is short enough.
     """
     from toolkit.calibration.inputs import digest, prepare
@@ -52,7 +53,11 @@ def prepare_samples(checkpoint: Checkpoint, recipe: Recipe, progress: RunProgres
         samples = read_manifest(path, recipe.samples, recipe.seed)
         if len(samples) < recipe.samples:
             note(f"the manifest has {len(samples)} samples; all are used")
-        processor = AutoProcessor.from_pretrained(checkpoint.path)
+        try:
+            processor = AutoProcessor.from_pretrained(checkpoint.path)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"transformers can't load the processor in {checkpoint.path}: {reason}") from error
         inputs = prepare(samples, processor, max_tokens=recipe.max_tokens, max_pixels=recipe.max_pixels, skipped=skip)
         prepared = list(progress.track("reading samples", inputs, len(samples)))
     if too_long:

@@ -9,6 +9,7 @@ from typing import Any
 
 from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
 from toolkit.checkpoint.left_out import Linear, describe
+from toolkit.checkpoint.problems import refuse_broken
 from toolkit.console import note
 from toolkit.errors import AlreadyQuantized
 from toolkit.quantize.identity import file_stamps, source_identity
@@ -59,6 +60,7 @@ def open_source(model: str, out: Path, recipe: Recipe, force: bool) -> Source:
             f"{checkpoint.path} is AWQ already ({checkpoint.quantization.version}, group size "
             f"{checkpoint.quantization.group_size}): quantize its fp16 source, or `qvl convert` it to the other format"
         )
+    refuse_broken(checkpoint)
     check_settings(checkpoint, recipe)
     CheckpointWriter(out, force, source=checkpoint.path).check_out()
     if recipe.adapter is not None:
@@ -78,6 +80,8 @@ def open_source(model: str, out: Path, recipe: Recipe, force: bool) -> Source:
         source_identity(checkpoint),
         _adapter_stamps(recipe.adapter),
     )
+    if any(tensor.dtype == "F32" for tensor in checkpoint.tensors.values()):
+        note("the source holds fp32 weights: what is not packed (vision tower, embeddings, norms) is written as fp16")
     if left:
         note(f"left in 16 bits: {source.left_in_words}")
     return source

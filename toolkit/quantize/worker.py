@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.checkpoint.left_out import Linear
+from toolkit.checkpoint.values import in_16_bits
 from toolkit.errors import QvlError, ResourceError
 from toolkit.quantize.events import Captured, Ended, Event, Failed, LayerDone, Note
 from toolkit.quantize.progress import MemoryWatch
@@ -43,7 +44,8 @@ class Share:
 
     ``source``: the fp16 checkpoint. ``left``: linears that stay in 16 bits. ``directory``: the journal's. ``device``:
     as torch names it. ``store_on_device``: where hidden states wait. ``wanted``: layers to search. ``balance``: of each
-    layer, what a vision token counts. ``report``: compare ways of searching.
+    layer, what a vision token counts. ``report``: compare ways of searching. ``threads``: of torch on the CPU, in a
+    process of its own; None: as many as it takes by itself.
     """
 
     source: Path
@@ -53,8 +55,9 @@ class Share:
     device: str
     store_on_device: bool
     wanted: tuple[int, ...]
-    balance: tuple[float, ...] | None = None
+    balance: Sequence[float] | None = None
     report: bool = False
+    threads: int | None = None
 
 
 def run(share: Share, samples: Sequence[PreparedSample], tell: Tell) -> None:
@@ -178,7 +181,7 @@ def _quantizer(checkpoint: Checkpoint, share: Share, stream: LayerStream) -> Lay
     from toolkit.quantize.search.strategy import SearchSettings
 
     recipe = share.recipe
-    norm = checkpoint.get(f"{checkpoint.layer_prefix(0)}{next(iter(checkpoint.family.norms))}.weight")
+    norm = in_16_bits(checkpoint.get(f"{checkpoint.layer_prefix(0)}{next(iter(checkpoint.family.norms))}.weight"))
     settings = SearchSettings(
         checkpoint.family, recipe.group_size, recipe.bits, norm.dtype, recipe.clip, recipe.rounding or "nearest"
     )
@@ -212,6 +215,8 @@ def in_process(share: Share, samples: Path, rank: int, queue: Queue[tuple[int, E
 
     from toolkit.calibration.inputs import PreparedSample
 
+    if share.threads is not None:
+        torch.set_num_threads(share.threads)
     parent = os.getppid()
 
     def tell(event: Event) -> None:

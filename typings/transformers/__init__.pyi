@@ -92,6 +92,7 @@ class BatchFeature(UserDict[str, torch.Tensor]):
 class BatchEncoding(UserDict[str, list[int]]): ...
 
 class PreTrainedTokenizerBase:
+    chat_template: str | dict[str, str] | None
     def __call__(self, text: str) -> BatchEncoding: ...
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
     def convert_tokens_to_ids(self, tokens: str) -> int: ...
@@ -111,6 +112,7 @@ class Qwen2VLImageProcessor:
 class Qwen2VLProcessor:
     tokenizer: PreTrainedTokenizerBase
     image_processor: Qwen2VLImageProcessor
+    chat_template: str | dict[str, str] | None
     def __call__(
         self,
         images: Sequence[Image.Image] | None = None,
@@ -126,6 +128,7 @@ class Qwen2VLProcessor:
     def apply_chat_template(
         self,
         conversation: Sequence[Mapping[str, Any]],
+        chat_template: str | None = ...,
         *,
         add_generation_prompt: bool = ...,
         tokenize: Literal[False],

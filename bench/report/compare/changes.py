@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bench.report.compare.figures import COUNTED, Figure, Metric, Side
-from bench.report.schema import Report, TaskAccuracy
+from scipy import stats
 
-__all__ = ["Change", "Row", "change", "relative", "same_baseline"]
+from bench.report.compare.figures import COUNTED, SPEED, THROUGHPUT, Figure, Metric, Side
+from bench.report.schema import Report, SpeedRatio, TaskAccuracy
+from bench.roles import ROLES
+
+__all__ = ["KEPT", "THROUGH", "Change", "Row", "change", "relative", "same_baseline"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +20,7 @@ class Change:
 
     Attributes:
         basis: how the interval was found; empty where there is none.
-        p_value: of the paired test, for accuracies.
+        p_value: of the paired test, for accuracies; of Student's, for speed over rounds.
     """
 
     value: float
@@ -79,25 +82,47 @@ def change(metric: Metric, a: Side, b: Side, before: Figure, after: Figure, pair
     value = relative(before.value, after.value)
     if metric.name in COUNTED:
         return Change(value, value, value, "counted")
-    found = _within(metric, a, b) or _between(before, after) or _through_baseline(metric, a, b)
-    return found or Change(value)
+    if metric.name not in SPEED:
+        return _between(before, after) or Change(value)
+    if metric.name in THROUGHPUT and _kept(metric, a) and _kept(metric, b):
+        return Change(0.0, 0.0, 0.0, KEPT)
+    if a.report is b.report:
+        return _within(metric, a, b) or Change(value)
+    if same_baseline(a.report, b.report):
+        # What the machine did on either day is in both baselines, and only there is it known.
+        return _through_baseline(metric, a, b) or Change(value)
+    return _between(before, after, degrees=_degrees(a, b)) or Change(value)
 
 
-def _ratio(report: Report, metric: Metric) -> Figure | None:
-    """Candidate / baseline in a report, with its interval; None when it holds none of this metric."""
+#: The basis of a change of throughput under a rate that both keep.
+KEPT = "both keep the rate"
+
+
+def _kept(metric: Metric, side: Side) -> bool:
+    point = side.report.point(side.role, metric.at) if metric.at else None
+    return bool(point and point.kept)
+
+
+def _degrees(a: Side, b: Side) -> int:
+    """Degrees of freedom that the shorter of two measurements has."""
+    return max(1, min(a.report.workload.rounds, b.report.workload.rounds) - 1)
+
+
+def _ratio(side: Side, metric: Metric) -> SpeedRatio | None:
+    """The system / its report's baseline; None when the report holds none of this metric."""
+    if metric.at is None:
+        return None
     name = metric.name.removesuffix("_p50")
-    found = next((r for r in report.speed_ratios if (r.metric, r.load) == (name, metric.at)), None)
-    return Figure(found.ratio, found.low, found.high) if found else None
+    known = [r for r in side.report.speed_ratios if (r.metric, r.load, r.shape) == (name, metric.at, metric.shape)]
+    return known[0] if known else None
 
 
 def _within(metric: Metric, a: Side, b: Side) -> Change | None:
     """Baseline and candidate of one report, measured in turns."""
-    if a.report is not b.report or (a.role, b.role) != ("baseline", "candidate"):
+    ratio = _ratio(b, metric)
+    if (a.role, b.role) != ("baseline", "candidate") or ratio is None or ratio.low is None or ratio.high is None:
         return None
-    ratio = _ratio(a.report, metric)
-    if ratio is None or ratio.low is None or ratio.high is None:
-        return None
-    return Change(ratio.value - 1, ratio.low - 1, ratio.high - 1, "measured in turns")
+    return Change(ratio.ratio - 1, ratio.low - 1, ratio.high - 1, "measured in turns", ratio.p_value)
 
 
 def _mover(a: tuple[float, float, float], b: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -107,14 +132,25 @@ def _mover(a: tuple[float, float, float], b: tuple[float, float, float]) -> tupl
     return value, value - math.hypot(b[0] - b[1], a[2] - a[0]), value + math.hypot(b[2] - b[0], a[0] - a[1])
 
 
-def _between(before: Figure, after: Figure, basis: str = "both reports' intervals") -> Change | None:
-    """The relative change between two figures that each have an interval: on the logarithm, where ratios add up."""
+def _between(
+    before: Figure, after: Figure, basis: str = "both reports' intervals", degrees: int | None = None
+) -> Change | None:
+    """The relative change between two figures that each have an interval: on the logarithm, where ratios add up.
+
+    Args:
+        degrees: of freedom, for a p-value that is below 5% where the interval leaves out no change.
+    """
     ends = [end for figure in (before, after) for end in (figure.value, figure.low, figure.high)]
     if not all(ends) or None in ends or min(end for end in ends if end is not None) <= 0:
         return None
     logs = [math.log(end) for end in ends if end is not None]
     value, low, high = _mover((logs[0], logs[1], logs[2]), (logs[3], logs[4], logs[5]))
-    return Change(math.expm1(value), math.expm1(low), math.expm1(high), basis)
+    p_value = None
+    if degrees is not None and value != 0.0:
+        reach = value - low if value > 0 else high - value
+        edge = float(stats.t.ppf(0.975, degrees))
+        p_value = float(2.0 * stats.t.sf(edge * abs(value) / reach, degrees)) if reach > 0 else 0.0
+    return Change(math.expm1(value), math.expm1(low), math.expm1(high), basis, p_value)
 
 
 def _apart(before: Figure, after: Figure) -> Change:
@@ -126,12 +162,24 @@ def _apart(before: Figure, after: Figure) -> Change:
 
 
 def _through_baseline(metric: Metric, a: Side, b: Side) -> Change | None:
-    """Candidates of two reports that measured the same baseline: (B / baseline) / (A / baseline), in which what the
-    machine did on either day is left out."""
-    if (a.role, b.role) != ("candidate", "candidate") or not same_baseline(a.report, b.report):
-        return None
-    one, two = _ratio(a.report, metric), _ratio(b.report, metric)
-    return _between(one, two, "against the same baseline") if one and two else None
+    """Systems of two reports that measured the same baseline: (B / baseline) / (A / baseline), in which what the
+    machine did on either day is left out. The baselines themselves are one: no change."""
+    ratios = []
+    for side in (a, b):
+        ratio = _ratio(side, metric)
+        kept = metric.name in THROUGHPUT and all(_kept(metric, Side(side.report, role)) for role in ROLES)
+        if side.role == "baseline" or kept:
+            ratios.append(Figure(1.0, 1.0, 1.0))
+        elif ratio is None:
+            return None
+        else:
+            ratios.append(Figure(ratio.ratio, ratio.low, ratio.high))
+    one, two = ratios
+    return _between(one, two, THROUGH, _degrees(a, b)) or Change(relative(one.value, two.value), basis=THROUGH)
+
+
+#: The basis of a change that goes through the baseline of both reports.
+THROUGH = "through the same baseline"
 
 
 def same_baseline(a: Report, b: Report) -> bool:

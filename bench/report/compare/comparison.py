@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 
 from bench.questions.scoring import RIGHT
 from bench.report.accuracy import Pair, rows
-from bench.report.compare.changes import Row, change
+from bench.report.compare.changes import KEPT, THROUGH, Row, change
 from bench.report.compare.conditions import Condition, Gate
 from bench.report.compare.differences import differences as differences_of
 from bench.report.compare.differences import incomparable
 from bench.report.compare.differences import notes as notes_of
-from bench.report.compare.figures import Side, figures
+from bench.report.compare.figures import SPEED, Side, figures
 from bench.report.schema import Item, TaskAccuracy
-from toolkit.errors import BenchError
+from toolkit.errors import BenchError, UnmeasuredError
 
 __all__ = ["Comparison", "compare", "compare_all"]
 
@@ -35,6 +35,7 @@ class Comparison:
         differences: in what was asked or on what it ran: why the two can't be compared.
         notes: what else a reader should know: other software, an incomplete report, a baseline that changed too.
         gates: each condition on each figure it names.
+        unmeasured: a line for each condition that names what could not be measured.
     """
 
     a: Side
@@ -46,6 +47,7 @@ class Comparison:
     differences: list[str]
     notes: list[str]
     gates: list[Gate] = field(default_factory=list)
+    unmeasured: list[str] = field(default_factory=list)
 
     @property
     def regressions(self) -> list[str]:
@@ -73,6 +75,7 @@ class Comparison:
             shown += ", no interval"
         elif change.low != change.high:
             shown += f", 95% interval {scale * change.low:+.1f} to {scale * change.high:+.1f}"
+        shown += f", {change.basis}" if change.basis in (THROUGH, KEPT) else ""
         moved = f"went from {gate.row.before.value:.6g} to {gate.row.after.value:.6g} ({shown})"
         return f"{gate.condition.text}: {gate.row.metric} {moved}"
 
@@ -91,12 +94,12 @@ def compare(a: Side, b: Side, conditions: Sequence[Condition] = (), *, anyway: b
         anyway: compare although what was asked, or the machine, differs.
 
     Raises:
-        BenchError: a report is marked failed, a condition names a figure that one of them lacks, or what was asked or
-            the machine differs.
+        UnmeasuredError: a report is marked failed.
+        BenchError: a condition names a figure that one of them lacks, or what was asked or the machine differs.
     """
     for side in (a, b):
         if side.report.status == "failed":
-            raise BenchError(
+            raise UnmeasuredError(
                 f"the report of {side.label} is marked failed and has no figures: {side.report.verdict.sentence}"
             )
     questions, others = ([], []) if a.report is b.report else differences_of(a.report, b.report)
@@ -115,6 +118,7 @@ def compare(a: Side, b: Side, conditions: Sequence[Condition] = (), *, anyway: b
         )
     paired = {f"accuracy.{row.task}": row for row in by_task} | ({"accuracy": overall} if overall else {})
     before, after = figures(a), figures(b)
+    unmeasured = _unmeasured(a, b, conditions)
     shared = [
         Row(metric, before[metric], after[metric], change(metric, a, b, before[metric], after[metric], paired))
         for metric in before
@@ -129,8 +133,24 @@ def compare(a: Side, b: Side, conditions: Sequence[Condition] = (), *, anyway: b
         flips=[items for pair, items in pairs if (pair.before >= RIGHT) != (pair.after >= RIGHT)],
         differences=differences,
         notes=[] if a.report is b.report else notes_of(a, b, before, after),
-        gates=_gates(a, b, shared, conditions),
+        gates=_gates(a, b, shared, [c for c in conditions if c.text not in unmeasured]),
+        unmeasured=list(unmeasured.values()),
     )
+
+
+def _unmeasured(a: Side, b: Side, conditions: Sequence[Condition]) -> dict[str, str]:
+    """A line by the text of each condition that names an invalid point."""
+    found = {}
+    for side in (a, b):
+        for point in side.report.speed:
+            if point.role != side.role or not point.invalid:
+                continue
+            for condition in conditions:
+                if condition.metric in SPEED and condition.at in (None, point.load.name):
+                    found[condition.text] = (
+                        f"{condition.text}: could not be measured: {side.label}, {point.load.name}: {point.invalid}"
+                    )
+    return found
 
 
 def _gates(a: Side, b: Side, shared: Sequence[Row], conditions: Sequence[Condition]) -> list[Gate]:
@@ -140,10 +160,8 @@ def _gates(a: Side, b: Side, shared: Sequence[Row], conditions: Sequence[Conditi
         tested = [r for r in shared if r.metric.name == condition.metric and condition.at in (None, r.metric.at)]
         if not tested:
             both = sorted({str(row.metric) for row in shared}) or ["nothing"]
-            invalid = [p for side in (a, b) for p in side.report.speed if p.role == side.role and p.invalid]
-            left_out = f" ({len(invalid)} invalid points are left out: they measured the client)" if invalid else ""
             raise BenchError(
-                f"--fail-if {condition.text!r}: not measured for both {a.label} and {b.label}{left_out}; "
+                f"--fail-if {condition.text!r}: not measured for both {a.label} and {b.label}; "
                 f"both have {', '.join(both)}"
             )
         gates += [Gate(condition, row, condition.judge(row)) for row in tested]

@@ -12,7 +12,7 @@ __all__ = ["differences", "incomparable", "notes"]
 
 #: Of the workload, what decides about answers; and what may differ without making figures incomparable: how much was
 #: measured, how long was waited, how it was called. Everything else decides about speed.
-ASKED = ("questions_sha256", "answer_tokens")
+ASKED = ("questions_sha256", "answer_tokens", "scoring")
 HARMLESS = (
     "tasks_source",
     "questions",
@@ -25,6 +25,7 @@ HARMLESS = (
     "rounds",
     "duration_s",
     "preset",
+    "price",
     "slos",
     "timeout_s",
     "seed",
@@ -40,6 +41,8 @@ def differences(a: Report, b: Report) -> tuple[list[str], list[str]]:
             questions.append(f"other questions ({a.workload.questions} and {b.workload.questions})")
         if a.workload.answer_tokens != b.workload.answer_tokens:
             questions.append(f"answers of up to {a.workload.answer_tokens} and {b.workload.answer_tokens} tokens")
+        if a.workload.scoring != b.workload.scoring:
+            questions.append(f"scored by the rules of {a.workload.scoring} and of {b.workload.scoring}")
     if a.speed and b.speed:
         # What one of them does not say (an older schema) is not known to differ; `notes` names it.
         others += [
@@ -165,6 +168,6 @@ def _drift(a: Side, b: Side) -> str | None:
     if abs(moved[worst]) < 0.02:
         return None
     return (
-        f"the baseline, the same in both, moved as well: {worst} by {100 * moved[worst]:+.1f}%; changes of that size "
-        "are the machine's"
+        f"the baseline, the same in both, moved by itself: {worst} by {100 * moved[worst]:+.1f}%; changes of speed are "
+        "told against it, and figures of the two reports side by side hold the machine's change too"
     )

@@ -15,6 +15,7 @@ __all__ = [
     "LATENCIES",
     "RATES",
     "SPEED",
+    "THROUGHPUT",
     "Figure",
     "Metric",
     "Side",
@@ -26,7 +27,14 @@ __all__ = [
 TIMES = ("ttft", "tpot", "itl", "e2e")
 PERCENTILES = ("p50", "p90", "p95", "p99")
 LATENCIES = tuple(f"{name}_{p}" for name in TIMES for p in PERCENTILES)
-RATES = ("output_tokens_per_s", "total_tokens_per_s", "requests_per_s", "goodput_per_s")
+THROUGHPUT = (
+    "steady_output_tokens_per_s",
+    "steady_requests_per_s",
+    "output_tokens_per_s",
+    "total_tokens_per_s",
+    "requests_per_s",
+)
+RATES = (*THROUGHPUT, "goodput_per_s")
 ENERGY = "joules_per_token"
 SPEED = (*LATENCIES, *RATES, ENERGY)
 #: Counted, not sampled: exact.
@@ -38,13 +46,15 @@ KNOWN = ("accuracy", "accuracy.TASK", *SPEED, *COUNTED, *DRIFT)
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A figure of a system: its name and, for speed, the load's name."""
+    """A figure of a system: its name and, for speed, the load's name and the shape of the requests, empty for all."""
 
     name: str
     at: str | None = None
+    shape: str = ""
 
     def __str__(self) -> str:
-        return self.name if self.at is None else f"{self.name}@{self.at.removesuffix(' in flight')}"
+        of = f" ({self.shape})" if self.shape else ""
+        return self.name if self.at is None else f"{self.name}@{self.at.removesuffix(' in flight')}{of}"
 
     @property
     def is_accuracy(self) -> bool:
@@ -115,6 +125,10 @@ def figures(side: Side) -> dict[Metric, Figure]:
     for point in report.speed:
         if point.role == role and point.invalid is None and point.load.kind != "rate":
             found |= {Metric(name, point.load.name): figure for name, figure in _speed(point).items()}
+            for shape, estimates in point.by_shape.items():
+                found |= {
+                    Metric(f"{name}_p50", point.load.name, shape): _estimated(each) for name, each in estimates.items()
+                }
     system = report.systems[role]
     memory = system.memory
     sizes = (system.disk_bytes, memory.host_bytes, memory.gpu_bytes, memory.weights_bytes, memory.kv_cache_tokens)
@@ -125,7 +139,8 @@ def figures(side: Side) -> dict[Metric, Figure]:
 
 
 def _speed(point: SpeedPoint) -> dict[str, Figure]:
-    """Figures of a point: over its rounds where they are known by round, else over all requests."""
+    """Figures of a point: over its rounds where they are known by round, else over all requests. Throughput under a
+    rate that is kept is that rate."""
     found: dict[str, Figure] = {}
     for name in TIMES:
         distribution = getattr(point, f"{name}_ms")
@@ -138,6 +153,10 @@ def _speed(point: SpeedPoint) -> dict[str, Figure]:
     found |= {name: Figure(value) for name, value in rates.items() if value is not None}
     for name, estimate in point.by_round.items():
         found[f"{name}_p50" if name in TIMES else name] = _estimated(estimate)
+    if point.kept:
+        scale = (point.offered_per_s or 0.0) / point.requests_per_s if point.requests_per_s else 0.0
+        pooled = {name: getattr(point, name) for name in THROUGHPUT if name in found}
+        found |= {name: Figure(scale * value) for name, value in pooled.items() if value is not None}
     return found
 
 

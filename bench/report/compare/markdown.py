@@ -23,6 +23,7 @@ def render(found: Sequence[Comparison]) -> str:
         parts.append(f"**{judged}**: {sentence}" if judged else sentence)
         parts += [f"> **regression**: {line}" for line in comparison.regressions]
         parts += [f"> can't tell: {line}" for line in comparison.undecided]
+        parts += [f"> **not measured**: {line}" for line in comparison.unmeasured]
     said = view.differences(found)
     parts += ["Compared although it differs: " + "; ".join(said) + "."] if said else []
     noted = view.notes(found)
@@ -45,7 +46,7 @@ def render(found: Sequence[Comparison]) -> str:
     parts += [_flips(comparison) for comparison in found if comparison.flips]
     parts.append(
         "\n".join(f"- {column.letter}: {column.measured}" for column in columns)
-        + "\n\nIntervals are 95%. ▲ better and ▼ worse beyond chance, ○ can't tell, · untold: no interval."
+        + "\n\nIntervals are 95%. ▲ better and ▼ worse beyond chance, ○ can't tell, · no interval."
     )
     return "\n\n".join(parts) + "\n"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.judge.stats import holm
 from bench.questions.scoring import RIGHT
 from bench.report import words
 from bench.report.compare.changes import Row
@@ -19,6 +20,7 @@ __all__ = [
     "Line",
     "accuracy",
     "change",
+    "claimed",
     "columns",
     "differences",
     "figure",
@@ -26,6 +28,7 @@ __all__ = [
     "headline",
     "lines",
     "notes",
+    "tested",
     "verdict",
 ]
 
@@ -34,9 +37,11 @@ NAMES = {
     "tpot": "TPOT",
     "itl": "ITL",
     "e2e": "E2E",
-    "output_tokens_per_s": "output tokens/s",
+    "steady_output_tokens_per_s": "output tokens/s",
+    "steady_requests_per_s": "requests/s",
+    "output_tokens_per_s": "output tokens/s, to the last",
     "total_tokens_per_s": "all tokens/s",
-    "requests_per_s": "requests/s",
+    "requests_per_s": "requests/s, to the last",
     "goodput_per_s": "goodput/s",
     "joules_per_token": "J/token",
     "kv_cache": "KV cache",
@@ -103,7 +108,8 @@ def _name(metric: Metric) -> str:
     if name in LATENCIES:
         name, percentile = name.split("_")
     shown = f"{NAMES[name]} {percentile}".rstrip()
-    return shown if metric.at is None else f"{shown}, {metric.at}"
+    shown = shown if metric.at is None else f"{shown}, {metric.at}"
+    return f"{shown}, {metric.shape}" if metric.shape else shown
 
 
 def figure(metric: Metric, value: float) -> str:
@@ -136,7 +142,7 @@ def change(row: Row) -> tuple[str, str]:
 def verdict(row: Row) -> tuple[str, str]:
     """A sign and a word for what a change says of B: the word carries the meaning, the sign repeats it."""
     if row.change.low is None:
-        return "·", "untold"
+        return "·", "no interval"
     return {"better": ("▲", "better"), "worse": ("▼", "worse"), "same": ("=", "same")}.get(
         row.says, ("○", "can’t tell")
     )
@@ -162,15 +168,30 @@ def headline(found: Comparison) -> tuple[str, str]:
             parts.append(f"Worse by {'itself' if len(worse) == 1 else 'themselves'}: {', '.join(worse)}.")
     else:
         parts.append(f"No questions were answered by both {b} and {a}.")
-    speed = [row for row in found.rows if row.metric.name in ("ttft_p50", "tpot_p50", "output_tokens_per_s")]
-    told = [f"{_name(row.metric)} {change(row)[0]}" for row in speed if row.says in ("better", "worse")]
+    speed = tested(found)
+    told = [f"{_name(row.metric)} {change(row)[0]}" for row in speed if claimed(row, speed)]
     if told:
-        parts.append(f"Beyond chance: {', '.join(told)}.")
+        among = f" among {len(speed)} figures of speed" if len(speed) > 1 else ""
+        parts.append(f"Beyond chance{among}: {', '.join(told)}.")
     elif speed:
         parts.append("No difference in speed is beyond chance, or the reports hold no intervals.")
     if found.regressions:
         judged = "worse"
     return judged, " ".join(parts)
+
+
+def tested(found: Comparison) -> list[Row]:
+    """The figures of speed that a headline may be about: TTFT, TPOT and throughput under each load."""
+    names = {row.metric.name for row in found.rows}
+    rate = "steady_output_tokens_per_s" if "steady_output_tokens_per_s" in names else "output_tokens_per_s"
+    return [row for row in found.rows if row.metric.name in ("ttft_p50", "tpot_p50", rate) and not row.metric.shape]
+
+
+def claimed(row: Row, among: Sequence[Row]) -> bool:
+    """Whether a change of speed is beyond chance although so many were tested (Holm)."""
+    known = [each for each in among if each.change.p_value is not None]
+    adjusted = dict(zip(map(id, known), holm([each.change.p_value or 0.0 for each in known]), strict=True))
+    return row.says in ("better", "worse") and adjusted.get(id(row), 0.0) < 0.05
 
 
 def differences(found: Sequence[Comparison]) -> list[str]:

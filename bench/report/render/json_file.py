@@ -9,7 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bench.report.schema import SCHEMA_VERSION, Accuracy, Item, Load, Report
+from bench.report.headlines import RATES, marked
+from bench.report.schema import SCHEMA_VERSION, Accuracy, Item, Load, Report, SpeedPoint, SpeedRatio
+from bench.report.words import speed_sentence
 from bench.roles import ROLES, Role
 from toolkit.errors import BenchError
 
@@ -75,12 +77,27 @@ def read(path: Path) -> Report:
 
 
 def _fourth(old: dict[str, Any]) -> dict[str, Any]:
-    """Bring a report of schema version 3 to 4: what was asked about are images, no longer pictures."""
+    """Bring a report of schema version 3 to 4: what was asked about are images, no longer pictures; a rate that was not
+    stopped counts as kept, and has no ratios of throughput; headlines are chosen as they are now."""
     data = copy.deepcopy(old) | {"schema_version": 4}
     for part in ("accuracy", "fidelity"):
         for item in (data.get(part) or {}).get("items", ()):
             if "pictures" in item:
                 item["images"] = item.pop("pictures")
+    rates = [point for point in data["speed"] if point["load"]["kind"] == "open"]
+    for point in rates:
+        point["kept"] = not (point["stopped"] or point["unsent"])
+        point["achieved_per_s"] = point["offered_per_s"] if point["kept"] else point["requests_per_s"]
+    kept = {point["load"]["name"] for point in rates} - {p["load"]["name"] for p in rates if not p["kept"]}
+    points = [SpeedPoint.model_validate(point) for point in data["speed"]]
+    ratios = [
+        SpeedRatio.model_validate(ratio)
+        for ratio in data["speed_ratios"]
+        if not (ratio["load"] in kept and ratio["metric"] in RATES)
+    ]
+    data["speed_ratios"] = [ratio.model_dump() for ratio in marked(points, ratios)]
+    if data["status"] != "failed":
+        data["verdict"]["speed"] = speed_sentence([SpeedRatio.model_validate(r) for r in data["speed_ratios"]])
     return data
 
 

@@ -96,7 +96,12 @@ def _speed(shown: View) -> list[str]:
         for row in shown.speed
     ]
     head = ["load", "system", "TTFT ms", "TPOT ms", "ITL ms", "E2E ms", "tokens/s", "requests/s", "n", ""]
-    parts = [f"## {HEADINGS['speed']}", table(head, rows), "Each cell: p50 / p90 / p99."]
+    parts = [
+        f"## {HEADINGS['speed']}",
+        table(head, rows),
+        "Each cell: p50, the median of the rounds', / p90 / p99 over all rounds, where there are enough requests. "
+        "Throughput of closed loops is without each round's end.",
+    ]
     if shown.ratios.rows:
         rows = [[load, *map(str, cells)] for load, cells in shown.ratios.rows]
         parts.append(table(["load", *shown.ratios.head], rows))
@@ -108,4 +113,4 @@ def _speed(shown: View) -> list[str]:
 
 
 def _three(found: Spread | None) -> str:
-    return "–" if found is None else f"{found.p50} / {found.p90} / {found.p99}"
+    return "–" if found is None else " / ".join(filter(None, (found.p50, found.p90, found.p99)))

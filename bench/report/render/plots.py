@@ -143,7 +143,7 @@ def speed_curves(report: Report) -> list[tuple[str, str, str]]:
         for role in ROLES:
             known = [(point, latency) for point in points if point.role == role and (latency := pick(point))]
             spots = [
-                ((point.output_tokens_per_s if counted else point.requests_per_s) or 0.0, latency, point)
+                (point.throughput("output_tokens_per_s" if counted else "requests_per_s") or 0.0, latency, point)
                 for point, latency in known
             ]
             spots.sort(key=lambda spot: spot[0])

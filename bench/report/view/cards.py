@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.report import words
-from bench.report.schema import Report
+from bench.report.headlines import throughput
+from bench.report.schema import Report, SpeedFigure
 from bench.roles import ROLES
 
 __all__ = ["CARDS", "Card", "cards"]
@@ -16,11 +17,16 @@ CARDS = 4
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One of the numbers at the top."""
+    """One of the numbers at the top.
+
+    Attributes:
+        said: ``better``, ``worse`` or ``not told apart``; empty where the number has no interval to tell by.
+    """
 
     name: str
     value: str
     detail: str
+    said: str = ""
 
 
 def cards(report: Report) -> list[Card]:
@@ -33,6 +39,12 @@ def cards(report: Report) -> list[Card]:
     return found[:CARDS]
 
 
+#: Latencies that have a card.
+TIMES: dict[SpeedFigure, str] = {
+    "tpot": "Time per token",
+    "e2e": "End-to-end latency",
+    "ttft": "Time to first token",
+}
 #: Cards that give way when there are too many, the last first.
 SPARE = ("Time to first token", "Drift from the baseline")
 
@@ -47,6 +59,7 @@ def _quality_cards(report: Report) -> list[Card]:
                 f"{words.points(row.difference.value)} pt",
                 f"{words.percent(row.candidate.value)} against {words.percent(row.baseline.value)} "
                 f"(95%: {words.interval(row.difference)})",
+                row.verdict,
             )
         )
     drift = report.fidelity and report.fidelity.candidate
@@ -63,20 +76,23 @@ def _quality_cards(report: Report) -> list[Card]:
 
 def _speed_cards(report: Report) -> list[Card]:
     found = []
-    first = {ratio.metric: ratio for ratio in reversed(report.speed_ratios)}
-    for metric, name in (("tpot", "Time per token"), ("ttft", "Time to first token")):
-        ratio = first.get("tpot" if metric == "tpot" else "ttft")
-        if ratio:
+    chosen = [ratio for ratio in report.speed_ratios if ratio.headline]
+    first = {ratio.metric: ratio for ratio in chosen}
+    for metric, name in TIMES.items():
+        if ratio := first.get(metric):
             shown = words.ratio_interval(ratio.low, ratio.high)
-            found.append(Card(name, words.ratio(ratio.ratio), f"{ratio.load} (95%: {shown})"))
-    most = words.throughput(report.speed_ratios)
+            found.append(Card(name, words.ratio(ratio.ratio), f"{ratio.load} (95%: {shown})", words.told(ratio)))
+    most = throughput(chosen)
     if most:
-        values = []
-        for role in ROLES:
-            estimate = next(p.by_round[most.metric] for p in report.speed if (p.role, p.load.name) == (role, most.load))
-            values.append(words.number(estimate.value))
-        name = "Output tokens/s" if most.metric == "output_tokens_per_s" else "Requests/s"
-        found.append(Card(name, words.ratio(most.ratio), f"{values[1]} against {values[0]}, {most.load}"))
+        values = [
+            words.number(point.figure(most.metric) or 0.0)
+            for role in ROLES
+            if (point := report.point(role, most.load)) is not None
+        ]
+        name = "Output tokens/s" if "tokens" in most.metric else "Requests/s"
+        shown = words.ratio_interval(most.low, most.high)
+        detail = f"{values[1]} against {values[0]}, {most.load} (95%: {shown})"
+        found.append(Card(name, words.ratio(most.ratio), detail, words.told(most)))
     return found
 
 

@@ -18,8 +18,10 @@ FIGURES: dict[SpeedFigure, str] = {
     "tpot": "TPOT",
     "itl": "ITL",
     "e2e": "E2E",
-    "requests_per_s": "requests/s",
-    "output_tokens_per_s": "output tokens/s",
+    "steady_requests_per_s": "requests/s",
+    "steady_output_tokens_per_s": "output tokens/s",
+    "requests_per_s": "requests/s, to the last",
+    "output_tokens_per_s": "output tokens/s, to the last",
     "total_tokens_per_s": "total tokens/s",
     "goodput_per_s": "goodput",
 }
@@ -27,7 +29,8 @@ FIGURES: dict[SpeedFigure, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Percentiles of a latency, ms; p95 is empty where the report does not say."""
+    """Percentiles of a latency, ms; p50 is the median of the rounds'. Empty where the report does not say, and where
+    fewer requests than it takes lie beyond it: a p99 takes a hundred."""
 
     p50: str
     p90: str
@@ -43,6 +46,7 @@ class SpeedRow:
         latencies: TTFT, TPOT, ITL and E2E; None where there is none.
         completed: requests.
         marks: what is wrong with the point; empty when nothing is.
+        shapes: the p50 of each latency by shape of request; empty where all have the same.
     """
 
     load: str
@@ -53,27 +57,38 @@ class SpeedRow:
     requests_per_s: str
     completed: int
     marks: str
+    shapes: list[tuple[str, list[str]]]
 
 
-def _spread(found: Distribution | None) -> Spread | None:
-    if found is None:
+def _spread(found: Distribution | None, middle: float | None) -> Spread | None:
+    if found is None or middle is None:
         return None
-    p95 = "" if found.p95 is None else words.number(found.p95)
-    return Spread(words.number(found.p50), words.number(found.p90), p95, words.number(found.p99))
+
+    def of(share: int, value: float | None) -> str:
+        # Of 9 requests the 99th percentile is the slowest one.
+        return "" if value is None or found.n * (100 - share) < 100 else words.number(value)
+
+    return Spread(words.number(middle), of(90, found.p90), of(95, found.p95), of(99, found.p99))
 
 
 def speed_row(point: SpeedPoint, report: Report) -> SpeedRow:
     """Return the row of a point."""
-    tokens = point.output_tokens_per_s
+    tokens = point.throughput("output_tokens_per_s")
+    requests = point.throughput("requests_per_s")
+    latencies: list[SpeedFigure] = ["ttft", "tpot", "itl", "e2e"]
     return SpeedRow(
         load=point.load.name,
         system=report.systems[point.role].label,
         role=point.role,
-        latencies=[_spread(each) for each in (point.ttft_ms, point.tpot_ms, point.itl_ms, point.e2e_ms)],
+        latencies=[_spread(getattr(point, f"{name}_ms"), point.figure(name)) for name in latencies],
         tokens_per_s=NOTHING if tokens is None else words.number(tokens),
-        requests_per_s=words.number(point.requests_per_s),
+        requests_per_s=NOTHING if requests is None else words.number(requests),
         completed=point.completed,
         marks=words.marks(point),
+        shapes=[
+            (shape, [words.number(found[name].value) if name in found else NOTHING for name in latencies])
+            for shape, found in point.by_shape.items()
+        ],
     )
 
 
@@ -85,14 +100,21 @@ class Ratios:
     rows: list[tuple[str, list[Cell]]]
 
 
+#: Where throughput is known without a round's end, that with it is left to report.json.
+_LESS = {"requests_per_s": "steady_requests_per_s", "output_tokens_per_s": "steady_output_tokens_per_s"}
+
+
 def ratios(report: Report) -> Ratios:
-    """Return candidate / baseline of every figure under every load that both were under."""
-    metrics = [name for name in FIGURES if any(ratio.metric == name for ratio in report.speed_ratios)]
+    """Return candidate / baseline of every figure under every load that both were under, and by shape of request."""
+    known = {ratio.metric for ratio in report.speed_ratios}
+    open_ = {load.name for load in report.loads if load.kind == "open"}
+    late = {r.metric for r in report.speed_ratios if r.load in open_}
+    metrics = [name for name in FIGURES if name in known and (name in late or _LESS.get(name) not in known)]
     rows = []
-    for load in dict.fromkeys(ratio.load for ratio in report.speed_ratios):
-        found = [report.ratio(metric, load) for metric in metrics]
+    for load, shape in dict.fromkeys((ratio.load, ratio.shape) for ratio in report.speed_ratios):
+        found = [report.ratio(metric, load, shape) for metric in metrics]
         cells = [Cell(words.ratio(r.ratio), words.ratio_interval(r.low, r.high)) if r else Cell(NOTHING) for r in found]
-        rows.append((load, cells))
+        rows.append((f"{load}, {shape}" if shape else load, cells))
     return Ratios([FIGURES[metric] for metric in metrics], rows)
 
 
@@ -102,6 +124,12 @@ class Counted:
 
     head: list[str]
     rows: list[tuple[SpeedRow, list[str]]]
+
+
+def cost(point: SpeedPoint, price: float | None) -> str:
+    """What a million output tokens cost under a load, of a machine that costs so much an hour."""
+    rate = point.throughput("output_tokens_per_s")
+    return words.number(1e6 * price / 3600.0 / rate) if price and rate else NOTHING
 
 
 def counted(report: Report) -> Counted:
@@ -115,6 +143,7 @@ def counted(report: Report) -> Counted:
         "Cached images": lambda _, server: words.percent(server.image_cache_share),
         "Preemptions": lambda _, server: words.count(server.preemptions),
         "Queue, mean": lambda _, server: words.milliseconds(server.queue_mean_ms),
+        "Cost of a million output tokens": lambda point, _: cost(point, report.workload.price),
         "Energy a token": lambda point, _: (
             NOTHING if point.energy_j_per_token is None else f"{words.number(point.energy_j_per_token)} J"
         ),

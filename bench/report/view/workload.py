@@ -21,7 +21,8 @@ def workload_text(report: Report) -> str:
     if work.questions:
         text.append(
             f"{work.questions} questions ({work.tasks_source}), temperature 0, natural end, "
-            f"at most {work.answer_tokens} tokens, {work.question_concurrency} in flight."
+            f"at most {work.answer_tokens} tokens, {work.question_concurrency} in flight"
+            + (f", scored by {work.scoring}'s own rules." if work.scoring != "paper" else ".")
         )
     loads = []
     if work.concurrencies:

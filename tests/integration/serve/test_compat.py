@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -32,21 +33,25 @@ Hardened = fresh_class()
 
 
 async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
-    size, more = 0, scope["type"] == "http"
+    """Answers with the size of the body, at /headers with the headers' names, at /now before the body has come."""
+    whole = b""
+    size, more = 0, scope["type"] == "http" and scope["path"] != "/now"
     while more:
         message = await receive()
         size += len(message.get("body", b""))
+        whole += message.get("body", b"") if scope["path"] == "/echo" else b""
         more = message.get("more_body", False)
-    body = str(size).encode()
+    body = whole or str(size).encode()
+    if scope["path"] == "/headers":
+        body = b" ".join(name for name, _ in scope["headers"])
     headers = [(b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
-    assert bound_headers(Hardened, lambda reason: refusals.update([reason]), max_bytes=2000, seconds=0.4)
-    config = uvicorn.Config(app, port=0, log_level="critical", http=Hardened, lifespan="off")
+@contextmanager
+def serving(protocol: type[Any]) -> Iterator[int]:
+    config = uvicorn.Config(app, port=0, log_level="critical", http=protocol, lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -55,6 +60,13 @@ def port() -> Iterator[int]:
     yield server.servers[0].sockets[0].getsockname()[1]
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    assert bound_headers(Hardened, lambda reason: refusals.update([reason]), max_bytes=2000, seconds=0.4)
+    with serving(Hardened) as port:
+        yield port
 
 
 def connect(port: int) -> socket.socket:
@@ -162,3 +174,122 @@ def test_hardening_twice_changes_nothing() -> None:
     before = Hardened.data_received
     assert bound_headers(Hardened, lambda reason: None)
     assert Hardened.data_received is before
+
+
+CHUNKED = b"GET /now HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def send_until_closed(connection: socket.socket, block: bytes, most: int = 64 << 20) -> int:
+    """Send the block again and again; return the bytes that went out before the connection was closed."""
+    sent = 0
+    with pytest.raises(OSError):
+        while sent < most:
+            sent += connection.send(block)
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("start", "block"),
+    [
+        (CHUNKED + b"0\r\n", b"x-1: " + b"a" * 1000 + b"\r\n"),
+        (CHUNKED + b"0\r\nx: ", b"a" * 1000),
+        (CHUNKED, b"1;" + b"a" * 1000 + b"\r\nx\r\n"),
+        (CHUNKED, b"400\r\n" + b"a" * 1024 + b"\r\n"),
+        (b"GET /now HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n", b"a" * 1000),
+    ],
+    ids=["trailers", "one trailer", "extensions", "chunks", "a body"],
+)
+def test_what_follows_an_answer_on_its_message_ends_the_connection(port: int, start: bytes, block: bytes) -> None:
+    with connect(port) as connection:
+        connection.sendall(start)
+        status, _ = answer(connection, wait_for_end=False)
+        assert status == 200
+        send_until_closed(connection, block)
+
+
+@pytest.mark.parametrize("start", [CHUNKED, b"GET /now HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"])
+def test_a_message_that_does_not_end_after_its_answer_holds_no_connection(port: int, start: bytes) -> None:
+    """Nothing is sent any more: the connection is closed all the same."""
+    with connect(port) as connection:
+        connection.sendall(start)
+        assert answer(connection) == (200, b"0")  # up to the end of the connection
+
+
+@pytest.mark.parametrize(
+    ("head", "block"),
+    [(b"0\r\n", b"x-1: " + b"a" * 100 + b"\r\n"), (b"0\r\nx: ", b"a" * 100), (b"1;", b"a" * 100)],
+    ids=["trailers", "one trailer", "an extension"],
+)
+def test_trailers_and_extensions_before_an_answer_are_bounded(port: int, head: bytes, block: bytes) -> None:
+    before = refusals["header"]
+    with connect(port) as connection:
+        connection.sendall(CHUNKED.replace(b"/now", b"/") + head)
+        send_until_closed(connection, block)
+    assert refusals["header"] == before + 1
+
+
+def test_a_trailer_is_no_header(port: int) -> None:
+    with connect(port) as connection:
+        request = b"POST /headers HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(request + b"1\r\nx\r\n0\r\nAuthorization: Bearer k\r\n\r\n")
+        assert answer(connection, wait_for_end=False) == (200, b"host transfer-encoding")
+
+
+def test_a_body_of_many_small_chunks_passes(port: int) -> None:
+    with connect(port) as connection:
+        connection.sendall(CHUNKED.replace(b"/now", b"/") + b"1\r\nx\r\n" * 5000 + b"0\r\n\r\n")
+        assert answer(connection, wait_for_end=False) == (200, b"5000")
+
+
+def test_requests_that_wait_on_one_connection_are_bounded(port: int) -> None:
+    with connect(port) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+        received = b""
+        try:
+            while piece := connection.recv(65536):
+                received += piece
+        except ConnectionResetError:
+            pass
+    assert received.count(b"HTTP/1.1 200") < 100
+
+
+def test_a_client_that_reads_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks again and again, and reads no answer: when the buffers are full it has so much time, and then no more."""
+    monkeypatch.setattr("serve.compat._STALLED", 0.2)
+    stalled = fresh_class()
+    assert bound_headers(stalled, lambda reason: None)
+    request = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 65536\r\n\r\n" + b"x" * 65536
+    with serving(stalled) as port, connect(port) as connection, pytest.raises(ConnectionError):
+        while True:
+            connection.sendall(request)
+
+
+def test_connections_from_one_address_and_in_all_are_bounded() -> None:
+    limited, counted = fresh_class(), Counter[str]()
+    assert bound_headers(limited, lambda reason: counted.update([reason]), connections=5, address_connections=3)
+    request = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    with serving(limited) as port, ExitStack() as stack:
+
+        def opened(address: str) -> socket.socket:
+            return stack.enter_context(
+                socket.create_connection(("127.0.0.1", port), timeout=5, source_address=(address, 0))
+            )
+
+        def asked(connection: socket.socket) -> int:
+            connection.sendall(request)
+            return answer(connection, wait_for_end=False)[0]
+
+        first = [opened("127.0.0.1") for _ in range(3)]
+        assert [asked(each) for each in first] == [200] * 3
+        assert refusal(opened("127.0.0.1")) == (429, "connections")
+        assert [asked(opened("127.0.0.2")) for _ in range(2)] == [200] * 2
+        assert refusal(opened("127.0.0.3")) == (429, "connections")  # five are open
+        assert counted["connections"] == 2
+        first[0].close()
+        deadline = time.monotonic() + 5
+        while True:  # until the server has seen it
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as again:
+                again.sendall(request)
+                if answer(again, wait_for_end=False)[0] == 200:
+                    break
+            assert time.monotonic() < deadline

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.compat import UVICORN, VLLM, bound_headers
+from serve.compat import _METHODS, UVICORN, VLLM, bound_headers
 from serve.settings.backend import installed_vllm
 
 
@@ -29,15 +29,19 @@ def test_uvicorn_is_the_release_that_is_known() -> None:
 def test_the_class_of_uvicorn_s_has_the_methods_that_are_wrapped() -> None:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-    parameters = {
-        name: list(inspect.signature(getattr(HttpToolsProtocol, name)).parameters)[1:]
-        for name in ("connection_lost", "connection_made", "data_received", "on_headers_complete", "send_400_response")
-    }
+    parameters = {name: list(inspect.signature(getattr(HttpToolsProtocol, name)).parameters)[1:] for name in _METHODS}
     assert {name: len(found) for name, found in parameters.items()} == {
         "connection_lost": 1,
         "connection_made": 1,
         "data_received": 1,
+        "handle_websocket_upgrade": 0,
+        "on_body": 1,
+        "on_header": 2,
         "on_headers_complete": 0,
+        "on_message_complete": 0,
+        "on_response_complete": 0,
+        "pause_writing": 0,
+        "resume_writing": 0,
         "send_400_response": 1,
     }
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 import pytest
 
 from bench.report.render.json_file import render
@@ -61,6 +63,34 @@ def test_bench_writes_a_report_and_prints_it(
     assert "−100.0" in printed and "report.html" in printed
 
 
+def test_every_request_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(says("x")) as a, serving(says("x")) as b:
+        assert bench(monkeypatch, a, b, tmp_path, "--export", "csv,parquet", "--price", "3.6") == 0
+    with (tmp_path / "out" / "requests.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    found = read(tmp_path)
+    assert len(lines) == sum(point.requests for point in found.speed)
+    table = parquet.read_table(tmp_path / "out" / "requests.parquet").to_pylist()
+    assert len(table) == len(lines) and list(table[0]) == list(lines[0])
+    assert {row["system"] for row in table} == {"baseline", "candidate"} and {row["failure"] for row in table} == {None}
+    for row, line in zip(table, lines, strict=True):
+        assert row["ttft_ms"] == float(line["ttft_ms"]) <= row["e2e_ms"] and row["output_tokens"] == 4
+    assert "Cost of a million output tokens" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_two_models_of_one_server_and_a_key_for_each_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(Behaviour(model="fp16", others=("awq",), api_key="one")) as a:
+        more = ["--baseline-key", "one", "--candidate-key", "one", "--api-key", "none", "--candidate-model", "awq"]
+        assert bench(monkeypatch, a, a, tmp_path, *more) == 0
+        assert {body["model"] for body in a.bodies} == {"fp16", "awq"}
+    found = read(tmp_path)
+    assert [found.systems[role].label for role in ("baseline", "candidate")] == ["fp16", "awq"]
+    assert any("models of one server" in note for note in found.warnings)
+    assert "--baseline-key ***" in found.environment.command or "one" not in found.environment.command.split()
+    with serving(Behaviour(model="fp16")) as a:
+        assert bench(monkeypatch, a, a, tmp_path, "--force", "--candidate-model", "awq") == 2
+
+
 def test_bench_gates_the_candidate_against_the_baseline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,17 +101,40 @@ def test_bench_gates_the_candidate_against_the_baseline(
     assert read(tmp_path).status == "ok"
 
 
-def test_failed_requests_mark_the_report_and_exit_2(
+def test_failed_requests_mark_the_report_and_exit_3(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with serving(says("x")) as a, serving(Behaviour(fail_after=5)) as b:
-        assert bench(monkeypatch, a, b, tmp_path) == 2
+        assert bench(monkeypatch, a, b, tmp_path) == 3
     found = read(tmp_path)
     assert found.status == "failed" and found.accuracy is None and found.speed == []
     error = capsys.readouterr().err
     assert "HTTP 500: out of luck" in error and "report.json" in error and "Traceback" not in error
-    assert qvl(monkeypatch, "compare", tmp_path / "out", tmp_path / "out") == 2
+    assert qvl(monkeypatch, "compare", tmp_path / "out", tmp_path / "out") == 3
     assert "marked failed" in capsys.readouterr().err
+
+
+def test_noise_breakage_and_mistakes_have_other_exit_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = report(speed={"candidate": 1.0})
+    slow = report(speed={"candidate": 1.5})
+    broken = good.model_copy(update={"speed": [p.model_copy(update={"invalid": "it lagged"}) for p in good.speed]})
+    for name, made in (("good", good), ("slow", slow), ("broken", broken)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(render(made))
+
+    def compared(one: str, two: str, *conditions: str) -> int:
+        given = [part for condition in conditions for part in ("--fail-if", condition)]
+        return qvl(monkeypatch, "compare", tmp_path / one, tmp_path / two, *given)
+
+    assert compared("good", "good", "tpot.p50@4>+5%") == 0
+    assert compared("good", "slow", "tpot.p50@4>+5%") == 1
+    assert compared("good", "slow", "tpot.p50@77>+5%") == 2  # nobody asked for it
+    assert compared("good", "broken", "tpot.p50@4>+5%") == 3
+    assert "not measured: tpot.p50@4>+5%: could not be measured" in " ".join(capsys.readouterr().err.split())
+    assert compared("slow", "broken", "tpot.p50@4>+5%", "size_on_disk>1%") == 3
+    assert compared("good", "broken", "size_on_disk>1%") == 0
 
 
 @pytest.mark.parametrize(
@@ -102,7 +155,7 @@ def test_failed_requests_mark_the_report_and_exit_2(
         (["--rate", "0"], "--rate: each must be more than 0"),
         (["--arrivals", "bursty"], "--arrivals 'bursty': write poisson or constant"),
         (["--slo", "ttft=200"], "is not a time above 0 with its unit"),
-        (["--slo", "speed=2ms"], "'speed' is none of ttft, tpot, e2e"),
+        (["--slo", "speed=2ms"], "'speed' is none of ttft, tpot, itl, e2e"),
         (["--preset", "video"], "--preset 'video': choose one of chat:"),
         (["--output-tokens", "8-4"], "--output-tokens 8-4: the range runs backwards"),
         (["--prompt-tokens", "3"], "must have at least 8"),
@@ -110,6 +163,8 @@ def test_failed_requests_mark_the_report_and_exit_2(
         (["--duration", "0"], "--duration 0: must be more than 0"),
         (["--images", "nowhere"], "no such directory of images"),
         (["--fidelity", "-1"], "--fidelity -1: must be 0 or more"),
+        (["--export", "xlsx"], "--export 'xlsx': write csv, parquet or csv,parquet"),
+        (["--price", "0"], "--price 0: must be more than 0"),
         (["--resume"], "holds no interrupted run"),
     ],
 )
@@ -169,7 +224,7 @@ def test_a_failed_run_says_how_to_go_on_and_does(
 ) -> None:
     with serving(says("x")) as a, serving(says("x")) as b:
         b.behaviour.fail_after = 5
-        assert bench(monkeypatch, a, b, tmp_path) == 2
+        assert bench(monkeypatch, a, b, tmp_path) == 3
         assert "the same command with --resume goes on" in " ".join(capsys.readouterr().err.split())
         assert bench(monkeypatch, a, b, tmp_path) == 2
         assert "go on with --resume, or start anew with --force" in capsys.readouterr().err

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.load.client import ChatRequest, Trace, ask, is_whole
+from bench.load import metrics
+from bench.load.client import RETRIES, ChatRequest, Trace, ask, ask_again, is_whole
 from bench.load.endpoint import http_client
 from tests.support.fake_server import Behaviour, serving
 
@@ -208,16 +209,80 @@ def test_usage_says_what_was_cached_and_queued() -> None:
     usage = b'data: {"choices": [], "usage": {"prompt_tokens": 11, "prompt_tokens_details": {"cached_tokens": 4}}}\n\n'
     trace = mocked([event("a"), usage, DONE])
     assert (trace.prompt_tokens, trace.completion_tokens, trace.cached_tokens) == (11, None, 4)
-    with serving(Behaviour(slots=1, first_s=0.05, queue_time=True)) as server:
+    queued = b'data: {"choices": [], "usage": {"prompt_tokens": 11, "completion_tokens": 1, "queue_time": 0.25}}\n\n'
+    assert mocked([event("a"), queued, DONE]).queue_s == 0.25
+    with serving(Behaviour(slots=1, queue_time=True)) as server:
+        assert (one(server.url).queue_s or 0.0) >= 0.0
 
-        async def two() -> list[Trace]:
-            async with http_client(server.url, connections=2) as http:
-                body = ChatRequest("hi").body("fake")
-                return await asyncio.gather(*(ask(http, body, timeout_s=10) for _ in range(2)))
 
-        waited = sorted(trace.queue_s or 0.0 for trace in asyncio.run(two()))
-    assert waited[0] < 0.02
-    assert 0.04 < waited[1] < 0.5  # until the other was done; a busy machine only ever adds
+@pytest.mark.parametrize(
+    "delta",
+    [
+        {"reasoning": "hm"},
+        {"reasoning_content": "hm"},
+        {"refusal": "no"},
+        {"tool_calls": [{"index": 0, "function": {"name": "look", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"x":'}}]},
+    ],
+)
+def test_whatever_a_model_generates_is_output(delta: dict[str, Any]) -> None:
+    """Reasoning and a tool's arguments are tokens like others, and no part of the answer: without them TPOT halves."""
+    line = b"data: " + json.dumps({"choices": [{"delta": delta, "finish_reason": None}]}).encode() + b"\n\n"
+    trace = mocked([event(""), line, line, event("a"), event("b"), line, event(finish="stop"), USAGE, DONE])
+    assert trace.chunks == (2.0, 3.0, 4.0, 5.0, 6.0)
+    assert (trace.text, trace.completion_tokens) == ("ab", 5)
+    assert metrics.ttft(trace) == 2.0 and metrics.tpot(trace) == pytest.approx((9.0 - 2.0) / 4)
+
+
+def test_a_chunk_with_an_empty_tool_call_is_none() -> None:
+    empty = {"choices": [{"delta": {"tool_calls": [{"index": 0}], "reasoning": None, "content": None}}]}
+    assert mocked([b"data: " + json.dumps(empty).encode() + b"\n\n", event("a"), DONE]).chunks == (2.0,)
+
+
+def test_tokens_counted_in_every_chunk_are_kept() -> None:
+    def counted(text: str, tokens: int) -> bytes:
+        return event(text, usage={"prompt_tokens": 7, "completion_tokens": tokens})
+
+    assert mocked([counted("a", 1), counted("bcd", 4), USAGE, DONE]).counts == (1, 4)
+    assert mocked([event("a"), counted("bcd", 4), DONE]).counts == ()  # not of every chunk
+
+
+def patient(url: str, timeout_s: float = 10.0, **more: Any) -> Trace:
+    async def main() -> Trace:
+        async with http_client(url, timeout_s=timeout_s) as http:
+            return await ask_again(http, ChatRequest("hi").body("fake"), timeout_s=timeout_s, scheduled=-1.0, **more)
+
+    return asyncio.run(main())
+
+
+def test_a_busy_server_is_asked_again_when_it_says() -> None:
+    with serving(Behaviour(busy=3, retry_after="0")) as server:
+        trace = patient(server.url)
+    assert (trace.failure, trace.retries, trace.scheduled) == (None, 3, -1.0)
+    assert len(server.bodies) == 4
+    assert trace.started < trace.chunks[0]
+    once = Behaviour(busy=1, retry_after="Wed, 21 Oct 2015 07:28:00 GMT")  # a date that has passed
+    with serving(once) as server:
+        assert patient(server.url).retries == 1
+    with serving(Behaviour(fail_every=1, fail_status=503, retry_after="0")) as server:
+        assert (patient(server.url).retries, len(server.bodies)) == (RETRIES, RETRIES + 1)
+
+
+@pytest.mark.parametrize(("status", "after"), [(500, "0"), (503, None), (400, None)])
+def test_other_refusals_are_not_asked_again(status: int, after: str | None) -> None:
+    with serving(Behaviour(fail_every=1, fail_status=status, retry_after=after)) as server:
+        trace = patient(server.url)
+        assert (trace.retries, len(server.bodies)) == (0, 1)
+    assert trace.failure and trace.failure.status == status
+
+
+def test_a_server_that_stays_busy_is_asked_a_bounded_number_of_times() -> None:
+    with serving(Behaviour(busy=1000, retry_after="0")) as server:
+        trace = patient(server.url)
+        assert len(server.bodies) == RETRIES + 1
+    assert trace.failure and trace.failure.status == 429 and trace.retries == RETRIES
+    with serving(Behaviour(busy=1000, retry_after="3600")) as server:  # later than the request may take
+        assert patient(server.url).retries == 0
 
 
 @pytest.mark.parametrize(

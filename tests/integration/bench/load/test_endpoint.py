@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -22,6 +23,9 @@ from toolkit.errors import BenchError, ServerError
         ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
         ("http://127.0.0.1:8000/v1/", "http://127.0.0.1:8000"),
         ("https://host/models/a/v1", "https://host/models/a"),
+        ("http://127.0.0.1:8000/v1/chat/completions", "http://127.0.0.1:8000"),
+        ("HTTP://127.0.0.1:8000/v1/chat/completions/", "http://127.0.0.1:8000"),
+        ("HTTPS://host/v1/models", "https://host"),
     ],
 )
 def test_urls_lead_to_the_root(given: str, root: str) -> None:
@@ -48,6 +52,41 @@ def test_a_server_tells_its_model_and_version() -> None:
 def test_a_refused_key_is_said() -> None:
     with serving(Behaviour(api_key="k")) as server, pytest.raises(ServerError, match="QVL_API_KEY"):
         asyncio.run(discover(server.url, "wrong"))
+
+
+def failed(reason: str) -> ssl.SSLError:
+    error = ssl.SSLError(1, f"[SSL: {reason}] failed")
+    error.reason = reason
+    return error
+
+
+def certified(said: str) -> ssl.SSLError:
+    error = ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed")
+    error.verify_message = said
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (certified("self-signed certificate"), "is not trusted here (self-signed certificate)"),
+        (certified("unable to get local issuer certificate"), "SSL_CERT_FILE"),
+        (certified("certificate has expired"), "not valid now"),
+        (certified("Hostname mismatch, certificate is not valid for 'a'."), "another host's (Hostname mismatch"),
+        (certified("IP address mismatch, certificate is not valid for '1.2.3.4'."), "use the name it is made out to"),
+        (failed("WRONG_VERSION_NUMBER"), "does not speak TLS there; write http://"),
+        (failed("TLSV1_ALERT_PROTOCOL_VERSION"), "TLS failed (tlsv1 alert protocol version)"),
+        (ssl.SSLError(1, "broken"), "TLS failed"),
+    ],
+)
+def test_what_is_wrong_with_tls_is_said_in_words(error: ssl.SSLError, words: str) -> None:
+    class Broken(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            raise httpx.ConnectError(str(error)) from error
+
+    with pytest.raises(ServerError) as caught:
+        asyncio.run(discover("https://host", transport=Broken()))
+    assert words in str(caught.value) and str(caught.value).startswith("https://host: ")
 
 
 def test_nobody_there_is_said() -> None:

@@ -267,7 +267,7 @@ def test_a_rate_that_is_too_much_is_marked_and_no_higher_one_is_tried() -> None:
     slow, fast = (Load.at_rate(rate, "poisson") for rate in chosen.rates)
     (block,) = blocks(found, "baseline", slow)
     assert block.stopped and "http" in block.stopped
-    assert {trace.failure.status for trace in block.traces if trace.failure} == {429}
+    assert {trace.failure.status for trace in block.traces if trace.failure} == {500}
     assert ("baseline", fast) not in found.stretches()
     assert len(blocks(found, "candidate", fast)[0].traces) == 30
 
@@ -315,8 +315,88 @@ def test_a_few_failures_of_a_block_are_a_result_and_more_end_the_run() -> None:
     assert not found.failures and 1 <= len(block.failed) <= 2 and len(block.traces) == 40
     found = run_failing(5)
     assert {(role, phase, failure.status) for role, phase, failure in found.failures} == {
-        ("baseline", "load, 1 in flight", 429)
+        ("baseline", "load, 1 in flight", 500)
     }
+
+
+def test_failures_are_borne_by_the_point_and_not_by_the_round() -> None:
+    """Eight rounds of five requests: 5% of a round is none, of the point it is two."""
+    chosen = CONFIG.replaced(concurrencies=(1,), rounds=8, requests=40)
+
+    def run_failing(rounds: int) -> Measurements:
+        """One request of each of the first so many rounds fails."""
+        seen: set[str] = set()
+        with serving() as a, serving() as b:
+
+            def progress(phase: str, done: int, total: int, now: str) -> None:
+                round_ = now.partition("round ")[2].partition(" of")[0]
+                first = phase == "load" and now.startswith("baseline") and round_ not in seen
+                seen.update([round_] if first else [])
+                a.behaviour.fail_after = len(a.bodies) if first and int(round_) <= rounds else None
+
+            return run(a, b, chosen, questions=[], progress=progress)
+
+    found = run_failing(2)
+    failed = [len(block.failed) for block in blocks(found, "baseline", Load.in_flight(1))]
+    assert not found.failures and sum(failed) == 2 and len(failed) == 8
+    assert run_failing(3).failures
+
+
+def test_a_busy_server_is_asked_again_under_load_and_with_questions() -> None:
+    chosen = CONFIG.replaced(concurrencies=(1,), rounds=1)
+    with serving(Behaviour(text=echo, busy=2, retry_after="0")) as a, serving(Behaviour(text=echo)) as b:
+
+        def progress(phase: str, done: int, total: int, now: str) -> None:
+            if phase == "load" and done == 1:
+                a.behaviour.busy = 1
+
+        found = run(a, b, chosen, progress=progress)
+    assert not found.failures and len(found.answers["baseline"]) == len(QUESTIONS)
+    assert sum(trace.retries for trace in found.answers["baseline"].values()) == 2
+    (block,) = blocks(found, "baseline", Load.in_flight(1))
+    assert sum(trace.retries for trace in block.traces) == 1
+
+
+def test_both_get_the_same_requests_and_each_trace_knows_which_it_is() -> None:
+    chosen = CONFIG.replaced(concurrencies=(3,), rounds=2, requests=18)
+    with serving() as a, serving() as b:
+        found = run(a, b, chosen, questions=[])
+        assert sorted(str(body["messages"]) for body in a.bodies) == sorted(str(body["messages"]) for body in b.bodies)
+    for role in ("baseline", "candidate"):
+        for block in blocks(found, role, Load.in_flight(3)):
+            assert sorted(trace.number or 0 for trace in block.traces) == list(range(9))
+            assert {trace.number: trace.shape for trace in block.traces if trace.number in (0, 1)} == {
+                0: "56x56",
+                1: "text",
+            }
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_server_of_packed_chunks_is_asked_to_count_them(counts: bool) -> None:
+    chosen = CONFIG.replaced(concurrencies=(1,), rounds=1, output_tokens="12")
+    with serving(Behaviour(per_chunk=4, count_chunks=True)) as a, serving(Behaviour(count_chunks=counts)) as b:
+        found = run(a, b, chosen, questions=[])
+    (block,) = blocks(found, "baseline", Load.in_flight(1))
+    assert {trace.counts for trace in block.traces} == ({(4, 8, 12)} if counts else {()})
+    (other,) = blocks(found, "candidate", Load.in_flight(1))  # asked the same
+    assert {trace.counts for trace in other.traces} == ({tuple(range(1, 13))} if counts else {()})
+
+
+def test_a_server_that_reasons_is_timed_by_its_reasoning() -> None:
+    chosen = CONFIG.replaced(concurrencies=(1,), rounds=1)
+    with serving(Behaviour(reasoning="reasoning_content")) as a, serving() as b:
+        found = run(a, b, chosen, questions=[])
+    (block,) = blocks(found, "baseline", Load.in_flight(1))
+    assert not found.failures and all(len(trace.chunks) == 4 for trace in block.traces)
+
+
+def test_a_short_duration_is_three_waves_all_the_same() -> None:
+    chosen = CONFIG.replaced(concurrencies=(3,), rounds=1, duration_s=0.001)
+    with serving(Behaviour(first_s=0.02)) as a, serving(Behaviour(first_s=0.02)) as b:
+        found = run(a, b, chosen, questions=[])
+    for role in ("baseline", "candidate"):
+        (block,) = blocks(found, role, Load.in_flight(3))
+        assert len(block.traces) == 9 and not block.stopped
 
 
 def test_what_the_server_counts_is_read_around_each_block() -> None:

@@ -117,6 +117,16 @@ def test_every_answer_under_play_is_locked_down(start: Start, client: httpx.Clie
     assert client.get(url + "/play/", follow_redirects=True).url == httpx.URL(url + "/play")
 
 
+def test_the_page_of_a_server_without_keys_goes_by_its_own_names(start: Start, client: httpx.Client) -> None:
+    url = start(FakeVllm())
+    for path in ("/play", "/play/settings.json"):
+        answer = client.get(url + path, headers={"Host": "evil.example"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "host")
+        assert client.get(url + path).status_code == 200
+    url = start(FakeVllm(), limits=Limits(api_key="k"))
+    assert client.get(f"{url}/play", headers={"Host": "evil.example"}).status_code == 200
+
+
 def test_files_have_their_types_and_are_sent_once(start: Start, client: httpx.Client) -> None:
     url = start(FakeVllm())
     kinds = {"": "text/html", "/play.js": "text/javascript", "/play.css": "text/css", "/sample.png": "image/png"}

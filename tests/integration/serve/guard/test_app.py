@@ -8,11 +8,22 @@ from typing import Any
 
 import pytest
 
-from bench.chaos.hostile import CHAT, Hostile, catalogue, chat_body, data_url, good_image
+from bench.chaos.hostile import (
+    CHAT,
+    Hostile,
+    added_route,
+    catalogue,
+    chat_body,
+    data_url,
+    deep_gray,
+    good_image,
+    rebinding,
+)
 from serve.guard.app import Guard
 from serve.settings.limits import Limits
 from tests.support.guard_app import KEY, App, Client, chat, count
-from toolkit.errors import ServerError
+from toolkit.calibration import media
+from toolkit.errors import MediaError, ServerError
 
 
 def run(client: Client, *arguments: Any, **settings: Any) -> Any:
@@ -454,3 +465,169 @@ def test_path_prefix_of_a_proxy() -> None:
 
 def test_chat_is_where_hostile_requests_go() -> None:
     assert {entry.path for entry in catalogue("m")} >= {CHAT, "/v1/completions", "/tokenize"}
+
+
+KEYLESS = Limits()
+
+
+@pytest.mark.parametrize("entry", list(rebinding("m")), ids=lambda entry: entry.name)
+def test_pages_that_took_this_machines_address_are_refused(entry: Hostile) -> None:
+    client = Client(KEYLESS)
+    before = count("host")
+    answer = run(client, entry.method, entry.path, entry.make(), key=None, headers=entry.headers)
+    assert (answer.status, answer.error["code"]) == (entry.status, entry.reason)
+    assert count("host") == before + 1
+    assert not client.app.requests
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/pooling", "/classify", "/v1/embeddings"])
+def test_added_routes_refuse_what_chats_refuse(path: str) -> None:
+    client = Client(Limits(api_key=KEY, allow_routes=(f"POST {path}",)))
+    for entry in added_route("m", path):
+        answer = run(client, entry.method, entry.path, entry.make())
+        assert (answer.status, answer.error["code"]) == (entry.status, entry.reason), entry.name
+    assert not client.app.requests
+
+
+def test_a_server_without_keys_answers_to_its_own_names_only() -> None:
+    """DNS rebinding: a page's name resolves to this machine, and its browser asks the server as that page's own."""
+    client = Client(KEYLESS)
+    for host in ("127.0.0.1:8000", "localhost", "10.244.1.7:8000"):
+        assert run(client, body=chat(), key=None, headers={"Host": host}).status == 200
+    assert run(client, "GET", "/health", key=None, headers={"Host": "balancer.example"}).status == 200
+    named = Client(Limits(hosts=("qvl.example.com",)))
+    assert run(named, body=chat(), key=None, headers={"Host": "qvl.example.com"}).status == 200
+
+
+def test_with_keys_a_server_goes_by_any_name() -> None:
+    headers = {"Host": "any.example", "Origin": "https://page.example"}
+    assert run(Client(), body=chat(), headers=headers).status == 200
+
+
+def test_a_data_url_may_leave_the_type_to_the_bytes() -> None:
+    client = Client()
+    for format in ("PNG", "JPEG"):
+        url = data_url(good_image(format=format), "image")
+        assert run(client, body=chat_body("m", url)).status == 200
+    assert run(client, body=chat_body("m", data_url(b"<svg/>", "image"))).error["code"] == "image_format"
+
+
+def test_16_bits_of_gray_are_refused_for_the_reason_that_calibration_gives() -> None:
+    with pytest.raises(MediaError) as caught:
+        media.decode(deep_gray(), "x", "it")
+    reason = "16 bits of gray a pixel, of which all but 8 are clipped: scale it to 8 bits first"
+    assert reason in str(caught.value)
+    assert reason in run(Client(), body=chat_body("m", data_url(deep_gray()))).error["message"]
+
+
+def test_images_under_way_are_bounded_and_one_request_alone_is_let_in() -> None:
+    image = data_url(good_image(100))
+    client = Client(Limits(api_key=KEY, max_decoded_pixels=15_000), App(delay=0.3))
+
+    async def several() -> list[Any]:
+        return await asyncio.gather(*(client.ask(body=chat_body("m", image)) for _ in range(3)))
+
+    answers = asyncio.run(several())
+    assert sorted(answer.status for answer in answers) == [200, 429, 429]
+    refused = next(answer for answer in answers if answer.status == 429)
+    assert refused.error["code"] == "image_memory" and refused.headers["retry-after"] == "1"
+    assert client.guard._pixels.held == 0
+    assert run(client, body=chat_body("m", image, image, image)).status == 200
+
+
+def test_pixels_are_held_until_the_first_token_only() -> None:
+    image = data_url(good_image(100))
+    client = Client(
+        Limits(api_key=KEY, max_decoded_pixels=15_000), App((TOKEN, TOKEN), b"text/event-stream", pause=0.2)
+    )
+
+    async def one_after_the_other() -> list[int]:
+        first = asyncio.create_task(client.ask(body=chat_body("m", image)))
+        while not client.app.requests or client.guard._pixels.held:
+            await asyncio.sleep(0.01)
+        second = await client.ask(body=chat_body("m", image))
+        return [(await first).status, second.status]
+
+    assert asyncio.run(one_after_the_other()) == [200, 200]
+
+
+def schema_of(length: int) -> bytes:
+    schema = {"type": "string", "maxLength": length}
+    return chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+
+
+def test_grammars_whose_clients_have_left_hold_up_that_client_alone() -> None:
+    client = Client(Limits(api_key=KEY, max_concurrency=100), App(delay=0.5))
+
+    async def attack() -> None:
+        # each leaves soon; what it asked for is compiled all the same, one after the other
+        gone = [asyncio.create_task(client.ask(body=schema_of(100 + i), leaves_after=0.1)) for i in range(5)]
+        await asyncio.gather(*gone)
+        assert len(client.app.requests) == 1
+        client.app.requests.clear()
+        assert (await client.ask(body=schema_of(200))).status == 200
+
+    asyncio.run(attack())
+    assert client.guard._clients.running() == 0
+
+
+def test_a_schema_that_fails_is_not_tried_again() -> None:
+    app = Fails(9, stream=False)
+    assert run(Client(app=app), body=schema_of(5)).status == 500
+    assert len(app.requests) == 1
+
+
+def test_a_clients_mistake_in_a_stream_is_not_tried_again() -> None:
+    event = b'data: {"error": {"message": "No such token.", "code": 400}}\n\n'
+    app = App((event,), b"text/event-stream")
+    assert run(Client(app=app), body=chat()).body == event
+    assert len(app.requests) == 1
+
+
+class Lists(App):
+    """Answers as vLLM does about its models, whatever it is asked, or refuses a tool choice as vLLM would."""
+
+    def __init__(self, status: int, body: dict[str, Any]) -> None:
+        super().__init__()
+        self.status, self.body = status, json.dumps(body).encode()
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        self.requests.append((scope, b""))
+        await send({"type": "http.response.start", "status": self.status, "headers": [(b"x-a", b"b")]})
+        await send({"type": "http.response.body", "body": self.body[:9], "more_body": True})
+        await send({"type": "http.response.body", "body": self.body[9:]})
+
+
+def test_one_model_can_be_asked_for() -> None:
+    client = Client(app=Lists(200, {"data": [{"id": "org/m", "object": "model"}, {"id": "b"}]}))
+    answer = run(client, "GET", "/v1/models/org/m")
+    assert (answer.status, json.loads(answer.body)) == (200, {"id": "org/m", "object": "model"})
+    assert client.app.requests[0][0]["path"] == "/v1/models"
+    assert run(client, "HEAD", "/v1/models/b").status == 200
+    answer = run(client, "GET", "/v1/models/c")
+    assert (answer.status, answer.error["code"]) == (404, "model")
+    assert run(client, "DELETE", "/v1/models/b").status == 405
+    assert run(client, "GET", "/v1/models/b", key=None).status == 401
+
+
+def test_what_the_operator_can_do_about_tool_calls_is_said_in_our_words() -> None:
+    """vLLM names its own flags, which nobody typed."""
+    vllms = 'tool_choice=function "f" requires --tool-call-parser to be set'
+    tool = {"type": "function", "function": {"name": "f"}}
+    client = Client(app=Lists(400, {"error": {"message": vllms, "type": "BadRequestError", "code": 400}}))
+    answer = run(client, body=chat(tools=[tool]))
+    assert answer.status == 400 and answer.error["param"] == "tool_choice"
+    assert "qvl serve MODEL ... -- --enable-auto-tool-choice --tool-call-parser hermes" in answer.error["message"]
+    other = {"error": {"message": "temperature must be in [0, 2]", "code": 400}}
+    assert json.loads(run(Client(app=Lists(400, other)), body=chat()).body) == other
+
+
+def test_an_image_by_address_is_not_fetched_on_an_added_route() -> None:
+    """The example of --allow-route's own help: vLLM would fetch what the messages name."""
+    client = Client(Limits(api_key=KEY, allow_routes=("POST /tokenize",)))
+    body = chat_body("m", "http://127.0.0.1:1/a.png")
+    assert run(client, path="/tokenize", body=body).error["code"] == "image_url"
+    for url in (data_url(b"GIF89a"), "file:///etc/passwd"):
+        assert run(client, path="/tokenize", body=chat_body("m", url)).status == 400
+    assert not client.app.requests
+    assert run(client, path="/tokenize", body=chat_body("m", data_url(good_image()))).status == 200

@@ -68,6 +68,9 @@ def test_models_that_a_key_is_not_for_are_not_listed(tmp_path: Path) -> None:
     assert json.loads(answer.body) == {"object": "list", "data": [{"id": "charts", "parent": None}]}
     assert int(answer.headers["content-length"]) == len(answer.body)
     assert json.loads(get(to, "/v1/models", "k2").body) == listed
+    assert json.loads(get(to, "/v1/models/charts", "k1").body) == {"id": "charts", "parent": None}
+    assert json.loads(get(to, "/v1/models/charts", "k2").body) == {"id": "charts", "parent": "base"}
+    assert refused(get(to, "/v1/models/base", "k1"), 404, "model")
 
 
 def test_a_key_that_has_expired_is_told_so(tmp_path: Path) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.support.short import calibration, short_demo
 from tests.support.tiny import files
 from toolkit.errors import CheckpointError
-from toolkit.quantize import quantize
+from toolkit.quantize import layer_writer, quantize
 
 #: Kills `quantize` at random moments, time and again, then lets it finish. In a process of its own, which has imported
 #: everything and forks: a fresh start for each kill would be seconds of imports.
@@ -59,6 +64,57 @@ KILLER = """
 """
 
 
+#: Kills `quantize` at one of its boundaries after the other, each time the call that goes on from the last kill.
+BOUNDARIES = """
+    import os, signal, sys
+    from pathlib import Path
+    import torch
+    from toolkit.compat import patch_torchvision
+    from toolkit.quantize import journal, layer_writer, quantize, run
+    patch_torchvision()
+    import transformers.models.qwen2_vl.modeling_qwen2_vl
+    source, calib, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    torch.set_num_threads(1)
+
+    def die_at(owner, name, call, after):
+        original, calls = getattr(owner, name), []
+        def dying(*args, **options):
+            calls.append(name)
+            if len(calls) < call:
+                return original(*args, **options)
+            if after:
+                original(*args, **options)
+            os.kill(os.getpid(), signal.SIGKILL)
+        setattr(owner, name, dying)
+
+    def started(to, *hook):
+        pid = os.fork()
+        if pid == 0:
+            if hook:
+                die_at(*hook)
+            quantize(source, to, calib=calib, balance="modality")
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    Journal = journal.Journal
+    hooks = {
+        "values-read": (run, "refuse_values", 1, True),
+        "journal-begun": (Journal, "__enter__", 1, True),
+        "sensitivity-measured": (Journal, "once", 1, True),
+        "rest-written": (Journal, "add_rest", 1, True),
+        "first-layer": (layer_writer, "write_layer", 1, True),
+        "last-layer": (layer_writer, "write_layer", 1, True),
+        "layers-and-rest": (run, "write_rest", 1, False),
+        "qvl-json": (Journal, "write_text", 2, True),
+        "all-but-the-rename": (Journal, "_put_in_place", 1, False),
+    }
+    assert started(out / "whole") == 0
+    for name, hook in hooks.items():
+        assert started(out / "killed", *hook) == -signal.SIGKILL, name
+    assert started(out / "killed") == 0
+"""
+
+
 def same_but_for_what_was_measured(a: Path, b: Path) -> bool:
     ours, theirs = files(a), files(b)
     return ours.keys() == theirs.keys() and {n for n in ours if ours[n] != theirs[n]} <= {"qvl-run.json"}
@@ -82,6 +138,53 @@ def test_kills_at_random_moments_change_no_byte(kills: int, tmp_path: Path, mani
     # killed after the last rename, a run leaves its empty work directory to the next
     assert not list(out.glob(".*/**/*.safetensors"))
     assert same_but_for_what_was_measured(out / "killed", out / "whole")
+
+
+@pytest.mark.slow
+def test_a_kill_at_each_boundary_changes_no_byte(tmp_path: Path) -> None:
+    source, out, few = short_demo(tmp_path / "in", layers=2), tmp_path / "out", calibration(tmp_path / "few", samples=2)
+    out.mkdir()
+    command = [sys.executable, "-c", textwrap.dedent(BOUNDARIES), str(source), str(few), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((out / "whole" / "qvl.json").read_text())["vision_sensitivity"] is not None
+    assert same_but_for_what_was_measured(out / "killed", out / "whole")
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_another_number_of_threads_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, manifest = short_demo(tmp_path / "in", layers=2), calibration(tmp_path / "few", samples=2)
+    write, wrote = layer_writer.write_layer, []
+
+    def once(*args: Any) -> None:
+        if wrote:
+            raise KeyboardInterrupt
+        wrote.append(args[1])
+        write(*args)
+
+    with threads(1):
+        quantize(str(source), tmp_path / "whole", calib=str(manifest))
+        monkeypatch.setattr(layer_writer, "write_layer", once)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(str(source), tmp_path / "stopped", calib=str(manifest))
+    monkeypatch.undo()
+    with threads(2):
+        quantize(str(source), tmp_path / "stopped", calib=str(manifest))
+        assert torch.get_num_threads() == 2
+    assert "going on with 1 threads, as it was begun, instead of 2" in capsys.readouterr().err
+    assert same_but_for_what_was_measured(tmp_path / "stopped", tmp_path / "whole")
 
 
 def started(source: Path, out: Path, manifest: Path) -> subprocess.Popen[str]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -24,6 +26,39 @@ def test_latencies_count_from_the_scheduled_moment() -> None:
 
 def test_tpot_counts_tokens_not_chunks() -> None:
     assert metrics.tpot(trace(5)) == pytest.approx((1.3 - 0.5) / 4)
+
+
+def test_a_chunk_of_several_tokens_is_so_many() -> None:
+    """Five chunks of four tokens, one each 0.1 s: a token each 0.025 s, and not 0.021 after and 0.1 between."""
+    spread = Trace(0.0, 0.0, 0.5, (0.1, 0.2, 0.3, 0.4, 0.5), "x", 7, 20)
+    assert metrics.tokens_per_chunk(spread) == 4.0
+    assert metrics.tpot(spread) == pytest.approx(0.025)
+    assert metrics.itl(spread) == pytest.approx([0.025] * 4)
+    # As vLLM sends them under --stream-interval 5: the first token at once. The server counts in every chunk.
+    counted = Trace(0.0, 0.0, 0.5, (0.1, 0.2, 0.3, 0.4, 0.5), "x", 7, 20, counts=(1, 6, 11, 16, 20))
+    assert metrics.tpot(counted) == pytest.approx(0.4 / 19)
+    assert len(metrics.itl(counted)) == 19 and sum(metrics.itl(counted)) == pytest.approx(0.4)
+    # All in one chunk: there is nothing to time.
+    assert metrics.tpot(Trace(0.0, 0.0, 0.5, (0.5,), "x", 7, 20)) is None
+
+
+def test_a_token_or_two_without_text_make_no_chunk_of_several() -> None:
+    ended = Trace(0.0, 0.0, 0.4, (0.1, 0.2, 0.3, 0.4), "x", 7, 5)  # the end of text is a token
+    assert metrics.tokens_per_chunk(ended) == 1.0 and metrics.itl(ended) == pytest.approx([0.1] * 3)
+
+
+@pytest.mark.parametrize(("latencies", "achieved"), [([0.5] * 10, 4.0), ([0.5, 0.9] * 5, 4.0), (range(10), 0.8)])
+def test_the_achieved_rate_is_what_a_server_answers(latencies: Sequence[float], achieved: float) -> None:
+    traces = [Trace(i / 4, i / 4, i / 4 + took) for i, took in enumerate(latencies)]
+    assert metrics.achieved_per_s(traces, 4.0) == pytest.approx(achieved, rel=0.08)
+
+
+def test_an_objective_of_itl_holds_for_every_gap() -> None:
+    slos = parse_slos("itl=150ms")
+    smooth = Trace(0.0, 0.0, 0.4, (0.1, 0.2, 0.3, 0.4), "x", 7, 4)
+    pause = Trace(0.0, 0.0, 0.6, (0.1, 0.2, 0.3, 0.6), "x", 7, 4)
+    found = metrics.goodput([smooth, pause], slos, 1.0)
+    assert found is not None and found.share == 0.5
 
 
 @pytest.mark.parametrize("n_out", [None, 0, 1])
@@ -67,7 +102,7 @@ def test_requests_without_the_metric_are_left_out() -> None:
 
 def test_every_metric_has_a_definition_to_print() -> None:
     definitions = metrics.definitions()
-    assert "(E2E - TTFT) / (n_out - 1)" in definitions["tpot"]
+    assert "(E2E - TTFT) / (n_out - n_1)" in definitions["tpot"]
     assert all(" = " in text and "\n" not in text for text in definitions.values())
 
 
@@ -127,7 +162,7 @@ def test_objectives_are_read() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "none of ttft, tpot, e2e"),
+        ("", "none of ttft, tpot, itl, e2e"),
         ("latency=2s", "'latency' is none of ttft"),
         ("ttft", "not a time above 0 with its unit"),
         ("ttft=200", "with its unit"),

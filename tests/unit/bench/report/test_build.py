@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from bench.judge import stats, verdict
 from bench.load.client import Failure, Trace
@@ -14,10 +15,11 @@ from bench.load.loops import Block
 from bench.machine.server_metrics import ServerPoint
 from bench.questions import scoring
 from bench.questions.tasks import Question
-from bench.report import speed, words
+from bench.report import headlines, speed, words
 from bench.report.build import build
 from bench.report.render import html_file, markdown
 from bench.report.schema import Judgement, Load, Report, SpeedFigure, SpeedRatio
+from bench.report.view.whole import view
 from bench.roles import ROLES, Role
 from bench.run.config import BenchConfig
 from bench.run.measured import Measurements, Stretch
@@ -149,7 +151,7 @@ def test_an_image_that_is_gone_loses_no_report(tmp_path: Path) -> None:
 
 def test_verdicts_are_said_in_words() -> None:
     assert "no loss is shown, and one of more than 1 point is not ruled out" in report().verdict.sentence
-    assert "About 390 questions like these would tell" in report().verdict.sentence
+    assert "About 1,200 questions like these would tell" in report().verdict.sentence
     assert report().verdict.accuracy == "can't tell"
     fine = report(per_task=400)
     assert (fine.verdict.accuracy, "more than 1 point is ruled out" in fine.verdict.sentence) == ("no worse", True)
@@ -167,12 +169,12 @@ def test_speed_points_pool_their_rounds() -> None:
     found = report(speed={"candidate": 0.5})
     point = found.point("baseline", "4 in flight")
     assert point is not None and point.ttft_ms and point.tpot_ms and point.itl_ms
-    assert (point.requests, point.completed, point.rounds) == (8, 8, 2)
-    assert point.ttft_ms.p50 == pytest.approx(101.5)
+    assert (point.requests, point.completed, point.rounds) == (24, 24, 2)
+    assert point.ttft_ms.p50 == pytest.approx(105.5)
     assert point.tpot_ms.p50 == pytest.approx(20.0)
-    assert point.itl_ms.n == 8 * 4
-    assert point.output_tokens_per_s == pytest.approx(8 * 5 / 2.0)
-    assert point.requests_per_s == pytest.approx(4.0)
+    assert point.itl_ms.n == 24 * 4
+    assert point.output_tokens_per_s == pytest.approx(24 * 5 / 2.0)
+    assert point.requests_per_s == pytest.approx(12.0)
     ratio = found.ratio("ttft", "1 in flight")
     assert ratio and ratio.ratio == pytest.approx(0.5)
     assert ratio.low == pytest.approx(0.5) == ratio.high  # the rounds are equal
@@ -240,8 +242,9 @@ def test_intervals_over_rounds_cover_the_truth_as_often_as_they_say() -> None:
 @pytest.mark.parametrize(
     ("scales", "said"),
     [
-        ([0.7, 0.8, 0.75], "Time per token is shorter (×0.75, 95%: 0.63–0.88) at 1 in flight, throughput"),
+        ([0.74, 0.76, 0.75], "Time per token is shorter (×0.75, 95%: 0.73–0.78) at 1 in flight, throughput"),
         ([1.5, 1.4, 1.45], "longer (×1.45"),
+        ([0.7, 0.8, 0.75], "not told apart (×0.75, 95%: 0.63–0.88)"),  # p is 2% by itself, and 5.4% of three
         ([0.9, 1.1, 1.0], "Time per token is not told apart (×1.00"),
     ],
 )
@@ -252,6 +255,148 @@ def test_speed_is_judged_in_words_by_its_interval(scales: list[float], said: str
     assert ("lower" in found.verdict.speed) == ("longer" in said)
     for text in (html_file.render(found), markdown.render(found)):
         assert said in text
+
+
+def test_a_headline_is_beyond_chance_among_the_others() -> None:
+    config = CONFIG.replaced(concurrencies=(1,), rounds=3)
+    found = built(measured(config, {"baseline": [1.0, 1.0, 1.0], "candidate": [0.7, 0.8, 0.75]}), config)
+    chosen = [ratio for ratio in found.speed_ratios if ratio.headline]
+    assert [(ratio.metric, ratio.load) for ratio in chosen] == [
+        ("ttft", "1 in flight"),
+        ("tpot", "1 in flight"),
+        ("output_tokens_per_s", "1 in flight"),
+    ]
+    for ratio in chosen:
+        assert ratio.low is not None and ratio.high is not None and ratio.p_value and ratio.p_adjusted
+        assert not ratio.low <= 1.0 <= ratio.high and ratio.p_value < 0.05  # by itself
+        assert ratio.p_adjusted == pytest.approx(3 * ratio.p_value) and not ratio.beyond_chance
+    assert all(ratio.p_adjusted is None for ratio in found.speed_ratios if not ratio.headline)
+
+
+@pytest.mark.parametrize("rounds", [[0.9, 1.0, 1.05], [0.97, 0.98, 0.99, 0.96], [1.02, 1.05, 0.99, 1.04, 1.03]])
+def test_p_is_below_5_percent_where_the_interval_leaves_out_1(rounds: list[float]) -> None:
+    estimate, p = speed._estimate(rounds), headlines.p_value(rounds)
+    assert estimate and estimate.low and estimate.high and p is not None
+    assert (p < 0.05) == (not estimate.low <= 1.0 <= estimate.high)
+    assert p == pytest.approx(scipy.stats.ttest_1samp(np.log(rounds), 0.0).pvalue)
+
+
+def test_a_burst_is_marked_and_no_headline() -> None:
+    """128 in flight for a few seconds were one request each."""
+    config = CONFIG.replaced(concurrencies=(1, 8), rounds=3)
+    found = measured(config, {"baseline": [1.0, 1.1, 1.0], "candidate": [0.5, 0.5, 0.5]})
+    for role in ROLES:
+        for number in range(3):
+            found.units[role, "8 in flight", number] = [(config.loads[1], stretch(1.0, count=23))]
+    out = built(found, config)
+    point = out.point("candidate", "8 in flight")
+    assert point and point.burst and words.marks(point) == "burst"
+    assert any("candidate, 8 in flight: a burst, 2.9 requests a round for each in flight" in w for w in out.warnings)
+    assert {ratio.load for ratio in out.speed_ratios if ratio.headline} == {"1 in flight"}
+    for role in ROLES:
+        for number in range(3):
+            found.units[role, "8 in flight", number] = [(config.loads[1], stretch(1.0, count=24))]
+    out = built(found, config)
+    assert not any(point.burst for point in out.speed)
+    assert {ratio.load for ratio in out.speed_ratios if ratio.headline} == {"1 in flight", "8 in flight"}
+
+
+def waves(in_flight: int, took_s: float, answers: int) -> Block:
+    """A closed loop on a server that takes as long for each; the last wave is cut."""
+    traces = []
+    for number in range(answers):
+        due = took_s * (number // in_flight)
+        took = took_s * (1.0 + 0.5 * (number == answers - 1))
+        chunks = tuple(due + took * (i + 1) / 5 for i in range(5))
+        traces.append(Trace(due, due, due + took, chunks, "x", 7, 5, "length", number=number))
+    return Block(tuple(traces), max(trace.ended for trace in traces))
+
+
+def test_throughput_is_that_of_a_full_server_and_one_figure_everywhere() -> None:
+    config = CONFIG.replaced(concurrencies=(4,), rounds=2)
+    found = Measurements()
+    for role, took in (("baseline", 1.0), ("candidate", 0.8)):
+        for number in range(2):
+            found.units[role, "4 in flight", number] = [(config.loads[0], Stretch(waves(4, took, 13)))]
+    out = built(found, config)
+    point = out.point("baseline", "4 in flight")
+    assert point and point.by_round["steady_output_tokens_per_s"].value == pytest.approx(20.0, rel=0.001)
+    assert point.output_tokens_per_s and point.output_tokens_per_s < 15.0  # 65 tokens in 4.5 s: the end is not full
+    ratio = out.ratio("steady_output_tokens_per_s", "4 in flight")
+    assert ratio and ratio.headline and ratio.ratio == pytest.approx(1.25)
+    shown = view(out)
+    card = next(card for card in shown.cards if card.name == "Output tokens/s")
+    assert card.detail.startswith("25.0 against 20.0, 4 in flight")
+    assert [row.tokens_per_s for row in shown.speed] == ["20.0", "25.0"]
+    for text in (html_file.render(out), markdown.render(out)):
+        assert "14.4" not in text
+
+
+def test_latencies_of_a_mixture_are_told_by_shape_and_paired_by_request() -> None:
+    """Texts and images in turn: the median of all is now the one, now the other."""
+    rng = np.random.default_rng(1)
+    config = CONFIG.replaced(concurrencies=(1,), rounds=8, image_sizes="text,448x448")
+    load = config.loads[0]
+    found = Measurements()
+    for number in range(8):
+        for role, factor in (("baseline", 1.0), ("candidate", 0.9)):
+            traces = []
+            for request in range(13 + number % 2):  # odd numbers: the median falls to either side
+                shape = ("448x448", "text")[(request + number) % 2]
+                ttft = factor * (0.3 if shape == "448x448" else 0.02) * float(np.exp(rng.normal(0.0, 0.02)))
+                traces.append(replace(trace(ttft=ttft, gap=0.02 * factor), number=request, shape=shape))
+            found.units[role, load.name, number] = [(load, Stretch(Block(tuple(traces), 1.0)))]
+    out = built(found, config)
+    ratio = out.ratio("ttft", load.name)
+    assert ratio and ratio.low and ratio.high and ratio.low > 0.87 and ratio.high < 0.93
+    point = out.point("baseline", load.name)
+    assert point and list(point.by_shape) == ["448x448", "text"]
+    assert point.by_shape["448x448"]["ttft"].value == pytest.approx(300, rel=0.05)
+    assert point.by_shape["text"]["ttft"].value == pytest.approx(20, rel=0.05)
+    of_text = out.ratio("ttft", load.name, "text")
+    assert of_text and of_text.ratio == pytest.approx(0.9, rel=0.02)
+    assert {r.metric for r in out.speed_ratios if r.shape} == {"ttft", "tpot", "itl", "e2e"}
+    for text in (html_file.render(out), markdown.render(out)):
+        assert "1 in flight, text" in text
+
+
+def test_chunks_that_are_not_tokens_are_said() -> None:
+    config = CONFIG.replaced(concurrencies=(1,), output_tokens="20")
+    load = config.loads[0]
+    found = Measurements()
+    packed = Trace(0.0, 0.0, 0.5, (0.1, 0.2, 0.3, 0.4, 0.5), "x", 7, 20)
+    counted = replace(packed, counts=(1, 6, 11, 16, 20))
+    for role, one in (("baseline", packed), ("candidate", counted)):
+        for number in range(2):
+            found.units[role, load.name, number] = [(load, Stretch(Block((one,) * 4, 1.0)))]
+    out = built(found, config)
+    notes = [note for note in out.warnings if "chunks are not tokens" in note]
+    assert len(notes) == 2 and "4.0 tokens a chunk" in notes[0]
+    assert "spread evenly" in notes[0] and "counted chunk by chunk" in notes[1]
+    before, after = (out.point(role, load.name) for role in ROLES)
+    assert before and before.tpot_ms and before.itl_ms and after and after.tpot_ms and after.itl_ms
+    assert before.tpot_ms.p50 == pytest.approx(400 / 16) and before.itl_ms.p50 == pytest.approx(25.0)
+    assert after.tpot_ms.p50 == pytest.approx(400 / 19) and after.itl_ms.mean == pytest.approx(400 / 19)
+
+
+def test_a_busy_servers_retries_are_shown() -> None:
+    config = CONFIG.replaced(concurrencies=(1,))
+    found = measured(config, {"baseline": [1.0], "candidate": [1.0]})
+    load = config.loads[0]
+    twice = replace(trace(), retries=2)
+    found.units["candidate", load.name, 0] = [(load, Stretch(Block((*stretch(1.0).block.traces, twice), 1.0)))]
+    out = built(found, config)
+    point = out.point("candidate", load.name)
+    assert point and point.retries == 2 and "2 retries" in words.marks(point)
+    assert any("2 times a request was refused and sent again" in note for note in out.warnings)
+
+
+def test_no_percentile_of_fewer_requests_than_it_takes() -> None:
+    config = CONFIG.replaced(concurrencies=(1,))
+    few = view(built(measured(config, {"baseline": [1.0], "candidate": [1.0]}, count=9), config)).speed[0].latencies[0]
+    many = view(built(measured(config, {"baseline": [1.0] * 2, "candidate": [1.0]}, count=50), config)).speed[0]
+    assert few and (few.p90, few.p95, few.p99) == ("", "", "")
+    assert many.latencies[0] and all((many.latencies[0].p90, many.latencies[0].p95, many.latencies[0].p99))
 
 
 def test_one_round_has_no_interval() -> None:
@@ -389,9 +534,9 @@ def test_the_throughput_that_is_quoted_is_that_of_a_full_server() -> None:
 
     closed, rates = [ratio("1 in flight"), ratio("128 in flight")], [ratio("4 requests/s"), ratio("12 requests/s")]
     full = [ratio("sweep: one at a time"), ratio("sweep: saturation")]
-    assert words.throughput([]) is None
-    assert words.throughput(rates) is rates[1]
-    assert words.throughput([*closed, *rates]) is closed[1]
-    assert words.throughput([*closed, *rates, *full]) is full[1]
+    assert headlines.throughput([]) is None
+    assert headlines.throughput(rates) is rates[1]
+    assert headlines.throughput([*closed, *rates]) is closed[1]
+    assert headlines.throughput([*closed, *rates, *full]) is full[1]
     fallback = [ratio("1 in flight", "requests_per_s"), ratio("4 requests/s", "tpot")]
-    assert words.throughput(fallback) is fallback[0]
+    assert headlines.throughput(fallback) is fallback[0]

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from bench.report.build import workload
 from bench.run import presets
-from bench.run.config import BenchConfig
+from bench.run.config import BenchConfig, is_url
 from toolkit.errors import BenchError
 from toolkit.options import settings_as_options
 
@@ -54,7 +54,7 @@ PLAIN = {
     "--ramp": "0",
     "--rate": "none",
     "--requests": "96",
-    "--rounds": "3",
+    "--rounds": "8",
     "--seed": "0",
     "--sequential": "False",
     "--serve-arg": "none",
@@ -126,9 +126,23 @@ def test_a_run_that_was_begun_before_goes_on(line: str) -> None:
 
 
 def test_what_does_not_decide_the_figures_may_change() -> None:
-    changed = read("--api-key", "k", "--port", "9000", "--resume", "--force")
+    changed = read("--api-key", "k", "--baseline-key", "b", "--port", "9000", "--resume", "--force")
     assert changed.asked() == PLAIN
     assert "k'" not in repr(changed)
+
+
+def test_each_side_may_have_a_key_and_a_model_of_its_own() -> None:
+    found = read("--api-key", "k", "--candidate-key", "c", "--baseline-model", "a", "--candidate-model", "b")
+    assert (found.key("baseline"), found.key("candidate")) == ("k", "c")
+    assert found.models == {"baseline": "a", "candidate": "b"}
+    assert found.asked() == PLAIN | {"--baseline-model": "a", "--candidate-model": "b"}
+    with pytest.raises(BenchError, match="--baseline-model: demo is no URL"):
+        read("--baseline", "demo", "--baseline-model", "a")
+
+
+@pytest.mark.parametrize("url", ["HTTP://host:1", "Https://host", " http://host/v1/chat/completions"])
+def test_urls_are_known_by_their_scheme_in_any_case(url: str) -> None:
+    assert is_url(url) and not is_url("httpx") and not is_url("models/http:")
 
 
 @pytest.mark.parametrize("name", ["full", "quick", *presets.USES])

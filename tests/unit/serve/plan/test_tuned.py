@@ -18,6 +18,7 @@ from serve.settings.profiles import Measured, Profile, key_for, save
 from tests.support import tiny
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ServerError
+from toolkit.paths import cache_dir
 
 GIB = 1 << 30
 SEVEN = shape("7b", True)
@@ -113,13 +114,12 @@ class TestProfile:
             ServerConfig(backend="cpu", profile="best")
 
 
-def test_kernels_and_processes_reach_the_environment() -> None:
+def test_caches_and_processes_reach_the_environment() -> None:
     plain = server_environment(ServerConfig(backend="cpu"), {}, "m")
     spread = server_environment(ServerConfig(backend="cpu", parallel=Parallel(tp=2)), {}, "m")
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in spread
     assert set(plain) - set(spread) <= {"VLLM_ENABLE_V1_MULTIPROCESSING"}
-    marlin = ServerConfig(backend="gpu", settings=EngineSettings(kernel="marlin"))
-    assert server_environment(marlin, {}, "m")["VLLM_DISABLED_KERNELS"] == "MacheteLinearKernel"
+    assert plain["HUMMING_CACHE_DIR"] == str(cache_dir("humming"))  # compiled once, not at every start
 
 
 def test_a_spread_that_can_not_be_is_refused_with_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

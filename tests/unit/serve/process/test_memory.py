@@ -25,7 +25,8 @@ def sparse(directory: Path, gib: int) -> Checkpoint:
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    header["huge.weight"] = {"dtype": "F16", "shape": [gib << 29], "data_offsets": [end, end + (gib << 30)]}
+    entry = {"dtype": "F16", "shape": [gib << 29], "data_offsets": [end, end + (gib << 30)]}
+    header["model.rotary_emb.inv_freq"] = entry  # which engines pass over
     encoded = json.dumps(header).encode()
     file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
     os.truncate(file, 8 + len(encoded) + end + (gib << 30))

@@ -15,12 +15,14 @@ ALL = EngineSettings(
     kernel="marlin",
     cudagraph_sizes=(1, 2, 4),
     cudagraph_mode="FULL_AND_PIECEWISE",
+    encoder_graphs=True,
     passes=("fuse_norm_quant",),
     performance_mode="interactivity",
     max_num_batched_tokens=4096,
     max_pixels=1003520,
     prefix_caching=False,
     mm_cache_gb=2,
+    mm_cache_type="shm",
     kv_cache_dtype="fp8",
     async_scheduling=True,
     ngram=3,
@@ -28,7 +30,7 @@ ALL = EngineSettings(
 
 
 def test_nothing_set_is_nothing_said() -> None:
-    assert EngineSettings().arguments() == [] and EngineSettings().environment({"A": "1"}) == {"A": "1"}
+    assert EngineSettings().arguments() == []
 
 
 def test_the_users_flags_count() -> None:
@@ -39,15 +41,23 @@ def test_the_users_flags_count() -> None:
     assert "--compilation-config" not in ALL.arguments(["--enforce-eager"])
 
 
-def test_the_kernels_passed_over() -> None:
-    assert ALL.environment({})["VLLM_DISABLED_KERNELS"] == "MacheteLinearKernel"
-    assert ALL.environment({"VLLM_DISABLED_KERNELS": "X"})["VLLM_DISABLED_KERNELS"] == "X"
-    assert EngineSettings(kernel="machete").environment({}) == {}
+def test_the_kernel_is_named() -> None:
+    assert EngineSettings(kernel="humming").arguments() == ["--linear-backend", "humming"]
+    assert EngineSettings(kernel="humming").arguments(["--linear-backend=marlin"]) == []
+
+
+def test_guesses_are_made_on_the_host_or_on_the_gpu() -> None:
+    for settings, method in ((EngineSettings(ngram=3), "ngram"), (EngineSettings(ngram_gpu=3), "ngram_gpu")):
+        flag, value = settings.arguments()
+        assert flag == "--speculative-config"
+        assert json.loads(value) == {
+            "method": method, "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2
+        }  # fmt: skip
 
 
 @pytest.mark.slow
 def test_the_installed_vllm_takes_them() -> None:
-    """Its own parser reads every flag, and its list of kernels has them in the order that is assumed here."""
+    """Its own parser reads every flag, and its list of kernels has those named here, in the order that is assumed."""
     code = (
         "import sys, json\n"
         "from serve.app.server import answer_for_vllm; answer_for_vllm()\n"
@@ -60,14 +70,18 @@ def test_the_installed_vllm_takes_them() -> None:
         "assert args.compilation_config.pass_config.fuse_norm_quant is True\n"
         "assert args.enable_prefix_caching is False and args.async_scheduling is True\n"
         "assert args.speculative_config['method'] == 'ngram'\n"
-        "from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS, PlatformEnum\n"
-        "print(json.dumps([kernel.__name__ for kernel in _POSSIBLE_KERNELS[PlatformEnum.CUDA]]))\n"
+        "assert args.compilation_config.cudagraph_mm_encoder is True\n"
+        "assert args.linear_backend == 'marlin' and args.mm_processor_cache_type == 'shm'\n"
+        "from vllm.model_executor.kernels import linear\n"
+        "cuda = linear._POSSIBLE_KERNELS[linear.PlatformEnum.CUDA]\n"
+        "named = {name: [k.__name__ for k in linear._filter_kernels_by_backend(name, cuda)] for name in sys.argv[2:]}\n"
+        "print(json.dumps([named, [kernel.__name__ for kernel in linear.prioritize_humming(cuda, 90)]]))\n"
     )
     root = ROOT
-    command = [sys.executable, "-c", code, json.dumps(ALL.arguments())]
+    command = [sys.executable, "-c", code, json.dumps(ALL.arguments()), *KERNELS]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    order = [n for n in json.loads(done.stdout.splitlines()[-1]) if n not in ("CutlassW4A8LinearKernel",)]
-    order.remove("ExllamaLinearKernel")
-    for names in KERNELS.values():
-        assert list(names) == order[: len(names)]
+    named, order = json.loads(done.stdout.splitlines()[-1])
+    kernels = [cls for (cls,) in named.values()]  # one a name
+    assert [name.lower().removesuffix("linearkernel").removesuffix("w4a16") for name in kernels] == list(KERNELS)
+    assert [cls for cls in order if cls in kernels] == kernels  # tried on Hopper in this order

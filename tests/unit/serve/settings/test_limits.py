@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from serve.guard.schema import CHAT_FIELDS, COMPLETION_FIELDS
+from serve.guard.fields import CHAT_FIELDS, COMPLETION_FIELDS
 from serve.http.errors import error_response
 from serve.settings.limits import REASONS, Limits
 from tests.support.paths import DOCS
@@ -41,6 +41,14 @@ def test_without_keys_none_is_needed() -> None:
         ({"rate_per_minute": -1}, "--rate"),
         ({"allow_routes": ("/tokenize",)}, "--allow-route"),
         ({"allow_routes": ("DELETE /x",)}, "--allow-route"),
+        ({"allow_routes": ("POST /v1/responses",)}, "--allow-route"),
+        ({"allow_routes": ("POST /invocations",)}, "--allow-route"),
+        ({"hosts": ("qvl.example.com:8000",)}, "--allow-host"),
+        ({"hosts": ("*",)}, "--allow-host"),
+        ({"max_schema_states": 0}, "--max-schema-states"),
+        ({"max_decoded_pixels": -1}, "--max-decoded-pixels"),
+        ({"max_connections": 0}, "--max-connections"),
+        ({"max_address_connections": 0}, "--max-address-connections"),
         ({"cors_origins": ("*",)}, "--cors-origin"),
         ({"cors_origins": ("https://a.example/",)}, "--cors-origin"),
         ({"image_hosts": ("https://a.example",)}, "--image-host"),

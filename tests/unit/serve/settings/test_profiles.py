@@ -67,13 +67,21 @@ class TestChoice:
     def test_one_for_something_else_is_ignored(self, tmp_path: Path, change: dict[str, str], words: str) -> None:
         save(replace(PROFILE, key=replace(KEY, **change)), tmp_path)
         found = choose("auto", KEY, [tmp_path])
-        assert found.settings == EngineSettings()
+        assert found.settings == EngineSettings(kernel="humming")  # as without any profile
         assert words in found.notes[0] and "qvl tune" in found.notes[1]
 
-    def test_nothing_known(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("card", "form"), [("NVIDIA L4", "awq-g128"), (KEY.card, "fp16")])
+    def test_nothing_known(self, tmp_path: Path, card: str, form: str) -> None:
         save(replace(PROFILE, key=replace(KEY, model="1x2x3")), tmp_path)
-        assert choose("auto", KEY, [tmp_path]) == profiles.Choice(EngineSettings())
-        assert "qvl tune" in choose("latency", KEY, [tmp_path]).notes[0]
+        key = replace(KEY, card=card, format=form)
+        assert choose("auto", key, [tmp_path]) == profiles.Choice(EngineSettings())
+        assert "qvl tune" in choose("latency", key, [tmp_path]).notes[0]
+
+    def test_on_hopper_never_vllms_own_kernel(self, tmp_path: Path) -> None:
+        kernels = {mode: choose(mode, KEY, [tmp_path]).settings.kernel for mode in profiles.MODES}
+        assert kernels == {"auto": "humming", "latency": "marlin", "throughput": "humming", "off": None}
+        (note,) = choose("auto", KEY, [tmp_path]).notes
+        assert "Humming" in note and "40 s" in note and "--profile off" in note
 
     def test_a_damaged_one_is_named_and_left(self, tmp_path: Path) -> None:
         (tmp_path / "A.json").write_text("{")
@@ -125,7 +133,7 @@ class TestShipped:
     def test_what_was_measured(self) -> None:
         found = {p.key.model: p for p in (Profile.loads_text(f.read_text(), f.name) for f in self.FILES)}
         seven, two = found["28x3584x18944"], found["28x1536x8960"]
-        assert (seven.chosen("latency"), seven.chosen("throughput")) == ("marlin", "vllm")
+        assert (seven.chosen("latency"), seven.chosen("throughput")) == ("marlin", "marlin")
         assert seven.against_fp16("marlin")[1] > 1.6
         assert {two.chosen(wish) for wish in ("auto", "latency", "throughput")} == {"marlin"}
         assert all((factor > 1.1) == (load <= 8) for load, factor in two.against_fp16("marlin").items())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,41 @@ def test_names_and_config_of_transformers_5_are_kept(tmp_path: Path, gemm: Path,
     assert {**out.config, "quantization_config": None} == {**config, "quantization_config": None}
     name = "0.mlp.down_proj.qweight"
     assert torch.equal(out.get(out.layers_prefix + name), Checkpoint.open(gemm).get("model.layers." + name))
+
+
+def changed(source: Path, out: Path, change: Callable[[str, torch.Tensor], torch.Tensor], **config: Any) -> Path:
+    """Write a checkpoint whose tensors went through ``change``."""
+    checkpoint = Checkpoint.open(source)
+    with CheckpointWriter(out) as writer:
+        for name in checkpoint.tensors:
+            writer.add(name, change(name, checkpoint.get(name)))
+        writer.copy_side_files(source)
+        writer.set_config({**checkpoint.config, **config})
+    return out
+
+
+def test_an_fp32_source_is_written_in_16_bits(
+    tmp_path: Path, gemm: Path, source: Path, manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = changed(source, tmp_path / "wide", lambda _, tensor: tensor.float(), torch_dtype="float32")
+    out = quantize(str(wide), tmp_path / "out", calib=str(manifest))
+    assert same(tensors(out), tensors(gemm))
+    assert Checkpoint.open(out).config["torch_dtype"] == "float16"
+    assert "fp32 weights" in (told := capsys.readouterr().err) and "is written as fp16" in told
+    # what stays in 16 bits by wish, too
+    left = Checkpoint.open(quantize(str(wide), tmp_path / "left", calib=str(manifest), skip="down_proj"))
+    assert {tensor.dtype for tensor in left.tensors.values()} == {"F16", "I32"}
+
+
+@pytest.mark.parametrize("name", ["visual.merger.mlp.0.bias", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_a_nan_is_found_before_anything_is_written(tmp_path: Path, source: Path, manifest: Path, name: str) -> None:
+    def spoilt(key: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if key != name else tensor.clone().index_fill_(0, torch.tensor([3]), float("nan"))
+
+    broken = changed(source, tmp_path / "broken", spoilt)
+    with pytest.raises(CheckpointError, match=rf"NaN or infinite: {re.escape(name)} \("):
+        quantize(str(broken), tmp_path / "out", calib=str(manifest))
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
 @pytest.fixture(scope="session")

@@ -234,10 +234,10 @@ def test_the_verb_refuses_an_unknown_kind(tmp_path: Path) -> None:
 
 
 def test_the_image_that_make_ask_shows_is_the_drawn_one() -> None:
-    image = gallery.shapes_image()
-    assert (image.question, image.answer) == ("How many shapes are in the picture?", "5")
+    item = gallery.shapes_image()
+    assert (item.question, item.answer) == ("How many shapes are in the picture?", "5")
     with Image.open(REPOSITORY / "docs" / "images" / "shapes.png") as image:
-        assert image.convert("RGB").tobytes() == image.image.tobytes()
+        assert image.convert("RGB").tobytes() == item.image.tobytes()
 
 
 def test_a_gallery_is_a_png(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from bench.load.client import Failure
+from bench.load.client import Failure, Trace
+from bench.load.loops import Block
+from bench.report.build import build
 from bench.report.compare import html_file as compare_html
 from bench.report.compare import markdown as compare_markdown
 from bench.report.compare import terminal as compare_terminal
@@ -18,11 +20,15 @@ from bench.report.compare.changes import Change, Row, _between, _mover
 from bench.report.compare.comparison import Comparison, compare, compare_all
 from bench.report.compare.conditions import parse_condition
 from bench.report.compare.figures import KNOWN, Figure, Metric, Side, figures
+from bench.report.render import html_file, markdown
 from bench.report.render.json_file import read
 from bench.report.schema import Estimate, Report
-from tests.support.factory import about_images, first_version, questions, report, system
+from bench.roles import ROLES
+from bench.run.measured import Measurements, Stretch
+from bench.run.session import Outcome
+from tests.support.factory import CONFIG, about_images, first_version, questions, report, system
 from tests.support.paths import RESULTS
-from toolkit.errors import BenchError
+from toolkit.errors import BenchError, UnmeasuredError
 
 
 def sides(a: Report, b: Report) -> tuple[Side, Side]:
@@ -30,14 +36,15 @@ def sides(a: Report, b: Report) -> tuple[Side, Side]:
 
 
 def with_rounds(found: Report, name: str, values: list[float], low: float, high: float) -> Report:
-    """The candidate's points have a figure with an interval."""
+    """The candidate's points have a figure with an interval, and its baseline is like no other report's."""
     middle = sorted(values)[len(values) // 2]
     estimate = Estimate(value=middle, low=low, high=high, rounds=values)
     speed = [
         p.model_copy(update={"by_round": p.by_round | {name: estimate}}) if p.role == "candidate" else p
         for p in found.speed
     ]
-    return found.model_copy(update={"speed": speed, "speed_ratios": []})
+    alone = found.systems | {"baseline": system("baseline", server_version=str(values))}
+    return found.model_copy(update={"speed": speed, "speed_ratios": [], "systems": alone})
 
 
 # --- conditions -------------------------------------------------------------------------------------------------------
@@ -193,12 +200,74 @@ def test_old_reports_of_one_baseline_are_compared_through_it() -> None:
         kept.append(found.model_copy(update={"speed_ratios": old, "speed": speed}))
     result = compare(*sides(*kept), [parse_condition("tpot.p50@4>+5%")])
     row = next(row for row in result.rows if str(row.metric) == "tpot_p50@4")
-    assert row.change.basis == "against the same baseline" and row.change.value == pytest.approx(0.5)
+    assert row.change.basis == "through the same baseline" and row.change.value == pytest.approx(0.5)
     assert len(result.regressions) == 1
     other = kept[1].model_copy(
         update={"systems": kept[1].systems | {"baseline": system("baseline", quantization="another")}}
     )
     assert compare(*sides(kept[0], other), [parse_condition("tpot.p50@4>+5%")]).regressions == []
+
+
+def test_two_days_of_one_machine_are_no_result() -> None:
+    """The unchanged baseline came out better in 32 of 32 figures of speed when days were held against each other."""
+    one, two = report(speed={"candidate": 0.5}), report(speed={"baseline": 0.7, "candidate": 0.35})
+    for role in ROLES:
+        found = compare(Side(one, role), Side(two, role))
+        speed = [row for row in found.rows if row.metric.at]
+        assert len(speed) > 20
+        assert [str(row.metric) for row in speed if row.says in ("better", "worse")] == []
+        told = [row for row in speed if row.change.low is not None]
+        assert told and all(row.change.value == pytest.approx(0.0) for row in told)
+    slower = report(speed={"baseline": 0.7, "candidate": 0.42})  # by a fifth, on the faster day
+    found = compare(*sides(one, slower), [parse_condition("tpot.p50@4>+5%")])
+    assert found.regressions and "(+20.0%" in found.regressions[0]
+    assert "through the same baseline" in found.regressions[0]
+
+
+def kept_rate(offered: float = 4.0, candidate: float = 1.0, grows: float = 0.0) -> Report:
+    """Both under a rate; the candidate's answers take longer, and with ``grows`` longer and longer."""
+    settings = CONFIG.replaced(concurrencies=(), rates=(offered,), rounds=4, requests=80)
+    load = settings.loads[0]
+    measured = Measurements()
+    for role in ROLES:
+        for round_ in range(4):
+            slow = candidate if role == "candidate" else 1.0
+            late = grows if role == "candidate" else 0.0
+            traces = []
+            for number in range(20):
+                due = number / offered
+                took = slow * (1.0 + 0.01 * round_) + late * due
+                chunks = tuple(due + took * (0.2 + 0.2 * i) for i in range(5))
+                traces.append(Trace(due, due, due + took, chunks, "x", 7, 5, "length", number=number))
+            wall = max(trace.ended for trace in traces)
+            measured.units[role, load.name, round_] = [(load, Stretch(Block(tuple(traces), wall), offered))]
+    return build(Outcome(measured, {role: system(role) for role in ROLES}, []), settings, command="qvl bench")
+
+
+def test_a_rate_that_is_kept_has_no_ratio_of_throughput() -> None:
+    """Wall time ends with the last answer: a server that takes longer to answer looked as if it answered fewer."""
+    found = kept_rate(candidate=1.5)
+    points = [found.point(role, "4 requests/s") for role in ROLES]
+    assert [point and point.kept for point in points] == [True, True]
+    assert points[1] and points[1].offered_per_s == 4.0 and points[1].achieved_per_s == pytest.approx(4.0, rel=0.02)
+    assert {ratio.metric for ratio in found.speed_ratios} == {"ttft", "tpot", "itl", "e2e"}
+    assert found.verdict.speed and "throughput" not in found.verdict.speed.lower()
+    conditions = [parse_condition(f"{name}@4/s<-1%") for name in ("requests_per_s", "output_tokens_per_s")]
+    gated = compare(Side(found, "baseline"), Side(found, "candidate"), conditions)
+    assert [gate.judgement for gate in gated.gates] == ["no worse", "no worse"]
+    for text in (html_file.render(found), markdown.render(found)):
+        assert "rate kept" in text
+
+
+def test_a_rate_that_is_not_kept_says_what_was_achieved() -> None:
+    found = kept_rate(grows=0.5)  # half a second more each second: two thirds of the rate
+    point = found.point("candidate", "4 requests/s")
+    assert point and point.kept is False and point.achieved_per_s == pytest.approx(4.0 / 1.5)
+    assert found.ratio("requests_per_s", "4 requests/s")
+    assert any("4 requests/s offered, 2.67 achieved" in note for note in found.warnings)
+    condition = [parse_condition("requests_per_s@4/s<-5%")]
+    assert compare(Side(found, "baseline"), Side(found, "candidate"), condition).regressions
+    assert compare(*sides(kept_rate(), found), condition).regressions  # against a report in which it was kept
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
@@ -303,7 +372,7 @@ def test_failed_reports_cannot_be_compared() -> None:
     if bad.status != "failed":
         bad = bad.model_copy(update={"status": "failed"})
     for pair in (sides(report(), bad), sides(bad, report())):
-        with pytest.raises(BenchError, match="marked failed"):
+        with pytest.raises(UnmeasuredError, match="marked failed"):
             compare(*pair, anyway=True)
 
 
@@ -384,12 +453,15 @@ def test_points_that_measured_the_client_are_left_out() -> None:
     found = compare(*sides(a, bad))
     assert not any(row.metric.at for row in found.rows)
     assert any("measured the client" in note for note in found.notes)
+    gated = compare(*sides(a, bad), [parse_condition("tpot.p50@4>5%"), parse_condition("accuracy<-1pt")])
+    assert gated.unmeasured == ["tpot.p50@4>5%: could not be measured: awq, 4 in flight: the client was slow"]
+    assert [gate.condition.metric for gate in gated.gates] == ["accuracy"]
 
 
 def test_a_baseline_that_moved_is_told() -> None:
     found = compare(*sides(report(), report(speed={"baseline": 1.3, "candidate": 1.3})))
-    assert any("the baseline, the same in both, moved as well" in note and "+30.0%" in note for note in found.notes)
-    assert not any("moved as well" in note for note in compare(*sides(report(), report())).notes)
+    assert any("the baseline, the same in both, moved by itself" in note and "+30.0%" in note for note in found.notes)
+    assert not any("moved by itself" in note for note in compare(*sides(report(), report())).notes)
 
 
 def test_what_was_not_measured_is_said() -> None:
@@ -480,7 +552,7 @@ def test_every_figure_is_in_every_format() -> None:
         (Change(0.1, 0.05, 0.2), "worse"),
         (Change(-0.1, -0.2, -0.05), "better"),
         (Change(0.1, -0.05, 0.2), "can’t tell"),
-        (Change(0.1), "untold"),
+        (Change(0.1), "no interval"),
         (Change(0.0, 0.0, 0.0), "same"),
     ],
 )
