@@ -224,6 +224,23 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             highest=1,
         ),
     ),
+    "Clients": (
+        Panel(
+            "Requests by key",
+            "Requests that reached the engine, a second, by the key's name in the key file.",
+            ((_rate("qvl_key_requests_total", "key"), "{{key}}"),),
+            unit="reqps",
+            width=12,
+            stacked=True,
+        ),
+        Panel(
+            "Tokens by key",
+            "Tokens of prompts and answers, a second, by the key's name in the key file.",
+            ((_rate("qvl_key_tokens_total", "key, kind"), "{{key}} {{kind}}"),),
+            width=12,
+            stacked=True,
+        ),
+    ),
     "Health": (
         Panel(
             "Ready",

@@ -48,7 +48,7 @@ AT_REST = frozenset(
     }
 )
 #: Those that appear with the first request, and the first refusal.
-UNDER_LOAD = frozenset({"qvl_requests_total", "qvl_refusals_total"})
+UNDER_LOAD = frozenset({"qvl_key_requests_total", "qvl_key_tokens_total", "qvl_requests_total", "qvl_refusals_total"})
 #: Those that Prometheus itself makes.
 OF_PROMETHEUS = frozenset({"up", "ALERTS"})
 

@@ -64,6 +64,7 @@ def test_the_dashboard_covers_what_an_operator_asks() -> None:
     assert {
         "qvl_requests_total",
         "qvl_refusals_total",
+        "qvl_key_tokens_total",
         "qvl_ready",
         "qvl_restarts",
         "vllm:time_to_first_token_seconds_bucket",

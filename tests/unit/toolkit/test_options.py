@@ -26,7 +26,7 @@ class Sizes(Settings):
     hosts: Annotated[tuple[str, ...], Option("A host.", name="--host")] = ()
     skip: Annotated[str | None, Option("A pattern.")] = None
     pair: Annotated[tuple[int, int], Option("A pair.", type=str, asked=lambda p: f"{p[0]}x{p[1]}")] = (1, 2)
-    key: Annotated[str | None, Option("A key.", envvar="QVL_TEST_KEY", asked=False)] = None
+    key: Annotated[str | None, Option("A key.", envvar="QVL_TEST_KEY", asked=False, instead="QVL_TEST_KEY")] = None
     inner: int = 7
 
     @field_validator("pair", mode="before")
@@ -80,6 +80,14 @@ def test_what_is_given_arrives(app: typer.Typer, seen: list[tuple[Any, ...]]) ->
     wanted = Sizes(group_size=64, clip=False, force=True, way="duo", hosts=("a", "b"), skip="x", pair=(3, 4), key="k")
     assert seen[0][1] == wanted
     assert seen[0][1].model_fields_set == set(Sizes.model_fields) - {"inner"}
+
+
+def test_a_secret_on_the_command_line_is_warned_of(app: typer.Typer, seen: list[tuple[Any, ...]]) -> None:
+    told = run(app, "m", "--out", "o", "--key", "sekrit").stderr
+    assert told.startswith("warning: --key on the command line can be read by every user of this machine")
+    assert "Give QVL_TEST_KEY instead" in told and "sekrit" not in told
+    assert run(app, "m", "--out", "o", env={"QVL_TEST_KEY": "sekrit"}).stderr == ""
+    assert [sizes.key for _, sizes, _ in seen] == ["sekrit", "sekrit"]
 
 
 def test_the_help_has_them_all(app: typer.Typer) -> None:

@@ -147,7 +147,7 @@ def test_ready_once_an_image_question_was_answered() -> None:
     assert image["image_url"]["url"].startswith("data:image/png;base64,") and text["text"]
     assert engine.bodies[0]["model"] == "m" and engine.bodies[0]["logprobs"] is True
     assert engine.scopes[0]["app"] == "vllm's"  # its handlers look there for the engine
-    assert 100 < (REGISTRY.get_sample_value("qvl_start_seconds") or 0) < 110
+    assert 100 < (REGISTRY.get_sample_value("qvl_start_seconds") or 0) < 1000
 
 
 def test_a_first_answer_that_took_too_long_is_asked_for_again() -> None:

@@ -18,6 +18,7 @@ from serve.settings.engine import EngineSettings
 from serve.settings.limits import Limits
 from serve.settings.lora import Lora
 from serve.settings.parallel import Parallel
+from serve.settings.tls import Tls
 from toolkit.errors import ServerError
 
 #: Every kind of setting that is more than a number.
@@ -30,6 +31,7 @@ FULL = ServerConfig(
     play_beside="http://127.0.0.1:1",
     loras=(Lora("charts", Path("/adapters/charts"), 16),),
     parallel=Parallel(tp=2),
+    tls=Tls(ssl_certfile="/c.pem", ssl_keyfile="/k.pem"),
     settings=EngineSettings(cudagraph_sizes=(1, 2), mm_cache_gb=0),
     profile="latency",
     drain="2m",

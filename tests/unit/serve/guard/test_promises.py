@@ -24,6 +24,12 @@ HOSTILE, PLAY, LIMITS = (
     "integration/serve/app/test_play.py",
     "unit/serve/settings/test_limits.py",
 )
+ATTRIBUTES, USAGE, CONFIG, REQUESTLOG = (
+    "integration/serve/guard/test_key_attributes.py",
+    "unit/serve/guard/test_usage.py",
+    "unit/serve/settings/test_config.py",
+    "unit/serve/app/test_requestlog.py",
+)
 
 #: Words of a sentence or row, the file of its test, the test.
 PROMISES = [
@@ -211,6 +217,24 @@ PROMISES = [
     ("Pages of other origins get no answer they could read", APP, "test_pages_of_other_origins"),
     ("There are no websockets", APP, "test_websockets_are_refused_and_lifespans_passed"),
     ("No prompt, image, key or query string is logged", HOSTILE, "test_nothing_of_a_request_is_in_the_log"),
+    # keys and what their lines say
+    ("at most `--max-model-len`", CONFIG, "test_the_guards_longest_answer_fits_into_the_context"),
+    ("so is one with an empty `QVL_API_KEY`", CONFIG, "test_an_empty_variable_opens_no_door"),
+    ("damaged or not understood changes nothing", KEYS, "test_a_spoiled_file_keeps_the_keys_before"),
+    ("`--api-key KEY` works and warns", "unit/serve/test_cli.py", "test_a_start_warns_of_keys"),
+    ("Keys under 16 characters are warned of", KEYS, "test_an_operator_is_told_of_short_and_expired_keys"),
+    (
+        "Words it does not know are refused by the line's number",
+        KEYS,
+        "test_a_line_that_is_not_understood_is_named_and_not_repeated",
+    ),
+    ("the last day (UTC) that it is good for", KEYS, "test_attributes"),
+    ("reads `/metrics`, `/version` and `/v1/models`, and asks no model", KEYS, "test_a_scope_opens_some_routes"),
+    ("`/v1/models` lists no others", ATTRIBUTES, "test_models_that_a_key_is_not_for_are_not_listed"),
+    ("then 429 `tokens`", ATTRIBUTES, "test_a_spent_budget"),
+    ("also those of answers whose client left", ATTRIBUTES, "test_who_leaves_has_used_what_was_sent"),
+    ("Keys of one name share rates and tokens", USAGE, "test_a_budget_is_a_days_and_a_names"),
+    ("`traceparent` and `tracestate` (as the standard has them)", REQUESTLOG, "test_what_is_no_trace_is_left_out"),
     ("though not to pages in its browser", PLAY, "test_the_page_of_a_server_without_keys_goes_by_its_own_names"),
 ]
 
