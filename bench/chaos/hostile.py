@@ -27,6 +27,7 @@ __all__ = [
     "data_url",
     "deep_gray",
     "good_image",
+    "png_bomb",
     "rebinding",
 ]
 

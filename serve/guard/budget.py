@@ -32,12 +32,23 @@ _MOST_WAITING = 32
 _MOST_KNOWN = 1000
 
 
-def memory_limit(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the bytes that this process can have: the machine's, or what its control group (v2 or v1) allows."""
+def memory_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Return the bytes that this process can have: the machine's, or what its control groups (v2 or v1) allow.
+
+    Args:
+        root: of the control groups; in a container the container's own.
+        own: which group this process is in, one line for each hierarchy.
+    """
+    files = [root / "memory.max", root / "memory" / "memory.limit_in_bytes"]
+    try:
+        group = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+        files += [root / parent.relative_to("/") / "memory.max" for parent in (Path(group), *Path(group).parents)]
+    except (OSError, StopIteration, ValueError):
+        pass
     least = int(psutil.virtual_memory().total)
-    for file in ("memory.max", "memory/memory.limit_in_bytes"):
+    for file in files:
         try:
-            least = min(least, int((group / file).read_text()))  # "max" where there is no limit: a ValueError
+            least = min(least, int(file.read_text()))  # "max" where there is no limit: a ValueError
         except (OSError, ValueError):
             continue
     return least

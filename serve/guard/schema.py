@@ -97,6 +97,13 @@ def check_schemas(request: dict[str, Any], limits: Limits) -> SchemaCost:
 
     Raises Refusal for what is no schema, can't be compiled, or costs too much.
     """
+    try:
+        return _check(request, limits)
+    except RecursionError:  # references can lead deeper than a body nests
+        raise too_deep(limits) from None
+
+
+def _check(request: dict[str, Any], limits: Limits) -> SchemaCost:
     cost = SchemaCost(limits)
     if (response_format := request.get("response_format")) is not None:
         cost.add_text(response_format, "response_format")
@@ -119,6 +126,7 @@ class _Schema:
         #: Bounds and patterns that are counted: the same again is the same automaton.
         self._seen: set[tuple[Any, ...]] = set()
         self._products: dict[int, int] = {}
+        self._followed: set[int] = set()
 
     def check(self) -> int:
         """Check all of it; return the largest product of bounds."""
@@ -188,20 +196,34 @@ class _Schema:
             raise self._refuse("A JSON schema's enum is a list of at least one value.")
 
     def _check_cycle(self, schema: dict[str, Any]) -> None:
-        """Refuse a schema that leads back to itself with nothing between: no grammar has an end to it."""
-        open_, seen = [schema], {id(schema)}
-        while open_:
-            here = open_.pop()
-            targets = [self._target(here["$ref"])] if "$ref" in here else []
-            for name in _IN_PLACE:
-                value = here.get(name, [])
-                targets += value if isinstance(value, list) else [value]
-            for target in targets:
-                if target is schema:
-                    raise self._refuse("A JSON schema refers to itself with nothing between.")
-                if isinstance(target, dict) and id(target) not in seen:
-                    seen.add(id(target))
-                    open_.append(target)
+        """Refuse a schema that leads back to itself with nothing between: no grammar has an end to it.
+
+        Depth first, each schema of the document once; those on the way from `schema` are in `on_way`.
+        """
+        if id(schema) in self._followed:
+            return
+        way, on_way = [(schema, self._beside(schema))], {id(schema)}
+        while way:
+            here, open_ = way[-1]
+            if not open_:
+                way.pop()
+                on_way.discard(id(here))
+                self._followed.add(id(here))
+                continue
+            target = open_.pop()
+            if id(target) in on_way:
+                raise self._refuse("A JSON schema refers to itself with nothing between.")
+            if id(target) not in self._followed:
+                way.append((target, self._beside(target)))
+                on_way.add(id(target))
+
+    def _beside(self, schema: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the schemas that say something of the same value."""
+        targets = [self._target(schema["$ref"])] if isinstance(schema.get("$ref"), str) else []
+        for name in _IN_PLACE:
+            value = schema.get(name, [])
+            targets += value if isinstance(value, list) else [value]
+        return [target for target in targets if isinstance(target, dict)]
 
     def _target(self, reference: str) -> Any:
         """Return what a reference names."""

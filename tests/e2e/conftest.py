@@ -152,6 +152,7 @@ def public(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Public]:
         body_seconds=BODY_SECONDS,
         request_seconds=REQUEST_SECONDS,
         image_hosts=("localhost",),
+        max_decoded_pixels=100_000_000,
     )
     with start("demo", ServerConfig(port=free_port(), timeout=180, guard=limits)) as server:
         yield Public(server.url, server.pid, server.log, key_file, keys)

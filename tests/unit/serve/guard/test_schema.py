@@ -169,6 +169,26 @@ def test_structural_tags_around_schemas_are_taken() -> None:
     refused({"response_format": {"type": "structural_tag", **old}})
 
 
+def test_a_long_way_of_references_is_too_deep_or_followed() -> None:
+    for number in (40, 700):
+        chain: dict[str, Any] = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(number)}
+        schema = {"$defs": chain | {f"a{number}": {"type": "string"}}, "$ref": "#/$defs/a0"}
+        try:
+            check_schemas(in_format(schema), LIMITS)
+        except Refusal as refusal:
+            assert refusal.reason == "too_deep" and number > 500
+    schema["$defs"][f"a{number}"] = {"$ref": "#/$defs/a3"}
+    with pytest.raises(Refusal, match="itself"):
+        check_schemas(in_format(schema), LIMITS)
+
+
+def test_references_that_meet_again_are_no_way_round() -> None:
+    """Many ways through the same schemas: each schema is followed once, or this would not end."""
+    layers: dict[str, Any] = {f"a{i}": {"anyOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 8} for i in range(60)}
+    schema = {"$defs": layers | {"a60": {"type": "string"}}, "$ref": "#/$defs/a0"}
+    check_schemas(in_format(schema), LIMITS)
+
+
 def test_all_schemas_of_a_request_share_one_budget() -> None:
     tools = [in_tool(strings(5, 100 + 10 * i))["tools"][0] for i in range(2)]
     check_schemas({"tools": tools}, LIMITS)
@@ -219,7 +239,7 @@ SCHEMAS = st.recursive(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(SCHEMAS)
 def test_any_schema_is_taken_or_refused(schema: Any) -> None:
     if isinstance(schema, dict):
