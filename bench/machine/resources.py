@@ -126,6 +126,17 @@ _LOADED = re.compile(r"Model loading took ([0-9.]+) GiB")
 _LEAST_GIB = 0.1
 
 
+_KERNEL = re.compile(
+    r"Using (\w+?)(?:Linear)?(?:Kernel)? for (?:AutoAWQ|AWQ|mixed-precision|CompressedTensorsWNA16|AutoGPTQ)"
+)
+
+
+def kernel(log: str) -> str | None:
+    """Return the kernel of quantized linear layers, such as ``Marlin``, from a vLLM log; None when it does not say."""
+    found = _KERNEL.search(log)
+    return found[1] if found else None
+
+
 def weights_in_memory(log: str) -> int | None:
     """Return the bytes the engine says its weights take, from a vLLM log; over several ranks, their sum. None when it
     does not say, or says it too coarsely for a model this small."""

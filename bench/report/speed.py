@@ -35,7 +35,7 @@ from bench.run.measured import Measurements, Stretch
 __all__ = ["DEFINITIONS", "doubts", "points", "ratios"]
 
 KINDS = ("closed", "open", "single", "saturation", "rate")
-#: With fewer requests, p99 is next to the slowest one.
+#: With fewer requests, p99 is next to the slowest one, and shown nowhere.
 FEW = 100
 #: Of the images looked up, more than this in the server's cache is no rounding; of the prompts' tokens, more than
 #: this is not the chat template's beginning alone.
@@ -386,7 +386,7 @@ def doubts(found: Sequence[SpeedPoint], measured: Measurements, config: BenchCon
     notes += _untried(found, config)
     fewest = min((point.completed for point in found), default=FEW)
     if fewest < FEW:
-        notes.append(f"{fewest} requests in a point: its p99 is close to the slowest request, read it as such")
+        notes.append(f"{fewest} requests in a point: too few for a p99, which is left out")
     if found and config.rounds < 3:
         notes.append(
             "one round: speed has no intervals" if config.rounds == 1 else "two rounds: the intervals of speed are wide"

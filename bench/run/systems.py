@@ -64,6 +64,7 @@ class SystemInfo(BaseModel):
     url: str
     server_version: str | None = None
     quantization: str | None = None
+    kernel: str | None = Field(default=None, description="of its quantized linear layers, as the engine's log says")
     disk_bytes: int | None = None
     disk_weights_bytes: int | None = None
     memory: Memory = Memory()
@@ -122,6 +123,7 @@ def info(system: System, config: BenchConfig, server: Server | Here | None, foun
         url=public_url(end.url) if given else end.url,
         server_version=end.version,
         quantization=resources.quantization(server.checkpoint),
+        kernel=resources.kernel(log),
         disk_bytes=disk.total,
         disk_weights_bytes=disk.weights,
         memory=Memory.model_validate(

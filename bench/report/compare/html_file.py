@@ -17,9 +17,9 @@ __all__ = ["render"]
 FLIPS = 60
 #: verdict -> CSS class, sign, heading.
 BADGES = {
-    "no worse": ("good", "✓", "No worse"),
+    "no worse": ("good", "✓", "Accuracy no worse"),
     "worse": ("bad", "✗", "Worse"),
-    "can't tell": ("open", "?", "Can’t tell"),
+    "can't tell": ("open", "?", "Accuracy: can’t tell"),
     "": ("open", "–", "Accuracy not compared"),
 }
 TONES = {"better": "good", "worse": "bad", "same": "plain", "can't tell": "open"}

@@ -26,8 +26,11 @@ __all__ = [
     "figure",
     "flips",
     "headline",
+    "leading",
+    "leading_lines",
     "lines",
     "notes",
+    "split",
     "tested",
     "verdict",
 ]
@@ -192,6 +195,41 @@ def claimed(row: Row, among: Sequence[Row]) -> bool:
     known = [each for each in among if each.change.p_value is not None]
     adjusted = dict(zip(map(id, known), holm([each.change.p_value or 0.0 for each in known]), strict=True))
     return row.says in ("better", "worse") and adjusted.get(id(row), 0.0) < 0.05
+
+
+#: What stands at the top of a comparison: name of the metric, and whether its last load counts, not its first.
+_FIRST = (
+    (("accuracy",), False),
+    (("tpot_p50", "e2e_p50"), False),
+    (("ttft_p50",), False),
+    (("steady_output_tokens_per_s", "output_tokens_per_s", "requests_per_s"), True),
+    (("weights_memory", "gpu_memory", "memory", "size_on_disk"), False),
+)
+
+
+def leading(found: Comparison) -> list[Row]:
+    """The five figures that matter most, of those that both have: accuracy, time per token and to the first token under
+    the first load, throughput under the last, memory."""
+    chosen = []
+    for names, last in _FIRST:
+        for name in names:
+            rows = [row for row in found.rows if row.metric.name == name and not row.metric.shape]
+            if rows:
+                chosen.append(rows[-1 if last else 0])
+                break
+    return chosen
+
+
+def leading_lines(found: Comparison) -> list[Line]:
+    """The same as lines."""
+    return [Line(row.metric, _name(row.metric), row.before, [row]) for row in leading(found)]
+
+
+def split(found: Comparison) -> tuple[list[Line], list[Line]]:
+    """All figures: those whose change has an interval, and the others."""
+    every = lines([found], every=True)
+    told = [line for line in every if line.rows[0] and line.rows[0].change.low is not None]
+    return told, [line for line in every if line not in told]
 
 
 def differences(found: Sequence[Comparison]) -> list[str]:

@@ -31,6 +31,8 @@ def render(report: Report) -> str:
         view=view(report),
         headings=HEADINGS,
         badges=BADGES,
+        tones={"better": "good", "no worse": "good", "worse": "bad"},
+        signs={"better": "▲", "worse": "▼", "no worse": "✓"},
         accuracy_plot=Markup(plots.accuracy_plot(accuracy.tasks)) if accuracy else None,
         difference_plot=Markup(plots.difference_plot(accuracy, report.verdict.margin)) if accuracy else None,
         speed_curves=[(title, reading, Markup(svg)) for title, reading, svg in plots.speed_curves(report)],

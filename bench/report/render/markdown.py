@@ -18,7 +18,7 @@ def render(report: Report) -> str:
     shown = view(report)
     parts = [
         f"# {shown.title}",
-        f"**{shown.verdict.sentence}**" + (f" {shown.verdict.speed}" if shown.verdict.speed else ""),
+        _verdicts(shown),
         f"Measured {shown.created} UTC in {shown.duration} s on {shown.machine}.",
     ]
     if report.warnings:
@@ -37,6 +37,14 @@ def render(report: Report) -> str:
     parts += ["## How it was measured", shown.workload, f"    {report.environment.command}"]
     parts.append("\n".join(f"- {definition}" for definition in report.definitions.values()))
     return "\n\n".join(parts) + "\n"
+
+
+def _verdicts(shown: View) -> str:
+    """What is judged, a line each."""
+    lines = [f"- **{part.what}: {part.word}.** {part.sentence}" for part in shown.judged]
+    if not lines or shown.verdict.status in ("failed", "partial"):
+        lines.insert(0, f"**{shown.verdict.sentence}**" + ("\n" if lines else ""))
+    return "\n".join(lines)
 
 
 def _accuracy(shown: View) -> list[str]:

@@ -159,13 +159,14 @@ def speed_curves(report: Report) -> list[tuple[str, str, str]]:
                     inside = {"markerfacecolor": PAPER, "linewidth": 1.0} if rates else {"linewidth": 1.8}
                     axes.plot(*zip(*line, strict=True), markersize=6, **look, **inside)
             for x, latency, point in spots:
-                drawn = True
+                drawn, rated = True, point.load.rate_per_s is not None
                 if point.invalid:
                     axes.plot([x], [latency.p50], marker="x", markersize=6, color=look["color"], linestyle="none")
                 axes.annotate(
                     _short(point.load),
                     (x, latency.p50),
-                    xytext=(-5, 5) if (outer := _outer(report, point)) else (5, -5),
+                    # A rate's label stands apart from that of so many in flight, which may be at the same spot.
+                    xytext=(-5, 5 + 12 * rated) if (outer := _outer(report, point)) else (5, -5 - 12 * rated),
                     textcoords="offset points",
                     ha="right" if outer else "left",
                     va="bottom" if outer else "top",

@@ -10,6 +10,10 @@ from toolkit.tables import table
 
 __all__ = ["show"]
 
+#: Of the ratios, those that fit into a terminal; report.html has all.
+BRIEF = ("TTFT", "TPOT", "E2E", "output tokens/s", "goodput")
+RATIOS = "Candidate / baseline (95% over rounds)"
+
 
 def show(report: Report, console: Console) -> None:
     """Print accuracy and verdict by task, fidelity, speed by load, size, and the verdict over all."""
@@ -30,11 +34,11 @@ def show(report: Report, console: Console) -> None:
             if size.short and (size.known or size.always):
                 sizes.add_row(size.short, *size.values)
         console.print(sizes, "")
-    if shown.verdict.word:
-        console.print(f"{shown.verdict.word}: ", style="bold", end="", markup=False)
-    console.print(shown.verdict.sentence, markup=False, highlight=False)
-    if shown.verdict.speed:
-        console.print(shown.verdict.speed, markup=False, highlight=False)
+    if not shown.judged or shown.verdict.status in ("failed", "partial"):
+        console.print(shown.verdict.sentence, markup=False, highlight=False)
+    for part in shown.judged:
+        console.print(f"{part.what}: {part.word}. ", style="bold", end="", markup=False, highlight=False)
+        console.print(part.sentence, markup=False, highlight=False)
 
 
 def _accuracy(shown: View, console: Console) -> None:
@@ -53,4 +57,12 @@ def _speed(shown: View, console: Console) -> None:
     for row in shown.speed:
         latencies = [latency.p50 if latency else "–" for latency in row.latencies]
         speed.add_row(row.load, row.system, *latencies, row.tokens_per_s, row.requests_per_s, row.marks)
+        for shape, cells in row.shapes:
+            speed.add_row("", f"  {shape}", *cells, "", "", "")
     console.print(speed, "")
+    if shown.ratios.rows:
+        kept = [at for at, head in enumerate(shown.ratios.head) if head in BRIEF]
+        ratios = table(["load", *(shown.ratios.head[at] for at in kept)], range(1, 1 + len(kept)), title=RATIOS)
+        for load, found in shown.ratios.rows:
+            ratios.add_row(load, *(str(found[at]) for at in kept))
+        console.print(ratios, "")

@@ -41,7 +41,7 @@ def sizes(report: Report) -> list[Size]:
     return [
         Size("stored as", "stored as", [s.quantization or NOTHING for s in systems], always=True),
         Size("checkpoint on disk", "on disk", [words.gib(s.disk_bytes) for s in systems], always=True),
-        Size("of it weights", "", weights, within=True),
+        Size("its weights", "", weights, within=True),
         Size("server, host memory", "host memory", [words.gib(s.memory.host_bytes) for s in systems], always=True),
         Size("server, GPU memory", "GPU memory", [words.gib(s.memory.gpu_bytes) for s in systems]),
         Size("weights in memory", "weights in memory", [words.gib(s.memory.weights_bytes) for s in systems]),

@@ -9,6 +9,7 @@ from bench.report.schema import Report
 from bench.report.view.accuracy import AccuracyRow, Flip, Flips, accuracy_rows, flips
 from bench.report.view.cards import Card, cards
 from bench.report.view.fidelity import Drifted, drifted, fidelity_text
+from bench.report.view.judged import Judged, judged, name
 from bench.report.view.sizes import Size, sizes
 from bench.report.view.speed import Counted, Ratios, SpeedRow, counted, ratios, speed_row
 from bench.report.view.workload import workload_text
@@ -31,7 +32,8 @@ class View:
     """A whole report.
 
     Attributes:
-        title: what is compared with what.
+        title: what is compared with what, by names, formats and kernels.
+        judged: accuracy, speed and memory, each by itself.
         labels: of the systems, the baseline's first.
         created: date and time, UTC, to the minute.
         duration: seconds of the whole run, without a unit.
@@ -51,6 +53,7 @@ class View:
     duration: str
     machine: str
     verdict: Verdict
+    judged: list[Judged]
     cards: list[Card]
     failures: list[list[str]]
     accuracy: list[AccuracyRow]
@@ -88,12 +91,13 @@ def view(report: Report) -> View:
     """Return what a reader sees of a report."""
     base, cand = (report.systems[role].label for role in ROLES)
     return View(
-        title=f"{cand} against {base}",
+        title=" against ".join(name(report.systems[role]) for role in reversed(ROLES)),
         labels=(base, cand),
         created=f"{report.created:%Y-%m-%d %H:%M}",
         duration=f"{report.duration_s:.0f}",
         machine="; ".join(report.environment.gpus) or report.environment.cpu,
         verdict=_verdict(report),
+        judged=judged(report),
         cards=[] if report.status == "failed" else cards(report),
         failures=[[f.role, f.phase, f.kind, str(f.count), f.message] for f in report.failures],
         accuracy=accuracy_rows(report),

@@ -89,3 +89,16 @@ def test_weights_in_memory_are_read_from_the_log() -> None:
     assert resources.weights_in_memory(line.format("1.5") + line.format("1.5")) == 3 * 2**30
     assert resources.weights_in_memory("nothing") is None
     assert resources.weights_in_memory(line.format("0.01")) is None  # anything from 5 to 16 MB
+
+
+@pytest.mark.parametrize(
+    ("line", "kernel"),
+    [
+        ("INFO [auto_awq.py:451] Using MarlinLinearKernel for AutoAWQMarlinLinearMethod", "Marlin"),
+        ("INFO [__init__.py:923] Using MacheteLinearKernel for mixed-precision linear", "Machete"),
+        ("INFO Using FlashAttention for attention", None),
+        ("", None),
+    ],
+)
+def test_the_kernel_is_read_from_the_log(line: str, kernel: str | None) -> None:
+    assert resources.kernel(f"first\n{line}\nlast") == kernel

@@ -16,9 +16,10 @@ from bench.report import words
 from bench.report.render import html_file, json_file, markdown, terminal
 from bench.report.render.json_file import read
 from bench.report.render.plots import speed_curves
-from bench.report.schema import SCHEMA_VERSION, Report
+from bench.report.schema import SCHEMA_VERSION, Memory, Report
+from bench.report.view.whole import view
 from bench.roles import Role
-from tests.support.factory import about_images, first_version, questions, report, second_version
+from tests.support.factory import about_images, first_version, questions, report, second_version, system
 from tests.support.paths import RESULTS
 from toolkit.errors import BenchError
 
@@ -76,6 +77,9 @@ def test_the_committed_reports_can_be_read(file: Path) -> None:
                 for key in ("shape", "p_value", "headline", "p_adjusted"):
                     del ratio[key]
             now["verdict"]["speed"] = made["verdict"]["speed"]
+            for system_ in made["systems"].values():
+                del system_["kernel"]
+            assert made["workload"].pop("scoring") == "paper" and made["workload"].pop("price") is None
         assert made == now | {"schema_version": SCHEMA_VERSION}
 
 
@@ -351,6 +355,40 @@ def test_each_verdict_stands_in_all_formats() -> None:
         assert any(line.startswith(task) and line.rstrip().endswith(f" {word}") for line in lines)
         assert re.search(rf'<th scope="row">{task}<.*?</span> <b>{word}</b>', page, re.DOTALL)
         assert re.search(rf"^\| {task} \| {word}(?: \(needs [\d,]+\))? \|", text, re.MULTILINE)
+
+
+def test_accuracy_speed_and_memory_are_judged_each_by_itself() -> None:
+    """A candidate that is slower and no worse was green all over."""
+    found = report(per_task=400, speed={"candidate": 1.5})
+    judged = {part.what: (part.tone, part.word) for part in view(found).judged}
+    assert judged == {"Accuracy": ("good", "no worse"), "Speed": ("bad", "slower"), "Memory": ("open", "the same")}
+    light = report(per_task=400, speed={"candidate": 0.5}, candidate=system("candidate", memory=Memory(host_bytes=900)))
+    assert [part.word for part in view(light).judged] == ["no worse", "faster", "less"]
+    assert "0.18" in view(light).judged[2].sentence
+    for text in (html_file.render(found), markdown.render(found)):
+        assert "lower" in text and "Memory" in text
+    shown = Console(record=True, width=160)
+    terminal.show(found, shown)
+    printed = shown.export_text()
+    assert "Speed: slower." in printed and "Accuracy: no worse." in printed
+    assert terminal.RATIOS in printed and "×1.50 (1.50–1.50)" in printed
+
+
+def test_cards_say_what_is_beyond_chance() -> None:
+    said = {card.name: card.said for card in view(report(speed={"candidate": 1.5})).cards}
+    assert (said["Time per token"], said["Output tokens/s"]) == ("worse", "worse")
+    same = {card.name: card.said for card in view(report()).cards}
+    assert same["Time per token"] == "not told apart" and same["Accuracy"] == "can't tell"
+
+
+def test_titles_name_formats_and_kernels() -> None:
+    both: dict[str, Any] = {
+        "baseline": system("baseline", label="7B", quantization="bfloat16"),
+        "candidate": system("candidate", label="7B-int4", quantization="awq 4 bits, group 128, gemm", kernel="Marlin"),
+    }
+    assert view(report(**both)).title == "7B-int4 (AWQ 4 bits, group 128, Marlin) against 7B (bf16)"
+    named = system("baseline", label="7b-bf16", quantization="bfloat16")
+    assert view(report(baseline=named)).title.endswith("against 7b-bf16")
 
 
 def test_a_task_that_is_worse_is_said_first() -> None:

@@ -244,6 +244,23 @@ def kept_rate(offered: float = 4.0, candidate: float = 1.0, grows: float = 0.0) 
     return build(Outcome(measured, {role: system(role) for role in ROLES}, []), settings, command="qvl bench")
 
 
+def test_the_page_leads_with_five_lines() -> None:
+    found = compare(*sides(report(), report(speed={"candidate": 1.2})))
+    assert [str(row.metric) for row in compare_view.leading(found)] == [
+        "accuracy",
+        "tpot_p50@1",
+        "ttft_p50@1",
+        "output_tokens_per_s@4",
+        "memory",
+    ]
+    page = compare_html.render([found])
+    assert page.index("In five lines") < page.index("All figures") and "untold" not in page
+    told, untold = compare_view.split(found)
+    assert all(line.metric.name.endswith(("_p90", "_p95", "_p99")) for line in untold)
+    assert len(told) + len(untold) == len(found.rows)
+    assert f"{len(untold)} figures without an interval" in page
+
+
 def test_a_rate_that_is_kept_has_no_ratio_of_throughput() -> None:
     """Wall time ends with the last answer: a server that takes longer to answer looked as if it answered fewer."""
     found = kept_rate(candidate=1.5)
