@@ -4,6 +4,7 @@ request is answered.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import secrets
@@ -18,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 import vllm
+from PIL import Image
 
 from bench.chaos.hostile import CHAT, Hostile, catalogue, chat_body, data_url, good_image, png_bomb
 from tests.e2e.conftest import BODY_SECONDS, REQUEST_SECONDS, Public
@@ -355,6 +357,17 @@ def test_tool_calls_that_nobody_parses_are_refused_in_our_words(choice: Any, cli
 def test_images_whose_type_the_bytes_tell(client: httpx.Client) -> None:
     body = chat_body("demo", data_url(good_image(), "image"), max_tokens=8, temperature=0)
     assert client.post(CHAT, content=body).json()["choices"][0]["message"]["content"] == "red"
+
+
+def test_images_of_odd_sizes_and_modes_are_no_server_error(client: httpx.Client) -> None:
+    """The smallest and narrowest that pass, and every mode that a PNG can have but the one that is refused."""
+    images = [Image.new("RGB", size, "red") for size in ((1, 1), (1, 200), (200, 1), (27, 29))]
+    images += [Image.new(mode, (30, 30)) for mode in ("1", "L", "LA", "P", "RGBA")]
+    for image in images:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        response = client.post(CHAT, content=chat_body("demo", data_url(buffer.getvalue()), max_tokens=1))
+        assert response.status_code < 500, (image.mode, image.size, response.text)
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready"])
