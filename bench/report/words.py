@@ -107,8 +107,8 @@ def marks(point: SpeedPoint) -> str:
     found += ["stopped"] if point.stopped else []
     found += ["burst"] if point.burst else []
     found += [f"{point.retries} retries"] if point.retries else []
-    if point.kept is not None and point.load.kind == "open":
-        found.append("rate kept" if point.kept else f"{number(point.achieved_per_s or 0.0)}/s achieved")
+    if point.kept is False and point.load.kind == "open":
+        found.append(f"{number(point.achieved_per_s or 0.0)}/s achieved")
     return ", ".join(found)
 
 

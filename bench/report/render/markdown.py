@@ -99,7 +99,7 @@ def _speed(shown: View) -> list[str]:
             row.tokens_per_s,
             row.requests_per_s,
             f"{row.completed}",
-            row.marks,
+            ", ".join(filter(None, (row.kept, row.marks))),
         ]
         for row in shown.speed
     ]

@@ -56,7 +56,7 @@ def _speed(shown: View, console: Console) -> None:
     speed = table(names, range(1, len(names)), title=f"{HEADINGS['speed']} (p50)")
     for row in shown.speed:
         latencies = [latency.p50 if latency else "–" for latency in row.latencies]
-        speed.add_row(row.load, row.system, *latencies, row.tokens_per_s, row.requests_per_s, row.marks)
+        speed.add_row(row.load, row.system, *latencies, row.tokens_per_s, row.requests_per_s, row.marks or row.kept)
         for shape, cells in row.shapes:
             speed.add_row("", f"  {shape}", *cells, "", "", "")
     console.print(speed, "")

@@ -46,6 +46,7 @@ class SpeedRow:
         latencies: TTFT, TPOT, ITL and E2E; None where there is none.
         completed: requests.
         marks: what is wrong with the point; empty when nothing is.
+        kept: ``rate kept`` for a rate that the server kept up with; else empty.
         shapes: the p50 of each latency by shape of request; empty where all have the same.
     """
 
@@ -57,6 +58,7 @@ class SpeedRow:
     requests_per_s: str
     completed: int
     marks: str
+    kept: str
     shapes: list[tuple[str, list[str]]]
 
 
@@ -85,6 +87,7 @@ def speed_row(point: SpeedPoint, report: Report) -> SpeedRow:
         requests_per_s=NOTHING if requests is None else words.number(requests),
         completed=point.completed,
         marks=words.marks(point),
+        kept="rate kept" if point.kept and point.load.kind == "open" else "",
         shapes=[
             (shape, [words.number(found[name].value) if name in found else NOTHING for name in latencies])
             for shape, found in point.by_shape.items()

@@ -13,7 +13,7 @@ from bench.load.loops import Block
 from bench.machine.server_metrics import ServerPoint
 from bench.report import words
 from bench.report.render.json_file import read
-from bench.report.schema import Drift, Fidelity, FidelityItem, Load, Report, Share
+from bench.report.schema import Drift, Fidelity, FidelityItem, Load, Report, Share, SpeedFigure
 from bench.roles import ROLES, Role
 from bench.run.measured import Measurements, Stretch
 from tests.support.browser import Browser, Tab, chromium
@@ -51,8 +51,8 @@ def full() -> Report:
             scale = {"baseline": 1.0, "candidate": 0.8}[role] * (1 + 0.01 * number)
 
             def stretch(load: Load, scale: float = scale) -> tuple[Load, Stretch]:
-                traces = tuple(trace(ttft=scale * (0.1 + i / 1000), gap=0.02 * scale) for i in range(40))
-                seen = ServerPoint(1000, 30, 40, 0, 0, 1000, 200, 40, 0.002, 100, 1600)
+                traces = tuple(trace(ttft=scale * (0.1 + i / 1000), gap=0.02 * scale) for i in range(96))
+                seen = ServerPoint(1000, 30, 96, 0, 0, 1000, 200, 96, 0.002, 100, 1600)
                 return load, Stretch(Block(traces, scale), load.rate_per_s, seen, 50.0)
 
             for load in config.loads:
@@ -161,14 +161,15 @@ def test_it_is_accessible(tab: Tab, dark: bool) -> None:
 def test_the_first_screen_answers_the_question(tab: Tab, page: Path) -> None:
     report = read(page.parent)
     seen = tab.evaluate(
-        "[...document.querySelectorAll('.verdict p, .cards .card')].map("
+        "[...document.querySelectorAll('.judged .part, .cards .card')].map("
         "e => [e.innerText.replace(/\\s+/g, ' '), e.getBoundingClientRect().bottom])"
     )
-    assert len(seen) == 1 + 4
+    assert len(seen) == 3 + 4
     assert all(bottom <= 844 for _, bottom in seen)
-    verdict, *cards = [str(text) for text, _ in seen]
-    assert " ".join(report.verdict.sentence.split()) in verdict
-    assert report.verdict.speed and " ".join(report.verdict.speed.split()) in verdict
+    accuracy, speed, memory, *cards = [str(text) for text, _ in seen]
+    assert " ".join(report.verdict.sentence.split()) in accuracy
+    assert report.verdict.speed and " ".join(report.verdict.speed.split()) in speed
+    assert "Memory The same" in memory
     assert report.accuracy
     assert f"{words.points(report.accuracy.overall.difference.value)} pt" in cards[0]
     tpot = report.ratio("tpot", "1 in flight")
@@ -181,20 +182,19 @@ def test_every_load_stands_there_with_the_reports_figures(tab: Tab, page: Path) 
     body = rows(tab, "#loads")
     assert len(body) == len(report.speed) == 12
     for cells, point in zip(body, report.speed, strict=True):
-        assert cells[0] == f"{point.load.name} {report.systems[point.role].label}"
-        latencies = (point.ttft_ms, point.tpot_ms, point.itl_ms, point.e2e_ms)
-        for cell, latency in zip(cells[1:5], latencies, strict=True):
-            assert latency and latency.p95
-            assert cell == (
-                f"{words.number(latency.p50)} {words.number(latency.p90)} · {words.number(latency.p95)} · "
-                f"{words.number(latency.p99)}"
-            )
-        assert point.output_tokens_per_s
-        assert cells[5:] == [
-            words.number(point.output_tokens_per_s),
-            words.number(point.requests_per_s),
-            str(point.completed),
-        ]
+        kept = " rate kept" if point.kept and point.load.kind == "open" else ""
+        marks = f" ⚠ {words.marks(point)}" if words.marks(point) else ""
+        assert cells[0] == f"{point.load.name} {report.systems[point.role].label}{kept}{marks}"
+        names: list[SpeedFigure] = ["ttft", "tpot", "itl", "e2e"]
+        for cell, name in zip(cells[1:5], names, strict=True):
+            latency, middle = getattr(point, f"{name}_ms"), point.figure(name)
+            assert latency and middle is not None
+            # Of fewer requests than it takes, a percentile is left out.
+            shares = {90: latency.p90, 95: latency.p95, 99: latency.p99}
+            shown = [words.number(value) for share, value in shares.items() if latency.n * (100 - share) >= 100]
+            assert cell == f"{words.number(middle)} {' · '.join(shown)}".rstrip()
+        rates = [point.throughput(name) for name in ("output_tokens_per_s", "requests_per_s")]
+        assert cells[5:] == [*(words.number(rate or 0.0) for rate in rates), str(point.completed)]
 
 
 def test_ratios_counters_and_fidelity_are_the_reports(tab: Tab, page: Path) -> None:
