@@ -163,7 +163,7 @@ async def discover(
         if response.status_code in (401, 403):
             raise ServerError(
                 f"{shown} refuses the API key (HTTP {response.status_code}); give the right one in QVL_API_KEY, or "
-                "with --baseline-key and --candidate-key where the two have different ones"
+                "in QVL_BASELINE_KEY and QVL_CANDIDATE_KEY where the two have different ones"
             )
         try:
             served = [str(entry["id"]) for entry in response.json()["data"]] if response.status_code == 200 else []

@@ -308,12 +308,24 @@ class BenchConfig(Settings):
     ] = None
     baseline_key: Annotated[
         str | None,
-        Option("Key of the baseline's server alone.", envvar="QVL_BASELINE_KEY", panel=_SERVERS, asked=False),
+        Option(
+            "Key of the baseline's server alone.",
+            envvar="QVL_BASELINE_KEY",
+            panel=_SERVERS,
+            asked=False,
+            instead="the environment variable QVL_BASELINE_KEY",
+        ),
         Field(repr=False),
     ] = None
     candidate_key: Annotated[
         str | None,
-        Option("Key of the candidate's server alone.", envvar="QVL_CANDIDATE_KEY", panel=_SERVERS, asked=False),
+        Option(
+            "Key of the candidate's server alone.",
+            envvar="QVL_CANDIDATE_KEY",
+            panel=_SERVERS,
+            asked=False,
+            instead="the environment variable QVL_CANDIDATE_KEY",
+        ),
         Field(repr=False),
     ] = None
     baseline_model: Annotated[

@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 from bench.report.build import workload
 from bench.run import presets
 from bench.run.config import BenchConfig, is_url
+from serve.settings.ask import AskConfig
+from serve.settings.config import ServerConfig
 from toolkit.errors import BenchError
-from toolkit.options import settings_as_options
+from toolkit.options import Settings, settings_as_options
 
 GIVEN = ["--baseline", "http://127.0.0.1:1", "--candidate", "http://127.0.0.1:2", "--out", "out"]
 
@@ -185,3 +187,13 @@ def test_a_report_says_what_was_asked() -> None:
     assert (found["concurrencies"], found["sweep"], found["sweep_concurrency"]) == ([], 3, 8)
     assert (found["slos"], found["duration_s"], found["arrivals"]) == (["ttft=200ms"], 3.0, "poisson")
     assert (found["image_sizes"], found["output_tokens"]) == (["224x224", "224x168"], "16")
+
+
+@pytest.mark.parametrize("settings", [BenchConfig, ServerConfig, AskConfig])
+def test_a_secret_has_a_better_place_than_the_command_line(settings: type[Settings]) -> None:
+    """What is not shown in a repr is not to be seen in ps either."""
+    secrets = {name: field for name, field in settings.model_fields.items() if not field.repr}
+    assert secrets
+    for name, field in secrets.items():
+        options = [each for each in field.metadata if hasattr(each, "instead")]
+        assert options and all(option.envvar and option.envvar in option.instead for option in options), name
