@@ -57,6 +57,9 @@ class FakeVllm:
         self.asked: list[tuple[Scope, dict[str, Any]]] = []
         #: Chat requests whose client left before the end.
         self.abandoned = 0
+        #: A word is followed by others when it is set.
+        self.goes_on = threading.Event()
+        self.goes_on.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -93,6 +96,8 @@ class FakeVllm:
         for index, piece in enumerate(words):
             await _event(send, {"choices": [{"delta": {"content": f" {piece}" if index else piece}}]})
             await asyncio.wait((gone,), timeout=0.2 if word in ("slow", "break") else self.pause)
+            while not (self.goes_on.is_set() or gone.done()):
+                await asyncio.sleep(0.01)
             if gone.done():
                 self.abandoned += 1
                 return
