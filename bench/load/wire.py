@@ -45,16 +45,24 @@ class _Connection:
     def __init__(self, origin: Origin, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.origin, self.reader, self.writer = origin, reader, writer
         self.state = h11.Connection(h11.CLIENT)
+        #: Whether an exchange before this one was complete, and whether anything of this one's answer has come.
+        self.used = self.answers = False
 
     @property
     def usable(self) -> bool:
         """Whether the server has not closed it while it was idle."""
         return not (self.writer.is_closing() or self.reader.at_eof() or self.reader.exception())
 
+    @property
+    def expired(self) -> bool:
+        """Whether it ended as idle connections do: the server closed it while the next request was on its way."""
+        return self.used and not self.answers
+
     def send(self, request: httpx.Request, body: bytes) -> None:
         """Write head and body at once."""
         head = h11.Request(method=request.method, target=request.url.raw_path, headers=request.headers.raw)
         data = [self.state.send(event) for event in (head, h11.Data(data=body), h11.EndOfMessage())]
+        self.answers = False
         self.writer.write(b"".join(part for part in data if part))
 
     async def receive(self, timeout_s: float | None) -> Any:
@@ -65,6 +73,7 @@ class _Connection:
             else:
                 async with asyncio.timeout(timeout_s):
                     data = await self.reader.read(READ_BYTES)
+            self.answers = self.answers or bool(data)
             self.state.receive_data(data)
         return event
 
@@ -114,22 +123,36 @@ class Wire(httpx.AsyncBaseTransport):
         timeouts = request.extensions.get("timeout", {})
         read_s = timeouts.get("read")
         body = await request.aread()
-        connection = await self._connected(request.url, timeouts.get("connect"))
-        try:
-            connection.send(request, body)
-            while type(event := await connection.receive(read_s)) is h11.InformationalResponse:
-                pass
-            if type(event) is not h11.Response:
-                raise httpx.RemoteProtocolError("the server closed the connection without an answer")
-        except (OSError, h11.RemoteProtocolError) as error:
-            connection.writer.close()
-            raise _translated(error) from error
-        except BaseException:
-            connection.writer.close()
-            raise
+        while True:
+            connection = await self._connected(request.url, timeouts.get("connect"))
+            try:
+                event = await self._exchange(connection, request, body, read_s)
+                break
+            except (OSError, h11.RemoteProtocolError, httpx.RemoteProtocolError) as error:
+                connection.writer.close()
+                if connection.expired and not isinstance(error, TimeoutError):
+                    continue  # on another connection: the server has not seen the request
+                if isinstance(error, httpx.TransportError):
+                    raise
+                raise _translated(error) from error
+            except BaseException:
+                connection.writer.close()
+                raise
         return httpx.Response(
             event.status_code, headers=event.headers.raw_items(), stream=_Body(self, connection, read_s)
         )
+
+    @staticmethod
+    async def _exchange(
+        connection: _Connection, request: httpx.Request, body: bytes, read_s: float | None
+    ) -> h11.Response:
+        """Send a request and return the head of its answer."""
+        connection.send(request, body)
+        while type(event := await connection.receive(read_s)) is h11.InformationalResponse:
+            pass
+        if type(event) is not h11.Response:
+            raise httpx.RemoteProtocolError("the server closed the connection without an answer")
+        return event
 
     async def _connected(self, url: httpx.URL, timeout_s: float | None) -> _Connection:
         origin = (url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80))
@@ -154,6 +177,7 @@ class Wire(httpx.AsyncBaseTransport):
         state = connection.state
         if state.our_state is h11.DONE and state.their_state is h11.DONE:
             state.start_next_cycle()
+            connection.used = True
             self._idle[connection.origin].append(connection)
         else:
             connection.writer.close()

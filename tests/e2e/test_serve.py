@@ -167,7 +167,7 @@ def test_vllm_that_dies_while_booting() -> None:
 
 def test_not_ready_in_time() -> None:
     port = free_port()
-    with pytest.raises(ServerError, match=r"not ready after 2 s: it was still importing vLLM"):
+    with pytest.raises(ServerError, match=r"not ready after 2 s: it was still \w+"):
         lifecycle.start("demo", ServerConfig(port=port, timeout=2))
     assert state.load(port) is None
 

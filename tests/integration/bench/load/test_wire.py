@@ -174,3 +174,34 @@ def test_reads_obey_the_clients_timeout() -> None:
 
     with serving(Behaviour(first_s=30)) as server, pytest.raises(httpx.ReadTimeout):
         asyncio.run(main(server.url))
+
+
+def test_a_request_that_meets_a_closing_connection_goes_out_again() -> None:
+    """A server may close an idle connection just when the next request is on its way."""
+    answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+    with create_server(("127.0.0.1", 0)) as listening:
+        got: list[bytes] = []
+
+        def serve() -> None:
+            for answers in ((True, False), (True, False), (False,)):  # to the requests of each connection
+                connection, _ = listening.accept()
+                with connection:
+                    for answered in answers:
+                        got.append(connection.recv(65536))
+                        if answered:
+                            connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+
+        async def main() -> list[str]:
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            async with httpx.AsyncClient(transport=Wire(), base_url=url) as http:
+                found = [(await http.get(path)).text for path in ("/1", "/2")]
+                with pytest.raises(httpx.RemoteProtocolError):
+                    await http.get("/3")
+                return found
+
+        assert asyncio.run(main()) == ["ok", "ok"]
+        thread.join()
+    assert [request.split()[1] for request in got] == [b"/1", b"/2", b"/2", b"/3", b"/3"]

@@ -76,7 +76,7 @@ def test_a_dropped_image_is_asked_about_on_both_sides(setting: Setting) -> None:
         (_, request), *others = server.asked
         assert not others
         assert images(request) == [image]  # byte by byte, as it was
-        assert request["stream_options"] == {"include_usage": True} and request["temperature"] == 0
+        assert request["stream_options"]["include_usage"] is True and request["temperature"] == 0
         assert request["model"] == server.name and request["max_tokens"] == 256
     figures = tab.evaluate("[...document.querySelectorAll('.figures dd')].map(e => e.textContent)")
     assert len(figures) == 8 and figures[3] == "7 (9)" and figures[1].endswith(" tokens/s")
