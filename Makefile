@@ -25,8 +25,8 @@ VENV := .venv
 QVL  := $(VENV)/bin/qvl
 PY   := $(VENV)/bin/python
 DONE := $(VENV)/.installed-$(BACKEND)
-# A worker a core, a file a time, in the order of the tree: e2e first, since it is long.
-AT_ONCE := -n auto --dist loadfile --no-loadscope-reorder -p no:benchmark
+# A worker a core, a file a time, the long ones first (tests/conftest.py).
+AT_ONCE := -n auto --dist loadgroup --no-loadscope-reorder -p no:benchmark
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
@@ -81,7 +81,7 @@ test-all: test ## before a release: those too that take minutes, alone on the ma
 	$(PY) -m pytest -m release -p no:benchmark $(ARGS)
 
 coverage: setup ## lines and branches that tests/unit reach, printed and in out/coverage (TESTS=tests: of all but e2e)
-	$(PY) -m pytest $(TESTS) -m "not e2e and not release" -n auto --dist loadfile -p no:benchmark --cov --cov-report term --cov-report html $(ARGS)
+	$(PY) -m pytest $(TESTS) -m "not e2e and not release" -n auto --dist loadgroup -p no:benchmark --cov --cov-report term --cov-report html $(ARGS)
 
 lint: setup ## ruff, who imports whom, mypy --strict
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/lint-imports && $(VENV)/bin/mypy

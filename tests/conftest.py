@@ -42,8 +42,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[TOLD] = []
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Files go to workers in this order: the long ones first, so that none is left at the end with one worker on it.
+    # A worker takes a group at a time: a file, or several that share servers.
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    # Groups go to workers in this order: the long ones first, so that none is left at the end with one worker on it.
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     e2e = {item.path for item in items if item.get_closest_marker("e2e")}
     items.sort(key=lambda item: (item.path not in e2e, -slow[item.path] if item.path not in e2e else 0))

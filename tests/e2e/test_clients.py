@@ -29,7 +29,8 @@ from tests.e2e.conftest import Guarded, Question
 from tests.support.paths import ROOT
 from toolkit.paths import demo_checkpoint
 
-pytestmark = pytest.mark.e2e
+#: On one worker with the others that need these two servers.
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("guarded")]
 
 MODEL = "demo-awq"
 SHAPES = ROOT / "docs/images/shapes.png"

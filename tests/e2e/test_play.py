@@ -17,7 +17,8 @@ from tests.e2e.conftest import Guarded, Question
 from tests.support.browser import Browser, Tab, chromium
 from tests.support.play_app import ask, drop, failures, finished, texts
 
-pytestmark = pytest.mark.e2e
+#: On one worker with the others that need these two servers.
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("guarded")]
 
 
 @pytest.fixture(scope="module")
