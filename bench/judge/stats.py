@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy import optimize, stats
+from scipy.special import ndtri, stdtrit
 
 __all__ = [
     "CONFIDENCE",
     "Flips",
     "Interval",
     "bounded_mean",
+    "codes",
     "design_effect",
     "flips",
     "holm",
@@ -38,7 +40,7 @@ RESAMPLES = 10_000
 ASSUMED_FLIPS = 4
 
 Floats = npt.NDArray[np.float64]
-Clusters = Sequence[Hashable] | None
+Clusters = Sequence[Hashable] | npt.NDArray[np.intp] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ def wilson(right: float, n: float, confidence: float = CONFIDENCE) -> Interval:
 
     Counts may be fractions: those of clustered items, divided by their `design_effect`.
     """
-    z2 = float(stats.norm.ppf(0.5 + confidence / 2)) ** 2
+    z2 = float(ndtri(0.5 + confidence / 2)) ** 2
     share = right / n
     middle = (share + z2 / (2.0 * n)) / (1.0 + z2 / n)
     half = math.sqrt(z2 * (share * (1.0 - share) / n + z2 / (4.0 * n * n))) / (1.0 + z2 / n)
@@ -107,7 +109,7 @@ def sign_flip(
     (sum D)^2 / sum D^2 is its normal approximation.
     """
     values: Floats = np.asarray(differences, dtype=np.float64)
-    sums = np.bincount(_codes(clusters, values.size), weights=values)
+    sums = np.bincount(codes(clusters, values.size), weights=values)
     sums = sums[np.abs(sums) > 1e-12]
     whole = np.rint(sums)
     if np.allclose(sums, whole, rtol=0.0, atol=1e-9):
@@ -149,19 +151,19 @@ def design_effect(differences: Sequence[float] | Floats, clusters: Clusters = No
     of t over normal quantiles. At least 1, and exactly 1 for items on their own.
     """
     values: Floats = np.asarray(differences, dtype=np.float64)
-    codes = _codes(clusters, values.size)
-    sizes = np.bincount(codes).astype(np.float64)
+    own = codes(clusters, values.size)
+    sizes = np.bincount(own).astype(np.float64)
     groups = sizes.size
     if groups == values.size:
         return 1.0
     if groups == 1:
         return float(values.size)
     centred = values - values.mean()
-    between = float((np.bincount(codes, weights=centred) ** 2).sum()) * groups / (groups - 1)
+    between = float((np.bincount(own, weights=centred) ** 2).sum()) * groups / (groups - 1)
     alone = float((centred**2).sum()) * values.size / (values.size - 1)
     whole = float((sizes**2).sum()) / values.size
     tail = 0.5 + CONFIDENCE / 2
-    few = float(stats.t.ppf(tail, groups - 1) / stats.norm.ppf(tail)) ** 2
+    few = float(stdtrit(groups - 1, tail) / ndtri(tail)) ** 2
     changed = values[values != 0.0]
     assumed = ASSUMED_FLIPS * (float((changed**2).mean()) if changed.size else 1.0)
     return max(1.0, (between + assumed * whole) / (alone + assumed)) * few
@@ -175,7 +177,7 @@ def paired_proportions(lost: float, won: float, n: float, confidence: float = CO
     Source: Tango, "Equivalence test and confidence interval for the difference in proportions for the paired-sample
     design", Statistics in Medicine 17 (1998).
     """
-    z = float(stats.norm.ppf(0.5 + confidence / 2))
+    z = float(ndtri(0.5 + confidence / 2))
 
     def score(delta: float) -> float:
         # The restricted maximum-likelihood estimate of P(lost) when the true difference is delta.
@@ -243,7 +245,7 @@ def bounded_mean(
     shares: Floats = counts / counts.sum()
     items = float(counts.sum()) if n is None else n
     mean = float(values @ shares)
-    z = float(stats.norm.ppf(0.5 + confidence / 2))
+    z = float(ndtri(0.5 + confidence / 2))
 
     def score(assumed: float) -> float:
         gaps = values - assumed
@@ -290,8 +292,8 @@ def mean_interval(
     A single or constant sample has no spread to resample: its interval is the value.
     """
     array: Floats = np.asarray(values, dtype=np.float64)
-    codes = _codes(clusters, array.size)
-    sums, sizes = np.bincount(codes, weights=array), np.bincount(codes).astype(np.float64)
+    own = codes(clusters, array.size)
+    sums, sizes = np.bincount(own, weights=array), np.bincount(own).astype(np.float64)
     mean = float(array.mean())
     if sizes.size < 2 or np.ptp(array) == 0.0:
         return Interval(mean, mean, mean)
@@ -320,8 +322,8 @@ def ratio_of_means(
         raise ValueError(f"{above.size} and {below.size} scores are not pairs")
     if float(below.sum()) < 10.0:
         return None
-    codes = _codes(clusters, above.size)
-    pairs: Floats = np.column_stack([np.bincount(codes, weights=above), np.bincount(codes, weights=below)])
+    own = codes(clusters, above.size)
+    pairs: Floats = np.column_stack([np.bincount(own, weights=above), np.bincount(own, weights=below)])
     value = float(above.sum() / below.sum())
     if len(pairs) < 2:
         return Interval(value, value, value)
@@ -330,12 +332,14 @@ def ratio_of_means(
     return Interval(value, min(value, low), max(value, high))
 
 
-def _codes(clusters: Clusters, n: int) -> npt.NDArray[np.intp]:
-    """Number the clusters from 0 and return each item's, shape [n]."""
+def codes(clusters: Clusters, n: int) -> npt.NDArray[np.intp]:
+    """Number the clusters from 0 in their order and return each item's, shape [n]; numbers stay what they are."""
     if clusters is None:
         return np.arange(n)
     if len(clusters) != n:
         raise ValueError(f"{len(clusters)} clusters for {n} items")
+    if isinstance(clusters, np.ndarray):
+        return clusters
     numbers: dict[Hashable, int] = {}
     return np.fromiter((numbers.setdefault(cluster, len(numbers)) for cluster in clusters), dtype=np.intp, count=n)
 
@@ -361,7 +365,7 @@ def _resampled(rows: Floats, rng: np.random.Generator, resamples: int) -> Floats
 
 def _ends(draws: Floats, units: int, confidence: float) -> tuple[float, float]:
     """Return the percentiles between which ``confidence`` lies, moved out as t and the factor n - 1 would do it."""
-    t = float(stats.t.ppf((1.0 - confidence) / 2.0, units - 1))
+    t = float(stdtrit(units - 1, (1.0 - confidence) / 2.0))
     tail = float(stats.norm.cdf(math.sqrt(units / (units - 1)) * t))
     low, high = np.quantile(draws, [tail, 1.0 - tail])
     return float(low), float(high)
@@ -383,7 +387,7 @@ def smallest_detectable(n: float, flip_rate: float, *, alpha: float = 1.0 - CONF
         A fraction of 1 (0.04 = 4 points); 1.0 when n is too small to show anything.
     """
     fewest = math.ceil(math.log2(2.0 / alpha))  # 2 * 0.5**k <= alpha
-    z_a, z_b = float(stats.norm.ppf(1.0 - alpha / 2.0)), float(stats.norm.ppf(power))
+    z_a, z_b = float(ndtri(1.0 - alpha / 2.0)), float(ndtri(power))
 
     def missing(d: float) -> float:
         rate = max(flip_rate, d)

@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import gammaln, xlogy
-from scipy.stats import binom, norm
+from scipy.special import gammaln, ndtri, xlogy
+from scipy.stats import binom
 
 from bench.judge import stats
 from bench.judge.stats import CONFIDENCE, RESAMPLES, Clusters, Flips, Floats, Interval
@@ -96,6 +96,8 @@ def compare(
     if base.size == 0 or base.size != new.size:
         raise ValueError(f"{base.size} and {new.size} scores can't be compared item by item")
     differences = new - base
+    if clusters is not None:
+        clusters = stats.codes(clusters, base.size)  # once for all that follows
     effect = stats.design_effect(differences, clusters)
     effective = base.size / effect
     flips = stats.flips([bool(s) for s in base >= RIGHT], [bool(s) for s in new >= RIGHT])
@@ -116,7 +118,7 @@ def compare(
         recovery = Interval(recovery.value, max(0.0, min(recovery.low, low)), max(recovery.high, high))
     return Comparison(
         n=base.size,
-        clusters=base.size if clusters is None else len(set(clusters)),
+        clusters=base.size if clusters is None else len(np.unique(clusters)),
         flips=flips,
         baseline=accuracy(before, seed=seed, clusters=clusters, resamples=resamples),
         candidate=accuracy(after, seed=seed, clusters=clusters, resamples=resamples),
@@ -188,7 +190,7 @@ def power(n: int, flip_rate: float, difference: float, margin: float = MARGIN) -
     lost = np.arange(int(binom.ppf(1e-7, n, lose)), int(binom.ppf(1.0 - 1e-7, n, lose)) + 1)[:, None]
     won = np.arange(int(binom.ppf(1e-7, n, win)), int(binom.ppf(1.0 - 1e-7, n, win)) + 1)[None, :]
     chance = _multinomial(n, (lost, lose), (won, win))
-    z = float(norm.ppf(0.5 + CONFIDENCE / 2))
+    z = float(ndtri(0.5 + CONFIDENCE / 2))
     fine = stats.tango_score(lost, won, n, -margin) > z
     settled = fine
     if difference < 0.0:
@@ -217,7 +219,7 @@ def _items_needed(found: Comparison, margin: float) -> int:
     interval asks for when nothing flips. Graded scores count as flips with the same mean square.
     """
     rate = found.discordance or 0.5 / (found.n + 1)
-    z_a, z_b = float(norm.ppf(0.5 + CONFIDENCE / 2)), float(norm.ppf(POWER))
+    z_a, z_b = float(ndtri(0.5 + CONFIDENCE / 2)), float(ndtri(POWER))
     floor = z_a * z_a * (1.0 - margin) / margin
 
     def needed(shown: float, mean: float) -> float:
