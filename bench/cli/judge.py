@@ -56,36 +56,37 @@ def judge(
     both = [sum((getattr(each, side) for each in pairs.values()), ()) for side in ("before", "after")]
     whole = compare(*both, seed=0)
     found[_ALL], verdicts[_ALL] = whole, judge_one(whole, margin)
-    names = {task: f"{task} ({each.metric})" for task, each in pairs.items()} | {_ALL: _ALL}
-    stdout.print(_table(names, found, verdicts))
+    stdout.print(_table(found, verdicts))
+    note("scored by " + ", ".join(f"{each.metric} ({task})" for task, each in pairs.items()))
+    for task, verdict in verdicts.items():
+        if verdict.items_needed:
+            note(f"{task}: about {verdict.items_needed:,} questions would tell")
     note(
         "lmms-eval's logs do not say which questions share an image: each counts by itself here, which makes intervals "
         "a little narrow where they do"
     )
     if out is not None:
-        told = {task: _figures(found[task], verdicts[task]) for task in names}
+        told = {task: _figures(found[task], verdicts[task]) for task in found}
         write_whole(out, json.dumps({"margin": margin, "tasks": told}, indent=1) + "\n")
     exit_on([f"{task}: worse beyond chance" for task, each in verdicts.items() if each.judgement == "worse"], [])
 
 
-def _table(names: dict[str, str], found: dict[str, Comparison], verdicts: dict[str, Verdict]) -> Any:
+def _table(found: dict[str, Comparison], verdicts: dict[str, Verdict]) -> Any:
     from bench.report import words
     from toolkit.tables import table
 
-    heads = ["task", "n", "baseline", "candidate", "points", "95% interval", "lost/won", "verdict"]
-    shown = table(heads, range(1, len(heads)), ruled=True)
-    for task, name in names.items():
-        row, verdict = found[task], verdicts[task]
-        more = f", ~{verdict.items_needed:,} would tell" if verdict.items_needed else ""
+    heads = ["task", "n", "before", "after", "points (95% interval)", "lost/won", "verdict"]
+    shown = table(heads, range(1, len(heads)))
+    for task, row in found.items():
         shown.add_row(
-            name,
+            task,
             f"{row.n:,}",
             words.percent(row.baseline.value),
             words.percent(row.candidate.value),
-            words.points(row.difference.value),
-            f"{words.points(row.difference.low)} … {words.points(row.difference.high)}",
+            f"{words.points(row.difference.value)} ({words.points(row.difference.low)} … "
+            f"{words.points(row.difference.high)})",
             f"{row.flips.lost}/{row.flips.won}",
-            verdict.judgement + more,
+            verdicts[task].judgement,
             style="bold" if task == _ALL else None,
         )
     return shown

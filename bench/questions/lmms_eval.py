@@ -20,8 +20,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from rapidfuzz.distance import Levenshtein
-
 from bench.questions.scoring import ARTICLES, CONTRACTIONS, NUMBER_WORDS, Grade, letters
 
 __all__ = ["CAPS", "anls", "choice", "grade", "open_answer", "relaxed", "vqa", "vqa_fold"]
@@ -48,6 +46,8 @@ def grade(metric: str, answer: str, golds: Sequence[str], choices: Sequence[str]
 
 def anls(answer: str, golds: Sequence[str]) -> float:
     """ANLS = 1 - the least distance to a right answer / length of the longer text, and 0 below 0.5."""
+    from rapidfuzz.distance import Levenshtein
+
     distances = []
     for gold in golds:
         said, right = (" ".join(text.lower().split()) for text in (answer, gold))

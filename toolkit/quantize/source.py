@@ -60,8 +60,8 @@ def open_source(model: str, out: Path, recipe: Recipe, force: bool) -> Source:
             f"{checkpoint.path} is AWQ already ({checkpoint.quantization.version}, group size "
             f"{checkpoint.quantization.group_size}): quantize its fp16 source, or `qvl convert` it to the other format"
         )
-    check_settings(checkpoint, recipe)
     refuse_broken(checkpoint)
+    check_settings(checkpoint, recipe)
     CheckpointWriter(out, force, source=checkpoint.path).check_out()
     if recipe.adapter is not None:
         from toolkit.sources.adapter import check_adapter
