@@ -64,6 +64,7 @@ def test_a_padded_model_split_in_two_answers_like_the_whole(
     assert same >= len(sample) - 1
 
 
+@pytest.mark.release
 def test_two_copies_answer_like_one(served: Served, questions: list[Question]) -> None:
     sample = questions[::2]
     expected = [chat(served("demo"), question)["message"]["content"] for question in sample]

@@ -134,7 +134,7 @@ def test_headers_that_do_not_come_end_the_connection(port: int, start: bytes) ->
         began = time.monotonic()
         connection.sendall(start)
         assert refusal(connection) == (408, "header")
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 30
 
 
 def test_a_second_request_may_not_take_for_ever_either(port: int) -> None:

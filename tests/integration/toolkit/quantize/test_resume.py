@@ -126,7 +126,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.release)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.release)])
 def test_kills_at_random_moments_change_no_byte(kills: int, tmp_path: Path, manifest: Path) -> None:
     source, out = short_demo(tmp_path / "in", layers=4), tmp_path / "out"
     out.mkdir()

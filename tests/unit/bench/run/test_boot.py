@@ -16,8 +16,8 @@ class Server:
     url, pid, log, checkpoint = "http://127.0.0.1:1", 1, Path("log"), Path("dir")
     api_key: str | None = None
 
-    def __init__(self, boot_s: float = 0.0, dies: bool = False) -> None:
-        self.boot_s, self.dies = boot_s, dies
+    def __init__(self, boot_s: float = 0.0, dies: bool = False, meet: threading.Barrier | None = None) -> None:
+        self.boot_s, self.dies, self.meet = boot_s, dies, meet
         self.ended = threading.Event()
         self.begun = 0.0
         self.stopped = 0
@@ -25,6 +25,8 @@ class Server:
     def start(self) -> Server:
         self.begun = time.monotonic()
         self.thread = threading.current_thread()
+        if self.meet is not None:
+            self.meet.wait(30)
         if self.ended.wait(self.boot_s):
             raise ServerError("ended while booting")
         if self.dies:
@@ -39,11 +41,10 @@ class Server:
 
 
 def test_servers_boot_side_by_side_and_are_stopped() -> None:
-    a, b = Server(0.4), Server(0.4)
-    begun = time.monotonic()
+    both_boot = threading.Barrier(2)
+    a, b = Server(meet=both_boot), Server(meet=both_boot)
     with booted({"baseline": (a.start, a.abort), "candidate": (b.start, b.abort)}, at_once=True) as servers:
         assert servers == {"baseline": a, "candidate": b}
-        assert time.monotonic() - begun < 0.75
         assert a.stopped == b.stopped == 0
         # A process that asked to end with its parent ends with the thread that started it.
         assert a.thread.is_alive() and b.thread.is_alive()
@@ -73,7 +74,7 @@ def test_one_that_dies_ends_the_other_at_once(at_once: bool) -> None:
     starts = {role: (server.start, server.abort) for role, server in order.items()}
     with pytest.raises(ServerError, match="died at boot"), booted(starts, at_once=at_once):  # type: ignore[arg-type]
         pass
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
     assert slow.ended.is_set() or not slow.begun
     assert slow.stopped == 0
 
