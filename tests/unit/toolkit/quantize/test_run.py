@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support import rounded
 from tests.support.short import calibration, short_demo
 from tests.support.tiny import files
 from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
@@ -281,7 +282,7 @@ def test_bad_settings_leave_nothing(
 
 
 def test_a_group_size_that_does_not_divide_names_the_layer(tmp_path: Path, manifest: Path) -> None:
-    source = short_demo(tmp_path / "odd", intermediate_size=448)
+    source = rounded.narrowed(tmp_path / "odd", 448, None)
     with pytest.raises(FormatError, match=r"128 does not divide the 448 inputs of model\.layers\.0\.mlp\.down_proj: "):
         quantize(str(source), tmp_path / "out", calib=str(manifest))
     with pytest.raises(FormatError, match="use 32, 64, -1"):
