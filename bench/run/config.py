@@ -72,6 +72,11 @@ def _number(value: float) -> str:
     return f"{value:g}"
 
 
+def _key(help: str, variable: str) -> Any:
+    """The option of an API key, which belongs into an environment variable: `ps` shows arguments."""
+    return Option(help, envvar=variable, panel=_SERVERS, asked=False, instead=f"the environment variable {variable}")
+
+
 class BenchConfig(Settings):
     """The settings of `qvl bench`. What is not given is the preset's: ``full.toml``, or ``quick.toml`` with ``quick``;
     image sizes and lengths are the use's where ``preset`` names one.
@@ -297,35 +302,17 @@ class BenchConfig(Settings):
     ] = 120.0
     api_key: Annotated[
         str | None,
-        Option(
-            "Key for servers given by URL.",
-            envvar="QVL_API_KEY",
-            panel=_SERVERS,
-            asked=False,
-            instead="the environment variable QVL_API_KEY",
-        ),
+        _key("Key for servers given by URL.", "QVL_API_KEY"),
         Field(repr=False),
     ] = None
     baseline_key: Annotated[
         str | None,
-        Option(
-            "Key of the baseline's server alone.",
-            envvar="QVL_BASELINE_KEY",
-            panel=_SERVERS,
-            asked=False,
-            instead="the environment variable QVL_BASELINE_KEY",
-        ),
+        _key("Key of the baseline's server alone.", "QVL_BASELINE_KEY"),
         Field(repr=False),
     ] = None
     candidate_key: Annotated[
         str | None,
-        Option(
-            "Key of the candidate's server alone.",
-            envvar="QVL_CANDIDATE_KEY",
-            panel=_SERVERS,
-            asked=False,
-            instead="the environment variable QVL_CANDIDATE_KEY",
-        ),
+        _key("Key of the candidate's server alone.", "QVL_CANDIDATE_KEY"),
         Field(repr=False),
     ] = None
     baseline_model: Annotated[

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serve.compat import limit_headers
 from serve.guard.answer import Answer
 from serve.guard.body import Checked, Checker
-from serve.guard.budget import Grammars, Pixels, memory_limit, pixels_for
+from serve.guard.budget import Grammars, Pixels, pixels_for
 from serve.guard.fetch import Fetcher
 from serve.guard.hosts import Hosts
 from serve.guard.keys import Key, Keys, check_key, check_model
@@ -34,6 +34,7 @@ from serve.http.errors import Headers, Refusal
 from serve.http.metrics import refusals
 from serve.http.middleware import Middleware
 from serve.settings.environment import GUARD
+from serve.settings.host import memory_limit
 from serve.settings.limits import Limits
 from toolkit.errors import ServerError
 

@@ -82,10 +82,8 @@ class Checker:
         self._length(characters)
         cost = check_schemas(request, self._limits)
         await attachments.fetch(fetch)
-        given = {name: value for name, value in request.items() if value is not None}
-        capped = "max_completion_tokens" in given or "max_tokens" in given
-        if attachments.remote or len(given) < len(request):
-            body = json.dumps(given).encode()
+        capped = any(request.get(name) is not None for name in ("max_completion_tokens", "max_tokens"))
+        body = _without_nulls(request, body, changed=bool(attachments.remote))
         return Checked(
             body if capped else _with_max_tokens(body, self._limits.max_tokens),
             attachments.pixels,
@@ -105,10 +103,7 @@ class Checker:
         check_answers(len(prompts) * (whole_number(request, "n") or 1), self._limits)
         self._length(self._texts(request, 0))
         cost = check_schemas(request, self._limits)
-        given = {name: value for name, value in request.items() if value is not None}
-        if len(given) < len(request):
-            body = json.dumps(given).encode()
-        return Checked(body, 0, False, *_schemas(request, cost))
+        return Checked(_without_nulls(request, body), 0, False, *_schemas(request, cost))
 
     async def other(self, path: str, request: dict[str, Any], body: bytes, fetch: Fetch) -> Checked:
         """Check a request to a route that was added: the same rules for texts and images. Raises Refusal."""
@@ -206,6 +201,12 @@ class Checker:
                 400, "special_token", f"A text holds the control token {found[0]}. Write it another way.", "messages"
             )
         return len(text)
+
+
+def _without_nulls(request: dict[str, Any], body: bytes, *, changed: bool = False) -> bytes:
+    """Return the body without the fields that are null: its own bytes where there are none and nothing `changed`."""
+    given = {name: value for name, value in request.items() if value is not None}
+    return json.dumps(given).encode() if changed or len(given) < len(request) else body
 
 
 def _schemas(request: dict[str, Any], cost: SchemaCost) -> tuple[bytes, float]:

@@ -7,14 +7,11 @@ import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-
-import psutil
 
 from serve.guard.upload import ClientGone
 from serve.http.errors import Refusal
 
-__all__ = ["Grammars", "Pixels", "memory_limit", "pixels_for"]
+__all__ = ["Grammars", "Pixels", "pixels_for"]
 
 #: Bytes that a pixel takes from its decoding until the model's processor is done with it: Pillow holds 4, converts to
 #: RGB in another 4, and the processor copies 3. Measured: 768 Mpixels under way together took 4 GB.
@@ -30,28 +27,6 @@ _STATE_SECONDS = 0.002
 _MOST_WAITING = 32
 #: Schemas remembered as compiled: about what the compiler's own cache holds.
 _MOST_KNOWN = 1000
-
-
-def memory_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Return the bytes that this process can have: the machine's, or what its control groups (v2 or v1) allow.
-
-    Args:
-        root: of the control groups; in a container the container's own.
-        own: which group this process is in, one line for each hierarchy.
-    """
-    files = [root / "memory.max", root / "memory" / "memory.limit_in_bytes"]
-    try:
-        group = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
-        files += [root / parent.relative_to("/") / "memory.max" for parent in (Path(group), *Path(group).parents)]
-    except (OSError, StopIteration, ValueError):
-        pass
-    least = int(psutil.virtual_memory().total)
-    for file in files:
-        try:
-            least = min(least, int(file.read_text()))  # "max" where there is no limit: a ValueError
-        except (OSError, ValueError):
-            continue
-    return least
 
 
 def pixels_for(memory: int) -> int:

@@ -9,6 +9,7 @@ import psutil
 
 from serve.settings.backend import find_gpus, gpu_users
 from serve.settings.config import DEFAULT_GPU_SHARE, DTYPE_BYTES, ServerConfig
+from serve.settings.host import memory_limit
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ResourceError, ResourceInUse
 
@@ -57,15 +58,6 @@ def need(checkpoint: Checkpoint, config: ServerConfig) -> MemoryNeed:
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def _host_memory() -> int:
-    """Return the bytes that this process could take if nobody else took any."""
-    total = int(psutil.virtual_memory().total)
-    try:
-        return min(total, int((_CGROUP / "memory.max").read_text()))  # "max" where there is no limit
-    except (OSError, ValueError):
-        return total
-
-
 def available_host_memory() -> int:
     """Return the bytes this process may still take: what the machine has free, or less where a cgroup limits it."""
     available = int(psutil.virtual_memory().available)
@@ -91,7 +83,7 @@ def check(checkpoint: Checkpoint, config: ServerConfig) -> None:
     if not config.on_gpu:
         available = available_host_memory()
         if least.total > available:
-            others = least.total <= _host_memory()
+            others = least.total <= memory_limit()
             kind, stop = (ResourceInUse, "Stop what else takes memory, or: ") if others else (ResourceError, "")
             raise kind(
                 f"{checkpoint.path} needs {least} of memory, and {available / _GIB:.1f} GiB are available. "

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from serve.guard.budget import Grammars, Pixels, memory_limit, pixels_for
+from serve.guard.budget import Grammars, Pixels, pixels_for
 from serve.guard.upload import ClientGone
 from serve.http.errors import Refusal
+from serve.settings.host import memory_limit
 
 
 async def stays() -> None:
