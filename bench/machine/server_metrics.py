@@ -41,6 +41,7 @@ COUNTERS = {
     "finished": "vllm:request_success_total",
     "queued": "vllm:request_queue_time_seconds_count",
     "queue_s": "vllm:request_queue_time_seconds_sum",
+    "probes": "qvl_probe_seconds_count",
 }
 CACHE = "vllm:cache_config_info"
 
@@ -60,6 +61,7 @@ class Snapshot:
         finished: requests that ended, for whatever reason.
         queued: requests whose time in the queue is in ``queue_s``.
         queue_s: seconds, summed over them.
+        probes: questions about one and the same image that `qvl serve` asked itself; those before count them too.
         kv_blocks: of the KV cache, all of them.
         kv_tokens: that fit into it.
     """
@@ -74,6 +76,7 @@ class Snapshot:
     finished: float | None = None
     queued: float | None = None
     queue_s: float | None = None
+    probes: float | None = None
     kv_blocks: int | None = None
     kv_tokens: int | None = None
 
@@ -120,6 +123,11 @@ class ServerPoint:
             if (change := changes[name]) is not None and change < 0:
                 return None
         queued, queue_s = changes.pop("queued"), changes.pop("queue_s")
+        # What the server asks itself while nobody else does is neither a request of others nor an image that was sent.
+        probes = changes.pop("probes") or 0
+        for name in ("finished", "image_queries", "image_hits"):
+            if (change := changes[name]) is not None:
+                changes[name] = max(0, change - probes)
         return cls(
             **{name: None if change is None else round(change) for name, change in changes.items()},
             queue_mean_s=queue_s / queued if queued and queue_s is not None else None,

@@ -60,8 +60,16 @@ def test_nothing_asked_is_no_difference_and_no_queue_time() -> None:
     assert found.queue_mean_s is None
 
 
+def test_what_the_server_asks_itself_is_not_counted() -> None:
+    pages = [f"{page}\nqvl_probe_seconds_count {count}\n" for page, count in ((BEFORE, 1.0), (AFTER, 2.0))]
+    found, whole = point(*pages), point(BEFORE, AFTER)
+    assert found is not None and whole is not None
+    assert found == dataclasses.replace(whole, finished=2, image_queries=2, image_hits=1)
+
+
 def test_engines_are_summed() -> None:
     lines = [line for line in AFTER.splitlines() if line.startswith("vllm:")]
+    lines.append('qvl_probe_seconds_count{engine="0"} 1.0')
     both = parse("\n".join(lines + [line.replace('engine="0"', 'engine="1"') for line in lines]))
     one = parse("\n".join(lines))
     assert both is not None and one is not None
