@@ -17,6 +17,7 @@ from bench.studies.settings import (
     FaultSettings,
     GuardCostSettings,
     KernelSettings,
+    RealLmSettings,
     SeededFaultsSettings,
     StepSettings,
     TimedServerSettings,
@@ -122,6 +123,15 @@ def kernels(settings: KernelSettings) -> None:
     from bench.studies.kernels import run
 
     run(settings)
+
+
+@app.command("real-lm")
+@settings_as_options
+def real_lm(step: Annotated[str, typer.Argument(help="texts, measure or table.")], settings: RealLmSettings) -> None:
+    """Ways of quantizing on real weights: divergence from 16 bits, perplexity, minutes. Can be stopped and goes on."""
+    from bench.studies.real_lm.study import run
+
+    run(step, settings)
 
 
 @app.command("seeded-faults")

@@ -17,6 +17,7 @@ __all__ = [
     "FaultSettings",
     "GuardCostSettings",
     "KernelSettings",
+    "RealLmSettings",
     "SeededFaultsSettings",
     "StepSettings",
     "TimedServerSettings",
@@ -101,6 +102,22 @@ class GuardCostSettings(Settings):
     real_requests: Annotated[int, Option("Requests in a round of vLLM.")] = 64
     real_rounds: Annotated[int, Option("Pairs of rounds of vLLM.")] = 8
     out: Annotated[Path | None, Option("Directory for report.json and README.md.")] = None
+
+
+class RealLmSettings(Settings):
+    """Of `bench.studies.real_lm`."""
+
+    model: Annotated[Path | None, Option("Directory of a 16-bit Qwen2-VL.")] = None
+    out: Annotated[Path, Option("Directory of texts and results.")] = Path("out/real-lm")
+    ways: Annotated[str, Option("Ways of quantizing: rtn, autoawq, nearest, fast, best; +g64, +n512, +noclip.")] = (
+        "rtn,autoawq,fast,best,best+noclip,fast+noclip,best+g64,fast+g64"
+    )
+    seeds: Annotated[int, Option("Calibration seeds, from 0.")] = 2
+    draws: Annotated[int, Option("Draws of held-out texts.")] = 2
+    sequences: Annotated[int, Option("Of each draw.")] = 96
+    minutes: Annotated[float, Option("Begin nothing that would end later.")] = 9.0
+    calib: Annotated[Path | None, Option("Manifest of chats (calib.jsonl, of `texts`).")] = None
+    texts: Annotated[Path | None, Option("Directory whose files `texts` reads (Python's own, and packages').")] = None
 
 
 class SeededFaultsSettings(Settings):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from toolkit.checkpoint.values import nbytes_in_16_bits
 from toolkit.errors import FormatError, ResourceError
 from toolkit.files import free_bytes
-from toolkit.quantize.search.sizes import packed_bytes, screen_rows
+from toolkit.quantize.search.sizes import REFIT_NUMBERS, REFIT_WEIGHTS, packed_bytes, screen_rows
 from toolkit.quantize.stream.sizes import CHUNK_TOKENS, HELD_TOKENS
 
 if TYPE_CHECKING:
@@ -219,12 +219,30 @@ class _Needs:
         self.down = self.moments + (inner**2 * _FLOAT if compensated else 0) + 5 * widest
         #: rounding gate and up together, when down_proj's moments are gone
         self.gate_up = (3 + compensated) * hidden**2 * _FLOAT + 10 * widest + 2 * held * inner * _FLOAT
+        if recipe.effort == "best":
+            self._on_two_ways(recipe, shapes, held, (hidden, inner))
         #: AutoAWQ's search keeps every linear's input and its modules' outputs
         self.features = tokens * (6 * hidden + inner) * _FLOAT if recipe.search == "autoawq" else 0
         visual = [t for name, t in checkpoint.tensors.items() if name.startswith(checkpoint.visual_prefix)]
         self.vision = sum(t.numel for t in visual) * _FLOAT
         #: a vision block's widest activations: four patches a token, the MLP four times as wide as the block
         self.seeing = 4 * longest * int(checkpoint.vision_config["embed_dim"]) * 16 * _FLOAT
+
+    def _on_two_ways(
+        self, recipe: Recipe, shapes: Mapping[str, tuple[int, int]], held: int, widths: tuple[int, int]
+    ) -> None:
+        """Count what the thorough search takes: all twice, but the moments of one unit at a time."""
+        hidden, inner = widths
+        self.layer, self.states, self.passing = 2 * self.layer, 2 * self.states, 2 * self.passing
+        self.held += held * (hidden + inner) * _FLOAT
+        self.moments = 2 * inner**2 * _FLOAT
+        groups = inner // (inner if recipe.group_size == -1 else recipe.group_size)
+        rows = max(outputs for _, outputs in shapes.values())
+        widest = hidden * inner * _FLOAT
+        refit = (3 * min(REFIT_WEIGHTS, 2 * hidden * inner) + min(REFIT_NUMBERS, rows * groups**2)) * _FLOAT
+        #: target and values of down_proj, beside moments, drift and how its columns depend on each other
+        self.down = 3 * inner**2 * _FLOAT + 7 * widest + refit
+        self.gate_up = 3 * hidden**2 * _FLOAT + 14 * widest + 2 * held * inner * _FLOAT + refit
 
     def peak(self, states_too: bool) -> int:
         """Return the bytes of the worst moment, hidden states counted or not."""
@@ -256,7 +274,13 @@ def _seconds(checkpoint: Checkpoint, recipe: Recipe, tokens: int, device: torch.
     flops = narrow * 2.0 * tokens * weights  # the forward pass
     flops += narrow * 1.1 * tokens * squares  # moments: a good half of each
     traffic = 12.0 * tokens * (8 * hidden + 4 * inner)
-    if recipe.search == "autoawq":  # twenty forwards of each module, weights restored each time
+    if recipe.effort == "best":
+        flops *= 4  # to each unit, and through the layer, on two ways; the drift has no symmetry to use
+        traffic *= 5
+        # the target, two products a sweep and one for each comparison, and the equations of the scales
+        flops += 37 * sum(n * k**2 for k, n in shapes.values())
+        traffic += (80 if kernels else 300) * _FLOAT * weights
+    elif recipe.search == "autoawq":  # twenty forwards of each module, weights restored each time
         flops += 20 * 2.0 * tokens * weights
         traffic += 20 * _FLOAT * (6 * weights + 4 * tokens * inner)
     else:

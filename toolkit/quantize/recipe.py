@@ -13,6 +13,8 @@ from toolkit.options import Option, Settings
 __all__ = ["Recipe", "RunOptions"]
 
 _SEARCH, _MIXED = "Search", "Layers in 16 bits"
+#: Calibration samples by effort: inputs behind quantized layers tell more of them.
+_SAMPLES = {"fast": 128, "best": 512}
 #: What qvl.json calls the recipe, in the order in which it stands there. The other settings name files, whose content
 #: is recorded instead: the samples' hash, the source's, the linears left in 16 bits.
 _RECORDED = (
@@ -20,6 +22,7 @@ _RECORDED = (
     "bits",
     "group_size",
     "search",
+    "effort",
     "scaling",
     "clip",
     "rounding",
@@ -46,13 +49,23 @@ class Recipe(Settings):
     group_size: Annotated[int, Option("Inputs that share a scale: 32, 64, 128, or -1 for all.")] = 128
     bits: Annotated[int, Option("Width of a weight; AutoAWQ's formats hold 4.")] = 4
     calib: Annotated[str, Option("JSONL manifest of chats with images, or 'demo'.")] = "demo"
-    samples: Annotated[int, Option("Calibration samples to use.")] = 128
+    #: 512 with the best effort, where no other number is given.
+    samples: Annotated[
+        int,
+        Option(
+            "Calibration samples to use.", show_default=f"{_SAMPLES['fast']}; {_SAMPLES['best']} with --effort best"
+        ),
+    ] = _SAMPLES["fast"]
     adapter: Annotated[Path | None, Option("LoRA adapter directory, merged first (peft).")] = None
     revision: Annotated[str | None, Option("Branch, tag or commit of a hub id.")] = None
     search: Annotated[
         Literal["moments", "autoawq"],
         Option("moments (second moments, fast) or autoawq (its own loop).", panel=_SEARCH),
     ] = "moments"
+    effort: Annotated[
+        Literal["fast", "best"],
+        Option("fast, or best: layers behind quantized ones, values gone over again; slower.", panel=_SEARCH),
+    ] = "fast"
     scaling: Annotated[
         Literal["plain", "duo"],
         Option("AutoAWQ's grid: plain (activations) or duo (activations over weights).", panel=_SEARCH),
@@ -83,7 +96,14 @@ class Recipe(Settings):
     ] = 1280 * 28 * 28
     seed: Annotated[int, Option("Of the draw of samples.")] = 0
 
-    @field_validator("search", "scaling", "rounding", "balance", mode="before")
+    @model_validator(mode="before")
+    @classmethod
+    def _samples_of_the_effort(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("effort") == "best":
+            return {"samples": _SAMPLES["best"], **given}
+        return given
+
+    @field_validator("search", "effort", "scaling", "rounding", "balance", mode="before")
     @classmethod
     def _known(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[str(info.field_name)].annotation
@@ -113,6 +133,11 @@ class Recipe(Settings):
             raise FormatError(
                 "AutoAWQ's search rounds to nearest and weighs all tokens alike: "
                 "leave --rounding and --balance out, or use --search moments"
+            )
+        if self.effort == "best" and (self.search != "moments" or self.rounding != "compensated"):
+            raise FormatError(
+                "--effort best goes on from compensated rounding by second moments: "
+                "leave --search and --rounding out, or use --effort fast"
             )
         # What was given and would be ignored is refused: qvl.json would record it. Defaults are nobody's wish.
         if "scaling" in self.model_fields_set and self.search != "autoawq":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.checkpoint.values import in_16_bits, refuse_values
 from toolkit.console import note, warn
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, FormatError
 from toolkit.quantize.devices import find_devices
 from toolkit.quantize.identity import source_identity
 from toolkit.quantize.job import Job, Made
@@ -37,6 +37,7 @@ def run(model: str, out: Path, recipe: Recipe, options: RunOptions) -> Path:
     """Quantize a checkpoint, or only say what that needs; see :func:`toolkit.quantize.quantize`."""
     source = open_source(model, out, recipe, options.force)
     devices = find_devices(options.devices)
+    _refuse_together(recipe, options, devices)
     began = time.perf_counter()
     with RunProgress() as progress:
         job = _job(source, recipe, devices, options.layers_report, progress)
@@ -73,6 +74,26 @@ def run(model: str, out: Path, recipe: Recipe, options: RunOptions) -> Path:
                 )
             raise
     return out
+
+
+def _refuse_together(recipe: Recipe, options: RunOptions, devices: Sequence[str]) -> None:
+    """Refuse what a run can't do beside a thorough search.
+
+    Raises:
+        FormatError: says what.
+    """
+    if recipe.effort != "best":
+        return
+    if len(devices) > 1:
+        raise FormatError(
+            "--effort best searches a layer on what the layers before it have become, so devices can't share the "
+            f"layers out: choose one of {options.devices}, or use --effort fast"
+        )
+    if options.layers_report is not None:
+        raise FormatError(
+            "--layers-report compares ways of searching layers that are each given the source's inputs, and --effort "
+            "best is not one of these: make the report with --effort fast; --from-report then works with either"
+        )
 
 
 def _job(source: Source, recipe: Recipe, devices: list[str], report: Path | None, progress: RunProgress) -> Job:

@@ -19,6 +19,7 @@ from toolkit.checkpoint.left_out import Linear
 from toolkit.checkpoint.values import in_16_bits
 from toolkit.errors import QvlError, ResourceError
 from toolkit.quantize.events import Captured, Ended, Event, Failed, LayerDone, Note
+from toolkit.quantize.parts import Parts
 from toolkit.quantize.progress import MemoryWatch
 from toolkit.quantize.recipe import Recipe
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from toolkit.quantize.layer import LayerQuantizer, LayerResult
     from toolkit.quantize.search.strategy import SearchSettings, Strategy
     from toolkit.quantize.stream.layers import StreamedLayers
+    from toolkit.quantize.stream.paired import PairedStream
     from toolkit.quantize.stream.passing import LayerStream
 
 __all__ = ["Share", "Tell", "in_process", "run"]
@@ -154,9 +156,11 @@ def _search(
     import torch
 
     from toolkit.quantize.layer import Clock
+    from toolkit.quantize.replay import written_layer
     from toolkit.quantize.search.strategy import LayerTask
 
-    quantizer = _quantizer(checkpoint, share, stream)
+    paired = _paired(share, stream)
+    quantizer = _quantizer(checkpoint, share, stream, paired)
     if stream.device.type == "cuda":
         torch.cuda.empty_cache()  # what the vision tower took
     try:
@@ -167,6 +171,9 @@ def _search(
                 clock("load")
                 if index not in share.wanted:
                     stream.skip(layer)
+                    if paired is not None:
+                        file = Parts(share.directory).layer_file(index)
+                        paired.advance(written_layer(layer, checkpoint, share.recipe, index, file))
                     continue
                 skip = frozenset(name for i, name in share.left if i == index)
                 result = quantizer.quantize(LayerTask(index, layer, stream.hold(layer), skip, clock))
@@ -176,7 +183,16 @@ def _search(
         layers.close()
 
 
-def _quantizer(checkpoint: Checkpoint, share: Share, stream: LayerStream) -> LayerQuantizer:
+def _paired(share: Share, stream: LayerStream) -> PairedStream | None:
+    """Return the samples on their second way, through quantized layers, where the recipe's effort asks for it."""
+    from toolkit.quantize.stream.paired import PairedStream
+
+    return PairedStream(stream) if share.recipe.effort == "best" else None
+
+
+def _quantizer(
+    checkpoint: Checkpoint, share: Share, stream: LayerStream, paired: PairedStream | None
+) -> LayerQuantizer:
     from toolkit.quantize.layer import LayerQuantizer
     from toolkit.quantize.search.strategy import SearchSettings
 
@@ -185,6 +201,15 @@ def _quantizer(checkpoint: Checkpoint, share: Share, stream: LayerStream) -> Lay
     settings = SearchSettings(
         checkpoint.family, recipe.group_size, recipe.bits, norm.dtype, recipe.clip, recipe.rounding or "nearest"
     )
+    if paired is not None:
+        from toolkit.quantize.search.chained import ChainedSearch
+
+        def written(index: int, name: str, tensor: torch.Tensor) -> torch.Tensor:
+            source = checkpoint.get(checkpoint.layer_prefix(index) + name)
+            return in_16_bits(tensor.to(source.dtype)).float()
+
+        best = ChainedSearch(paired, settings, written, share.balance)
+        return LayerQuantizer(stream, checkpoint.family, {recipe.search: best}, recipe.search, report=False)
     names = ("rtn", "autoawq", "moments") if share.report else (recipe.search,)
     strategies = {name: _strategy(name, share, stream, settings) for name in names}
     return LayerQuantizer(stream, checkpoint.family, strategies, recipe.search, share.report)

@@ -23,7 +23,7 @@ from torch import Tensor
 from toolkit.quantize.search.kernels.rounding import Rounding
 from toolkit.quantize.search.kernels.trust import trusted
 
-__all__ = ["BLOCK", "Factor", "compensate", "factor", "round_block"]
+__all__ = ["BLOCK", "Factor", "compensate", "factor", "feed_forward", "round_block", "round_by_columns"]
 
 #: Columns that are rounded at a time where there is no kernel for it.
 BLOCK = 128
@@ -37,11 +37,13 @@ class Factor:
 
     ``feedback``: [K, K], unit upper triangular: entry (k, i) is L_ik / L_kk, how much of column i's error column k
     makes up for. ``order``: int64 [K], the channels by rising second moment; ``feedback`` is in this order, and the
-    last is rounded first.
+    last is rounded first. ``pivots``: [K], L_kk. ``damping``: scalar, what H's diagonal was raised by.
     """
 
     feedback: Tensor
     order: Tensor
+    pivots: Tensor
+    damping: Tensor
 
 
 @torch.no_grad()
@@ -76,7 +78,7 @@ def factor(moments: Tensor, tokens: float) -> Factor:
         torch.linalg.cholesky_ex(lower, out=(lower, info))
         pivots = feedback.diagonal().clone()
         if info.item() == 0 and bool(pivots.isfinite().all()):
-            return Factor(feedback.div_(pivots.unsqueeze(1)), order)
+            return Factor(feedback.div_(pivots.unsqueeze(1)), order, pivots, damping)
         damping *= 10
     raise ArithmeticError(
         f"the moments of {len(order)} inputs can't be factored: not finite, or far from a Gram matrix"
@@ -109,18 +111,27 @@ def _compensate(
     weight: Tensor, scales: Tensor, zeros: Tensor, factor: Factor, bits: int, way: tuple[int, Rounder]
 ) -> Tensor:
     """Round a weight in one of the ways that :func:`_rounder` chooses from."""
-    width, rounder = way
-    rows, columns = weight.shape
-    groups = factor.order // (columns // scales.shape[1])
-    # transposed, so that a column is contiguous
-    grid_scales, grid_zeros = (part.t().to(weight.dtype).contiguous() for part in (scales, zeros))
-    values = torch.empty((columns, rows), dtype=torch.uint8, device=weight.device)
-    rounding = Rounding(weight.t(), grid_scales, grid_zeros, factor.order, groups, 2**bits - 1, values)
-    _feed_forward(weight.t()[factor.order], factor.feedback, width, partial(rounder, rounding))
-    return values.t().contiguous()
+    rounding = Rounding.of(weight, scales, zeros, factor.order, bits)
+    round_by_columns(rounding, weight.t()[factor.order], factor.feedback, way)
+    return rounding.values.t().contiguous()
 
 
-def _feed_forward(
+def round_by_columns(
+    rounding: Rounding, targets: Tensor, feedback: Tensor, way: tuple[int, Rounder] | None = None
+) -> None:
+    """Round all columns from the last to the first, each error fed to the columns before; writes the values.
+
+    Args:
+        rounding: what is rounded, and to what.
+        targets: [K, N], what each column is best rounded from, but for that; becomes their errors.
+        feedback: [K, K], in the order of ``rounding``: how much of column i's error column k < i makes up for.
+        way: columns at a time, and what rounds them; None: what is fastest on the device.
+    """
+    width, rounder = _rounder(rounding.weight.t()) if way is None else way
+    feed_forward(targets, feedback, width, partial(rounder, rounding))
+
+
+def feed_forward(
     targets: Tensor, feedback: Tensor, width: int, round_columns: Callable[[int, Tensor, Tensor], None], start: int = 0
 ) -> None:
     """Round columns from the last to the first, ``width`` at a time, and feed their errors to those before.
@@ -140,9 +151,9 @@ def _feed_forward(
         round_columns(start, targets, feedback)
         return
     half = -(-count // width) // 2 * width
-    _feed_forward(targets[half:], feedback[half:, half:], width, round_columns, start + half)
+    feed_forward(targets[half:], feedback[half:, half:], width, round_columns, start + half)
     targets[:half].addmm_(feedback[:half, half:], targets[half:])
-    _feed_forward(targets[:half], feedback[:half, :half], width, round_columns, start)
+    feed_forward(targets[:half], feedback[:half, :half], width, round_columns, start)
 
 
 def round_block(rounding: Rounding, start: int, targets: Tensor, feedback: Tensor) -> None:
@@ -166,7 +177,7 @@ def round_block(rounding: Rounding, start: int, targets: Tensor, feedback: Tenso
         level = torch.addcdiv(zeros[k], target[0], scales[k], out=levels[k]).clamp_(0, rounding.top).round_()
         torch.addcmul(shifted[k], level, scales[k], value=-1, out=target[0])
 
-    _feed_forward(targets, feedback, 1, round_column)
+    feed_forward(targets, feedback, 1, round_column)
     rounding.values[channels] = levels.to(torch.uint8)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from toolkit.quantize.search.kernels.trust import trusted
 
-__all__ = ["Moments", "group_moments", "product", "takes_bfloat16"]
+__all__ = ["Moments", "PairedMoments", "group_moments", "product", "takes_bfloat16"]
 
 
 class Moments:
@@ -77,6 +77,40 @@ class Moments:
             s = scales.view(groups, group)
             blocks /= s.unsqueeze(1) * s.unsqueeze(2)
         return blocks
+
+
+class PairedMoments(Moments):
+    """Moments of inputs behind layers that are quantized, and how the source's inputs differ from them.
+
+    ``drift``: [K, K], mean of w (x_source - x) x^T once :meth:`finish` was called: entry (i, k) says how much of what
+    channel i has lost goes with channel k.
+    """
+
+    def __init__(self, inputs: int, device: torch.device, *, narrow: bool = False) -> None:
+        """Args: as for `Moments`."""
+        super().__init__(inputs, device, narrow=narrow)
+        self.drift = torch.zeros(inputs, inputs, device=device)
+
+    def add_pair(self, x: torch.Tensor, source: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add tokens [n, K] behind quantized layers with the same tokens in the source; both may be overwritten."""
+        x = x.float()
+        lost = source.float().sub_(x)
+        if weights is not None:
+            lost.mul_(weights.unsqueeze(1))
+        dtype = torch.bfloat16 if self.narrow else torch.float32
+        lost, narrowed = lost.to(dtype), x.to(dtype)
+        for start in range(0, x.shape[1], self._BLOCK):
+            block = slice(start, start + self._BLOCK)
+            if self.narrow:
+                self.drift[block] += product(lost[:, block].t(), narrowed)
+            else:
+                self.drift[block].addmm_(lost[:, block].t(), narrowed)
+        self.add(x, weights)
+
+    def finish(self) -> None:
+        """Divide by the weight, fill in the lower half."""
+        self.drift /= self.weight
+        super().finish()
 
 
 def group_moments(x: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """Numbers that planning a run and doing it share: rows that screening looks at, bytes of a packed linear."""
 
-__all__ = ["packed_bytes", "screen_rows"]
+__all__ = ["REFIT_NUMBERS", "REFIT_WEIGHTS", "packed_bytes", "screen_rows"]
 
 #: Rows of a weight that screening looks at, at most, and numbers in them; all of them where there are fewer.
 _SCREEN_ROWS, _SCREEN_WEIGHTS = 1024, 2**23
+#: Weights whose scales are refitted at a time, of which some three copies are held, and numbers in their equations.
+REFIT_WEIGHTS, REFIT_NUMBERS = 2**26, 2**28
 
 
 def screen_rows(columns: int) -> int:

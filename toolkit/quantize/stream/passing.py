@@ -85,13 +85,13 @@ class LayerStream:
 
         In bfloat16 where that was asked for, as the served model does, but for what is added up between layers.
         """
-        self._pass(layer, self.calibration, take, narrow=self.narrow)
+        self.pass_through(layer, self.calibration, take, narrow=self.narrow)
 
     def peek(self, layer: nn.Module, take: Take) -> None:
         """Show what a layer is given, in float32, and leave the samples where they are."""
         before = copy.copy(self.calibration)
         before.hidden = before.hidden.clone()
-        self._pass(layer, before, take)
+        self.pass_through(layer, before, take)
 
     def hold(self, layer: nn.Module) -> Held:
         """Run the held samples through a layer, in float32, keeping what it is given and what it makes of it.
@@ -106,16 +106,16 @@ class LayerStream:
 
         before = copy.copy(self.held)
         before.hidden = self.held.hidden.clone()
-        output = self._pass(layer, self.held, take)
+        output = self.pass_through(layer, self.held, take)
         return Held(before, output, {unit: torch.cat(parts) for unit, parts in inputs.items()})
 
     def skip(self, layer: nn.Module) -> None:
         """Pass all samples through a layer that is not searched."""
         self.advance(layer)
-        self._pass(layer, self.held)
+        self.pass_through(layer, self.held)
 
     @torch.no_grad()
-    def _pass(
+    def pass_through(
         self, layer: nn.Module, states: States, take: Take | None = None, *, narrow: bool = False
     ) -> torch.Tensor:
         """Run samples through a layer in micro-batches; ``states.hidden`` becomes, and is returned as, its output."""

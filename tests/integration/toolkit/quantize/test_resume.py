@@ -33,13 +33,13 @@ KILLER = """
     from toolkit.quantize.stream import shell
     patch_torchvision()
     import transformers.models.qwen2_vl.modeling_qwen2_vl
-    source, calib, out, kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+    source, calib, out, kills, effort = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     torch.set_num_threads(1)
 
     def start(to):
         pid = os.fork()
         if pid == 0:
-            quantize(source, to, calib=calib)
+            quantize(source, to, calib=calib, effort=effort)
             os._exit(0)
         return pid
 
@@ -126,12 +126,13 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("effort", ["fast", "best"])
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.release)])
-def test_kills_at_random_moments_change_no_byte(kills: int, tmp_path: Path, manifest: Path) -> None:
+def test_kills_at_random_moments_change_no_byte(kills: int, effort: str, tmp_path: Path, manifest: Path) -> None:
     source, out = short_demo(tmp_path / "in", layers=4), tmp_path / "out"
     out.mkdir()
-    command = [sys.executable, "-c", textwrap.dedent(KILLER), str(source), str(manifest), str(out), str(kills)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-c", textwrap.dedent(KILLER), str(source), str(manifest), str(out)]
+    done = subprocess.run([*command, str(kills), effort], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith(f"{kills} kills")
     assert " 0 of them with layers finished" not in done.stdout

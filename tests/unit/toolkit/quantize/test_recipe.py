@@ -34,6 +34,10 @@ def test_the_rounding_goes_with_the_search() -> None:
     assert Recipe(rounding="nearest").rounding == "nearest"
 
 
+def test_the_best_effort_takes_more_samples_where_no_number_is_given() -> None:
+    assert (Recipe().samples, Recipe(effort="best").samples, Recipe(effort="best", samples=9).samples) == (128, 512, 9)
+
+
 def test_no_bound_on_pixels() -> None:
     assert Recipe(max_pixels=0).max_pixels is None and Recipe(max_pixels=None).max_pixels is None
 
@@ -47,6 +51,8 @@ def test_no_bound_on_pixels() -> None:
         ({"balance": 3}, FormatError, "unknown balance 3: choose none or modality"),
         ({"samples": 0}, ManifestError, "0 calibration samples: at least 1 is needed, 128 is usual"),
         ({"search": "autoawq", "balance": "modality"}, FormatError, "AutoAWQ's search rounds to nearest"),
+        ({"search": "autoawq", "effort": "best"}, FormatError, "--effort best goes on from compensated rounding"),
+        ({"rounding": "nearest", "effort": "best"}, FormatError, "--effort best goes on from compensated rounding"),
         ({"scaling": "duo"}, FormatError, "--scaling duo is of AutoAWQ's search, and --search moments tries both"),
         ({"scaling": "plain", "search": "moments"}, FormatError, "--scaling plain is of AutoAWQ's search"),
         ({"budget": 0.2}, FormatError, "--budget 0.2 is for the layers that a report says to leave in 16 bits: add"),
@@ -82,6 +88,7 @@ def test_what_qvl_json_records() -> None:
         ("bits", 4),
         ("group_size", 128),
         ("search", "moments"),
+        ("effort", "fast"),
         ("scaling", "plain"),
         ("clip", True),
         ("rounding", "compensated"),

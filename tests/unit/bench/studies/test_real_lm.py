@@ -1,0 +1,108 @@
+"""The study of real weights: texts that do not overlap, ways by name, ratios that are paired, a loop that goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench.studies.real_lm import study
+from bench.studies.real_lm.page import ratio, write_page
+from bench.studies.real_lm.score import Score
+from bench.studies.real_lm.texts import read_held, write_texts
+from bench.studies.real_lm.ways import recipe_of
+from bench.studies.settings import RealLmSettings
+from toolkit.calibration.manifest import read_manifest
+from toolkit.errors import FormatError, ManifestError
+from toolkit.quantize import Recipe
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    for i in range(6):
+        (tmp_path / "src" / f"p{i}").mkdir(parents=True)
+        (tmp_path / "src" / f"p{i}" / "code.py").write_text("".join(f"line_{i}_{n} = {n}\n" for n in range(900)))
+    (tmp_path / "src" / "template.py").write_text("<|im_start|>" * 1000)
+    (tmp_path / "src" / "short.py").write_text("pass\n")
+    return tmp_path / "src"
+
+
+def test_chats_and_held_texts_come_of_different_files(files: Path, tmp_path: Path) -> None:
+    calib, held = write_texts(tmp_path / "out", files)
+    chats = read_manifest(calib)
+    said = [json.dumps(chat.messages) for chat in chats]
+    texts = read_held(held)
+    assert len(texts) in (3, 4) and len(chats) > 6
+    own = {text.split("\n")[3].split(" = ")[0].rsplit("_", 1)[0] for text in texts}
+    assert len(own) == len(texts)
+    assert not any(f"{name}_" in chat for name in own for chat in said)
+    assert len(set(said)) == len(said) and "im_start" not in "".join([*said, *texts])
+    assert write_texts(tmp_path / "again", files)[0].read_bytes() == calib.read_bytes()
+    with pytest.raises(ManifestError, match="at least 4 needed"):
+        write_texts(tmp_path / "none", tmp_path / "out")
+
+
+def test_a_ways_name_is_a_recipe() -> None:
+    assert recipe_of("best+g64+noclip") == {"effort": "best", "group_size": 64, "clip": False}
+    assert Recipe(**recipe_of("autoawq+n32")).samples == 32
+    assert Recipe(**recipe_of("best")).samples == 512
+    for unknown in ("worst", "fast+g", "fast+x64", "+g64"):
+        with pytest.raises(FormatError, match="unknown way"):
+            recipe_of(unknown)
+
+
+def test_ratios_are_of_pairs() -> None:
+    rng = np.random.default_rng(1)
+    base = np.exp(rng.normal(size=200))
+    means, geo = ratio(base * 0.5 * np.exp(0.1 * rng.normal(size=200)), base)
+    for found in (means, geo):
+        assert found.low < 0.5 < found.high and found.high - found.low < 0.05
+        assert found.low <= found.value <= found.high
+
+
+def score_of(kl: float) -> Score:
+    return Score([kl, 2 * kl], 3 * kl, 0.9, [1.0, 1.2], [1.0, 1.1])
+
+
+@pytest.fixture
+def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Play quantizing and measuring; returns what was done."""
+    done: list[tuple[str, int]] = []
+
+    class Played:
+        def __init__(self, *_: Any) -> None: ...
+
+        def score(self, tokens: torch.Tensor) -> Score:
+            return score_of(0.01 * len(done))
+
+    def one(pair: Any, way: str, seed: int, settings: RealLmSettings) -> dict[str, Any]:
+        done.append((way, seed))
+        return {"seconds": 10.0}
+
+    monkeypatch.setattr(study, "Pair", Played)
+    monkeypatch.setattr(study, "_one", one)
+    monkeypatch.setattr(study, "cut", lambda *_: [torch.zeros(2, 512)] * 2)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_: None)
+    (tmp_path / "held.jsonl").write_text('{"text": "x"}\n')
+    return done
+
+
+def test_what_is_measured_is_not_measured_again(tmp_path: Path, played: list[tuple[str, int]]) -> None:
+    settings = RealLmSettings(model=tmp_path, out=tmp_path, ways="rtn,autoawq,best", seeds=2)
+    study.run("measure", settings.replaced(minutes=0.0))
+    assert not played
+    study.run("measure", settings.replaced(ways="rtn,autoawq"))
+    study.run("measure", settings)
+    assert played == [("rtn", 0), ("autoawq", 0), ("autoawq", 1), ("best", 0), ("best", 1)]
+    page = (tmp_path / "README.md").read_text()
+    assert "| best | 2 | 0.06750 (0.06000 0.07500) |" in page
+    assert "to autoawq, means" in page and "4 held-out sequences" in page
+    (tmp_path / "README.md").unlink()
+    write_page(tmp_path)
+    assert (tmp_path / "README.md").read_text() == page
+    with pytest.raises(FormatError, match="unknown way 'bets'"):
+        study.run("measure", settings.replaced(ways="bets"))

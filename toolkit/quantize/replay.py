@@ -1,0 +1,48 @@
+"""A finished decoder layer as it was written, read back to run: what a thorough search goes on from."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from toolkit.formats.packing import PackedLinear, dequantize, unpack_gemm, unpack_gemv
+
+if TYPE_CHECKING:
+    from toolkit.checkpoint.checkpoint import Checkpoint
+    from toolkit.quantize.recipe import Recipe
+
+__all__ = ["written_layer"]
+
+
+@torch.no_grad()
+def written_layer(layer: nn.Module, checkpoint: Checkpoint, recipe: Recipe, index: int, file: Path) -> nn.Module:
+    """Return a copy of the source's layer with the weights that a file holds, to the bit those it was written from.
+
+    Args:
+        layer: the source's, on the device where the copy is wanted.
+        checkpoint: the source.
+        recipe: that the file was made by.
+        index: the layer's.
+        file: as :func:`toolkit.quantize.parts.write_layer` wrote it.
+    """
+    from safetensors import safe_open
+
+    prefix, found = checkpoint.layer_prefix(index), copy.deepcopy(layer)
+    with safe_open(file, framework="pt") as tensors:
+        names = set(tensors.keys())
+        for name, value in found.state_dict().items():
+            module = prefix + name.removesuffix(".weight")
+            if f"{module}.qweight" not in names:
+                value.copy_(tensors.get_tensor(prefix + name))
+                continue
+            parts = (
+                tensors.get_tensor(f"{module}.{part}").to(value.device) for part in ("qweight", "qzeros", "scales")
+            )
+            packed = PackedLinear(*parts)
+            unpacked = unpack_gemm(packed) if recipe.format == "gemm" else unpack_gemv(packed, recipe.group_size)
+            value.copy_(dequantize(unpacked, torch.float32))
+    return found
