@@ -96,7 +96,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
 def _by_sequence(runs: list[dict[str, Any]], name: str) -> Floats:
     """Return each sequence's mean, over calibration seeds: [sequences of all draws]."""
     by_run = [np.concatenate([np.asarray(score[name]) for score in run["scores"]]) for run in runs]
-    return np.mean(by_run, axis=0)
+    mean: Floats = np.mean(by_run, axis=0)
+    return mean
 
 
 def _told(found: Interval) -> str:

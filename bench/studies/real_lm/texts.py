@@ -71,7 +71,7 @@ def _has_text(path: Path) -> bool:
     return path.is_file() and path.stat().st_size >= _LEAST
 
 
-def _chats(text: str) -> list[dict[str, object]]:
+def _chats(text: str) -> list[dict[str, list[dict[str, str]]]]:
     """Cut a text into chats that do not overlap: what comes next?"""
     size = _QUESTION + _ANSWER
     chats = []

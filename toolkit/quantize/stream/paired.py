@@ -52,10 +52,10 @@ class PairedStream:
             batch = source.calibration.batch(first, source.chunk_tokens)
             pair = None
             with contextlib.suppress(torch.OutOfMemoryError):
-                pair = [
-                    self._input_of(module, states, batch, unit, narrow=source.narrow)
-                    for module, states in ((layer, source.calibration), (quantized, self.calibration))
-                ]
+                pair = (
+                    self._input_of(layer, source.calibration, batch, unit, narrow=source.narrow),
+                    self._input_of(quantized, self.calibration, batch, unit, narrow=source.narrow),
+                )
             if pair is None:
                 source.back_off(batch.stop - batch.start if len(batch.lengths) == 1 else None)
                 continue
