@@ -53,7 +53,7 @@ class Recipe(Settings):
     samples: Annotated[
         int,
         Option(
-            "Calibration samples to use.", show_default=f"{_SAMPLES['fast']}; {_SAMPLES['best']} with --effort best"
+            "Calibration samples to use.", show_default=f"{_SAMPLES['fast']}; {_SAMPLES['best']} with the best effort"
         ),
     ] = _SAMPLES["fast"]
     adapter: Annotated[Path | None, Option("LoRA adapter directory, merged first (peft).")] = None
