@@ -37,26 +37,32 @@ class ChatRequest:
     """A question about images.
 
     Attributes:
-        text: what is asked.
+        text: what is asked; may be empty where ``before`` says all.
         images: URLs or data URLs, in the order in which they stand before the text.
         max_tokens: at most so many tokens are generated.
         fixed_length: generate exactly ``max_tokens``: the end-of-text token is ignored (``ignore_eos``) and special
             tokens are shown, so that each token has text whose arrival can be timed. For speed only, never for
             accuracy.
+        before: messages before it, in OpenAI's form: a system's, or earlier turns of the chat.
     """
 
     text: str
     images: tuple[str, ...] = ()
     max_tokens: int = 64
     fixed_length: bool = False
+    before: tuple[dict[str, Any], ...] = ()
+
+    def messages(self) -> list[dict[str, Any]]:
+        """Return all messages of the chat so far, in OpenAI's form."""
+        content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in self.images]
+        content += [{"type": "text", "text": self.text}] if self.text or not self.before else []
+        return [*self.before, {"role": "user", "content": content}] if content else list(self.before)
 
     def body(self, model: str, *, count_chunks: bool = False) -> bytes:
         """Return the JSON body: streamed, with usage (in every chunk for ``count_chunks``), temperature 0 said."""
-        content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in self.images]
-        content.append({"type": "text", "text": self.text})
         body: dict[str, Any] = {
             "model": model,
-            "messages": [{"role": "user", "content": content}],
+            "messages": self.messages(),
             "max_tokens": self.max_tokens,
             "temperature": 0,
             "stream": True,
@@ -116,7 +122,10 @@ class Trace:
         cached_tokens: of the prompt, those the server had in its prefix cache; None when it does not say.
         queue_s: seconds in the server's own queue; None when it does not say.
         number: which of its block's requests it was, from 0: the same number is the same request to both systems.
-        shape: of the request, where a block has several (`bench.load.inputs.SpeedInputs.shape`).
+        shape: of the request, where a block has several (`bench.load.inputs.Made.shape`).
+        asked: exact length of the answer that was asked for; None: none was.
+        images: in the request.
+        image_tokens: of the prompt's tokens, those that its images became; None where that is not known.
     """
 
     scheduled: float
@@ -135,6 +144,9 @@ class Trace:
     counts: tuple[int, ...] = ()
     number: int | None = None
     shape: str = ""
+    asked: int | None = None
+    images: int = 0
+    image_tokens: int | None = None
 
 
 def is_whole(received: bytes, stream: bool) -> bool:

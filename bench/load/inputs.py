@@ -1,6 +1,7 @@
 """Requests for speed runs: every image and prompt is new to the server, so that no cache answers for the model.
 
-All of them are made before the clock starts.
+What requests share they share on purpose: a beginning that all prompts have, the earlier turns of a chat. All are made
+before the clock starts.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import base64
 import hashlib
 import io
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -19,7 +21,7 @@ from bench.load.client import ChatRequest
 from bench.load.workload import ImageSize, Lengths, written
 from toolkit.errors import BenchError
 
-__all__ = ["KEY_WORDS", "SpeedInputs"]
+__all__ = ["KEY_WORDS", "Inputs", "Made", "SpeedInputs", "image_of", "stamped", "words_of"]
 
 #: Each is one token in Qwen's vocabulary, with the space before it and without. 256 of them: one byte picks one.
 WORDS = """
@@ -42,6 +44,41 @@ KEY_WORDS = 8
 
 
 @dataclass(frozen=True, slots=True)
+class Made:
+    """A request, and what is known of it.
+
+    Attributes:
+        shape: what decides about its cost beside lengths: ``text``, the size of its image, or ``3 images``.
+        sizes: of all images in it, earlier turns' too: width, height in pixels.
+        follows: whether it is a later turn of the chat before it.
+    """
+
+    request: ChatRequest
+    shape: str
+    sizes: tuple[tuple[int, int], ...] = ()
+    follows: bool = False
+
+
+class Inputs(Protocol):
+    """Where the requests of a run are from."""
+
+    @property
+    def turns(self) -> int:
+        """Most turns of a chat that are sent one after the other."""
+
+    def made(self, block: str, count: int, *, chats: bool = False) -> list[Made]:
+        """Return the first ``count`` requests of ``block``; equal arguments give equal ones, and no block has an input
+        that another has, but for what is shared on purpose.
+
+        Args:
+            chats: turns of a chat come one after the other, each a request; else a chat is one request.
+        """
+
+    def warm_up(self, block: str = "warm-up") -> list[Made]:
+        """Return requests that show a server every shape there is, and share no input with any other block."""
+
+
+@dataclass(frozen=True, slots=True)
 class SpeedInputs:
     """Makes the requests of a run.
 
@@ -51,7 +88,10 @@ class SpeedInputs:
         output_tokens: exact length of each answer.
         prompt_tokens: words of each prompt, at least `KEY_WORDS`; each is a token of Qwen's. The chat template's own
             tokens and the images' come on top: the server's usage has them all.
-        images: images of each request; where ``sizes`` has None, one less.
+        images: images of each request; where ``sizes`` has None, one less. Of a chat they come with its first turn.
+        turns: of each chat. A later turn has the earlier ones and their answers before it; the answers are made up, of
+            the length asked for, so that two systems get the same.
+        shared_prefix: words of a system's message that is the same in all requests of the run.
     """
 
     nonce: str
@@ -59,6 +99,8 @@ class SpeedInputs:
     output_tokens: int | Lengths
     prompt_tokens: Lengths = Lengths.fixed(16)  # noqa: RUF009  # frozen
     images: Lengths = Lengths.fixed(1)  # noqa: RUF009
+    turns: int = 1
+    shared_prefix: int = 0
 
     def __post_init__(self) -> None:
         if self.prompt_tokens.low < KEY_WORDS:
@@ -71,36 +113,72 @@ class SpeedInputs:
 
         Blocks have disjoint inputs, so that a warm-up block warms no input of a measured one.
         """
-        digest = self._digest(block, index)
-        prompt, images = _quantile(digest, 1), _quantile(digest, 2)
-        return self._make(digest, index, self.images.at(images), self.prompt_tokens.at(prompt))
+        first, turn = index - index % self.turns, index % self.turns
+        asked = [self._turn(block, first + earlier, images=earlier == 0) for earlier in range(turn + 1)]
+        before = [*self._system(), *(message for each in asked[:-1] for message in self._said(each))]
+        return replace(asked[-1], before=tuple(before))
+
+    def made(self, block: str, count: int, *, chats: bool = False) -> list[Made]:
+        """See `Inputs.made`. Chats of several turns are always sent turn by turn."""
+        return [
+            Made(self.request(block, index), self.shape(block, index), self._shown(block, index), self.follows(index))
+            for index in range(count)
+        ]
 
     def bodies(self, block: str, count: int, model: str, *, count_chunks: bool = False) -> list[bytes]:
         """Return the encoded bodies of the first ``count`` requests of ``block``; with ``count_chunks`` they ask the
         server to count tokens in every chunk."""
         return [self.request(block, index).body(model, count_chunks=count_chunks) for index in range(count)]
 
+    def follows(self, index: int) -> bool:
+        """Return whether request ``index`` is a later turn of the chat before it."""
+        return index % self.turns > 0
+
     def shape(self, block: str, index: int) -> str:
         """Return what decides about the cost of a request beside lengths: ``text``, the size of its image, or ``3
-        images``."""
-        shown = [size for size in self._sizes(block, index) if size is not None]
+        images``; of a chat's turns which one it is."""
+        if self.turns > 1:
+            return f"turn {index % self.turns + 1}"
+        shown = self._shown(block, index)
         return written(shown[0] if shown else None) if len(shown) < 2 else f"{len(shown)} images"
 
-    def _sizes(self, block: str, index: int) -> list[ImageSize]:
-        count = self.images.at(_quantile(self._digest(block, index), 2))
-        return [self.sizes[(index + number) % len(self.sizes)] for number in range(count)]
+    def _shown(self, block: str, index: int) -> tuple[tuple[int, int], ...]:
+        """The sizes of the images in a request."""
+        first = index - index % self.turns
+        count = self.images.at(_quantile(self._digest(block, first), 2))
+        turns = [self.sizes[(first // self.turns + number) % len(self.sizes)] for number in range(count)]
+        return tuple(size for size in turns if size is not None)
 
-    def warm_up(self, model: str, block: str = "warm-up", *, count_chunks: bool = False) -> list[bytes]:
-        """Return bodies that show a server every image size in every number of images, with the longest prompt, and
-        share no input with any other block."""
+    def warm_up(self, block: str = "warm-up") -> list[Made]:
+        """Return requests that show a server every image size in every number of images, with the longest prompt, and
+        share no input with any other block; of chats a last turn too."""
         counts = range(self.images.low, self.images.high + 1)
-        shapes = [(size, count) for count in counts for size in range(len(self.sizes))]
-        return [
-            self._make(self._digest(f"{block}/shapes", index), size, count, self.prompt_tokens.high).body(
-                model, count_chunks=count_chunks
-            )
-            for index, (size, count) in enumerate(shapes)
-        ]
+        found = []
+        for index, (count, size) in enumerate((count, size) for count in counts for size in range(len(self.sizes))):
+            made = self._make(self._digest(f"{block}/shapes", index), size, count, self.prompt_tokens.high)
+            turns = [self.sizes[(size + number) % len(self.sizes)] for number in range(count)]
+            shown = tuple(each for each in turns if each is not None)
+            shape = written(shown[0] if shown else None) if len(shown) < 2 else f"{len(shown)} images"
+            found.append(Made(replace(made, before=tuple(self._system())), shape, shown))
+        if self.turns > 1:
+            found.append(self.made(f"{block}/chat", self.turns)[-1])
+        return found
+
+    def _turn(self, block: str, index: int, *, images: bool) -> ChatRequest:
+        digest = self._digest(block, index)
+        prompt, count = _quantile(digest, 1), self.images.at(_quantile(digest, 2)) if images else 0
+        return self._make(digest, index // self.turns, count, self.prompt_tokens.at(prompt))
+
+    def _system(self) -> list[dict[str, Any]]:
+        """The message that all requests of the run begin with."""
+        if not self.shared_prefix:
+            return []
+        return [{"role": "system", "content": words_of(self._digest("shared prefix", 0), self.shared_prefix)}]
+
+    def _said(self, asked: ChatRequest) -> list[dict[str, Any]]:
+        """An earlier turn, and an answer to it of the length that it asked for."""
+        answer = words_of(hashlib.sha256(asked.text.encode()).digest(), asked.max_tokens)
+        return [*asked.messages(), {"role": "assistant", "content": answer}]
 
     def _digest(self, block: str, index: int) -> bytes:
         return hashlib.sha256(f"{self.nonce}/{block}/{index}".encode()).digest()
@@ -108,10 +186,10 @@ class SpeedInputs:
     def _make(self, digest: bytes, turn: int, count: int, words: int) -> ChatRequest:
         """Return the request that ``digest`` stands for; its images' sizes start with number ``turn``."""
         turns = [self.sizes[(turn + number) % len(self.sizes)] for number in range(count)]
-        images = tuple(_image(digest, number, size) for number, size in enumerate(turns) if size is not None)
+        images = tuple(image_of(digest, number, size) for number, size in enumerate(turns) if size is not None)
         lengths = self.output_tokens
         length = lengths if isinstance(lengths, int) else lengths.at(_quantile(digest, 3))
-        return ChatRequest(_prompt(digest, words), images, length, fixed_length=True)
+        return ChatRequest(words_of(digest, words), images, length, fixed_length=True)
 
 
 def _quantile(digest: bytes, word: int) -> float:
@@ -119,25 +197,32 @@ def _quantile(digest: bytes, word: int) -> float:
     return (int.from_bytes(digest[8 * word : 8 * word + 8], "big") >> 11) / 2**53
 
 
-def _prompt(digest: bytes, words: int) -> str:
-    """Return so many words; the unique ones come first, because a prefix cache matches from the left."""
-    rest = random.Random(digest).choices(WORDS, k=words - KEY_WORDS)
-    return " ".join([*(WORDS[byte] for byte in digest[:KEY_WORDS]), *rest])
+def words_of(digest: bytes, words: int) -> str:
+    """Return so many words, each a token; those that tell digests apart come first, because a prefix cache matches from
+    the left."""
+    rest = random.Random(digest).choices(WORDS, k=max(0, words - KEY_WORDS))
+    return " ".join([*(WORDS[byte] for byte in digest[: min(words, KEY_WORDS)]), *rest])
 
 
-def _image(digest: bytes, number: int, size: tuple[int, int]) -> str:
+def image_of(digest: bytes, number: int, size: tuple[int, int]) -> str:
     """Return a data URL of a JPEG like no other: its size's noise with 64 bits of the key stamped into a corner.
 
     What an image shows does not change its cost; its size and novelty do. A server may know images by their pixels,
     so the stamp is made of those, in 3 x 3 squares of black and white that JPEG keeps apart.
     """
-    key = np.frombuffer(hashlib.sha256(digest + number.to_bytes(2, "big")).digest()[:8], np.uint8)
-    stamp = Image.fromarray(np.kron(np.unpackbits(key).reshape(8, 8), np.full((3, 3), 255, np.uint8)))
-    image = _noise(size).copy()
-    image.paste(stamp, (0, 0))
+    image = stamped(_noise(size), hashlib.sha256(digest + number.to_bytes(2, "big")).digest())
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def stamped(image: Image.Image, digest: bytes) -> Image.Image:
+    """Return a copy with 64 bits of ``digest`` in a corner: other pixels for another digest, JPEG or not."""
+    key = np.frombuffer(digest[:8], np.uint8)
+    stamp = Image.fromarray(np.kron(np.unpackbits(key).reshape(8, 8), np.full((3, 3), 255, np.uint8)))
+    copy = image.copy()
+    copy.paste(stamp, (0, 0))
+    return copy
 
 
 @lru_cache(maxsize=16)

@@ -23,7 +23,7 @@ from bench.load.client import Clock, Trace
 from bench.load.workload import Arrivals
 from toolkit.errors import BenchError, QvlError
 
-__all__ = ["Block", "Schedule", "Send", "closed_loop", "open_loop", "schedule", "sleep_until"]
+__all__ = ["Block", "Schedule", "Send", "closed_loop", "open_loop", "replay", "schedule", "sleep_until"]
 
 #: What is sent: an encoded body, or something a body is made of.
 T = TypeVar("T")
@@ -48,6 +48,8 @@ class Block:
         unsent: requests that were due but never sent, because the block was stopped.
         stopped: why the block ended before all of it was sent; None when it did not.
         loop_lag: seconds by which the client's event loop was late, at regular moments.
+        full_until: of a closed loop whose requests ran out, when the first worker found none: from then on fewer and
+            fewer are in flight.
     """
 
     traces: tuple[Trace, ...]
@@ -57,6 +59,7 @@ class Block:
     unsent: int = 0
     stopped: str | None = None
     loop_lag: tuple[float, ...] = ()
+    full_until: float | None = None
 
     @property
     def failed(self) -> list[Trace]:
@@ -94,16 +97,22 @@ def schedule(
     count: int | None = None,
     duration_s: float | None = None,
     arrivals: Arrivals = "poisson",
+    burstiness: float = 1.0,
     ramp_s: float = 0.0,
     seed: int = 0,
 ) -> Schedule:
     """Return the due moments of ``count`` requests or of ``duration_s`` seconds, after the ramp's.
 
-    Unit-rate arrivals (Poisson: cumulated exponential gaps; constant: 0, 1, 2, ...) are put through the inverse of the
-    cumulated rate, r t^2 / (2 ramp) on the ramp and r (t - ramp / 2) after it. Equal arguments give equal schedules.
+    Unit-rate arrivals (Poisson: cumulated exponential gaps; gamma: cumulated gaps of a gamma distribution of mean 1;
+    constant: 0, 1, 2, ...) are put through the inverse of the cumulated rate, r t^2 / (2 ramp) on the ramp and
+    r (t - ramp / 2) after it. Equal arguments give equal schedules.
+
+    Args:
+        burstiness: shape of the gamma distribution, as `vllm bench serve` names it: the squared coefficient of
+            variation of the gaps is 1 / burstiness. Below 1 requests come in bursts, at 1 it is Poisson.
 
     Raises:
-        BenchError: no positive rate; not exactly one of count and duration; a negative ramp.
+        BenchError: no positive rate; not exactly one of count and duration; a negative ramp; no positive burstiness.
     """
     if not (rate > 0 and math.isfinite(rate)):
         raise BenchError(f"a rate of {rate:g} requests/s: must be more than 0")
@@ -111,16 +120,33 @@ def schedule(
         raise BenchError("an open loop is bounded by a number of requests or by a duration: give one of the two")
     if (count is not None and count < 1) or (duration_s is not None and duration_s <= 0) or ramp_s < 0:
         raise BenchError("an open loop needs at least one request or some time, and a ramp of 0 s or more")
+    if not (burstiness > 0 and math.isfinite(burstiness)):
+        raise BenchError(f"a burstiness of {burstiness:g}: must be more than 0")
     on_ramp = rate * ramp_s / 2
     expected = on_ramp + (count if count is not None else rate * (duration_s or 0.0))
-    draws = math.ceil(expected + 10 * math.sqrt(expected) + 20)
+    # Ten standard deviations of how many come in that time, which for gamma is as many times sqrt(1 / burstiness).
+    draws = math.ceil(expected + 10 * math.sqrt(expected / min(1.0, burstiness)) + 20 / min(1.0, burstiness))
     if arrivals == "poisson":
         units = np.cumsum(np.random.default_rng(seed).exponential(size=draws))
+    elif arrivals == "gamma":
+        units = np.cumsum(np.random.default_rng(seed).gamma(burstiness, 1.0 / burstiness, size=draws))
     else:
         units = np.arange(draws, dtype=np.float64)
     units = units[units < expected] if count is None else units[: int(np.searchsorted(units, on_ramp)) + count]
     due = np.where(units < on_ramp, np.sqrt(2 * ramp_s * units / rate), ramp_s + (units - on_ramp) / rate)
     return Schedule(tuple(due.tolist()), rate, ramp_s)
+
+
+def replay(due: Sequence[float]) -> Schedule:
+    """Return the schedule of requests that are due at these moments, ascending; its rate is their mean one.
+
+    Raises:
+        BenchError: there are none, or they are not in order.
+    """
+    if not due or list(due) != sorted(due):
+        raise BenchError("a replay needs at least one moment, and the moments in order")
+    span = due[-1] - due[0]
+    return Schedule(tuple(due), (len(due) - 1) / span if span > 0 else float(len(due)))
 
 
 async def sleep_until(moment: float) -> None:
@@ -200,6 +226,19 @@ def _ignore(trace: Trace) -> None:
     pass
 
 
+def _chains(items: Sequence[T], follows: Callable[[T], bool] | None) -> list[Sequence[T]]:
+    """Return the items in groups, each with those that follow its first."""
+    if follows is None:
+        return [[item] for item in items]
+    found: list[list[T]] = []
+    for item in items:
+        if found and follows(item):
+            found[-1].append(item)
+        else:
+            found.append([item])
+    return list(found)
+
+
 async def closed_loop(
     send: Send[T],
     items: Sequence[T],
@@ -209,6 +248,7 @@ async def closed_loop(
     at_least: int = 0,
     ramp_s: float = 0.0,
     failures: int = 0,
+    follows: Callable[[T], bool] | None = None,
     on_done: Callable[[Trace], None] = _ignore,
     clock: Clock | None = None,
 ) -> Block:
@@ -223,13 +263,15 @@ async def closed_loop(
             but when they run out before, the block says so.
         at_least: go on beyond the duration until so many were sent after the ramp.
         ramp_s: the workers start one after the other over so long, and what they send meanwhile is not measured.
+        follows: whether an item is a later turn of the chat before it: the same worker sends it, next.
         clock: `time.perf_counter` unless there is no ramp.
 
     Raises:
         QvlError: what ``send`` raised, of several the first.
     """
-    waiting = iter(items)
-    workers = min(concurrency, len(items))
+    chats = _chains(items, follows)
+    waiting = iter(chats)
+    workers = min(concurrency, len(chats))
     begun = (clock or time.perf_counter)()
     end = math.inf if duration_s is None else begun + ramp_s + duration_s
     tally = _Tally(begun + ramp_s, failures, on_done)
@@ -240,12 +282,16 @@ async def closed_loop(
         if start > begun:
             await sleep_until(start)
         due = start
+        turns: Iterator[T] = iter(())
         while not tally.stopped and (due < end or sent < at_least):
-            try:
-                item = next(waiting)
-            except StopIteration:
-                ran_out = ran_out or due
-                return
+            item = next(turns, None)
+            if item is None:
+                chat = next(waiting, None)
+                if chat is None:
+                    ran_out = ran_out or due
+                    return
+                turns = iter(chat)
+                item = next(turns)
             sent += due >= tally.measured_from
             trace = await send(item, due)
             due = trace.ended
@@ -269,7 +315,7 @@ async def closed_loop(
         )
     # Under a duration, items that were not needed are not missing.
     total = len(items) if duration_s is None else len(tally.traces) + len(tally.ramp)
-    return tally.block(total=total, late=late)
+    return replace(tally.block(total=total, late=late), full_until=ran_out or None)
 
 
 async def open_loop(

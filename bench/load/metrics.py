@@ -7,6 +7,7 @@ are those of requests that succeeded; the others are counted by kind.
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ __all__ = [
     "queueing",
     "requests_per_s",
     "server_queueing",
+    "settled",
     "spread",
     "steady",
     "summarise",
@@ -158,7 +160,8 @@ class Rates:
 
 def steady(traces: Sequence[Trace], start: float, end: float) -> Rates | None:
     """Steady rate = sum over completed requests of the share of [sent, ended] that lies in the window / length of the
-    window, tokens likewise with n_out; the window leaves out the end of a block, when fewer and fewer are in flight."""
+    window, tokens likewise with n_out; the window is from where throughput had settled, under both systems, to where a
+    block's end begins and fewer and fewer are in flight."""
     if end <= start:
         return None
     done = [trace for trace in traces if not trace.failure and trace.ended > trace.started]
@@ -168,6 +171,44 @@ def steady(traces: Sequence[Trace], start: float, end: float) -> Rates | None:
     counted = all(trace.completion_tokens is not None for trace in done)
     tokens = sum(share * (trace.completion_tokens or 0) for share, trace in zip(shares, done, strict=True))
     return Rates(sum(shares) / (end - start), tokens / (end - start) if done and counted else None)
+
+
+#: A round is cut into so many parts to see when its throughput settled, which takes so many chunks in each on average.
+PARTS, CHUNKS = 20, 10
+#: A beginning is left out when its throughput is off by more than this share, and by so many standard errors.
+OFF_SHARE, OFF_ERRORS = 0.05, 3.0
+
+
+def settled(rounds: Sequence[tuple[Sequence[Trace], float, float]]) -> float | None:
+    """Settled = where throughput is steady from, found and not assumed: the time of each round, from its start to when
+    fewer were in flight, is cut into 20 parts, chunks are counted in each and averaged over the rounds; of all
+    beginnings of up to half a round that one is left out which minimises the rest's variance / its number of parts
+    (MSER, White 1997), if it is off by more than 5% and 3 standard errors; 0 where none is, None where that is half or
+    where there are fewer than 10 chunks a part.
+
+    Args:
+        rounds: of each its requests, its start, and when fewer were in flight.
+    """
+    spans = [end - start for _, start, end in rounds if end > start]
+    if not spans:
+        return None
+    part = min(spans) / PARTS
+    counted = np.zeros(PARTS)
+    for traces, start, _ in rounds:
+        times = [chunk for trace in traces if not trace.failure for chunk in trace.chunks]
+        counted += np.histogram(times, bins=PARTS, range=(start, start + PARTS * part))[0]
+    if counted.sum() < PARTS * CHUNKS:
+        return None
+    left_out = min(range(PARTS // 2 + 1), key=lambda cut: float(counted[cut:].var()) / (PARTS - cut))
+    if not left_out:
+        return 0.0
+    before, after = counted[:left_out], counted[left_out:]
+    # Of counts: what chance alone would spread is in it where the parts are few.
+    error = math.sqrt(max(after.var(ddof=1), after.mean()) * (1 / len(before) + 1 / len(after)))
+    off = abs(before.mean() - after.mean())
+    if off <= max(OFF_SHARE * after.mean(), OFF_ERRORS * error):
+        return 0.0
+    return None if left_out == PARTS // 2 else left_out * part
 
 
 def achieved_per_s(traces: Sequence[Trace], offered_per_s: float) -> float:
@@ -364,6 +405,7 @@ FORMULAS: dict[str, str] = {
         output_tokens_per_s,
         total_tokens_per_s,
         steady,
+        settled,
         achieved_per_s,
         goodput,
         errors,

@@ -37,7 +37,7 @@ class SweepPlan:
         requests: requests of each other point, at least; saturation gets 4 for each in flight.
         duration_s: seconds of an open-loop point, when that makes more requests.
         ramp_s: before each open-loop point, and before saturation.
-        arrivals: of the open-loop points.
+        arrivals: of the open-loop points; of ``gamma`` its ``burstiness``.
         failed_share: a point with more failed requests than this share, over all rounds, is the last.
         rounds: in which each point is measured.
         failed: requests that failed in earlier rounds, by the point's name.
@@ -52,6 +52,7 @@ class SweepPlan:
     duration_s: float = 0.0
     ramp_s: float = 0.0
     arrivals: Arrivals = "poisson"
+    burstiness: float = 1.0
     failed_share: float = 0.05
     rounds: int = 1
     failed: Mapping[str, int] = field(default_factory=dict)
@@ -171,6 +172,7 @@ async def sweep(
             rate,
             count=max(plan.requests, round(rate * plan.duration_s)),
             arrivals=plan.arrivals,
+            burstiness=plan.burstiness,
             ramp_s=plan.ramp_s,
             seed=plan.seed + step,
         )

@@ -10,10 +10,10 @@ from typing import Literal
 
 from toolkit.errors import BenchError
 
-__all__ = ["Arrivals", "ImageSize", "Lengths", "parse_lengths", "parse_sizes", "written"]
+__all__ = ["PIXELS_MAX", "Arrivals", "ImageSize", "Lengths", "parse_lengths", "parse_sizes", "written"]
 
-#: When the requests of an open loop are due: at random, or at equal distances.
-Arrivals = Literal["poisson", "constant"]
+#: When the requests of an open loop are due: at random, at equal distances, or at random in bursts.
+Arrivals = Literal["poisson", "constant", "gamma"]
 #: Width, height in pixels; None means a request without an image.
 ImageSize = tuple[int, int] | None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from bench.load.traffic import Traffic
 from bench.load.workload import written
 from bench.machine import environment, resources
 from bench.questions import tasks
@@ -19,21 +20,29 @@ __all__ = ["build", "workload"]
 
 
 def workload(
-    config: BenchConfig, questions: Sequence[Question] = (), *, source: str | None = None, interleaved: bool = True
+    config: BenchConfig,
+    questions: Sequence[Question] = (),
+    *,
+    source: str | None = None,
+    traffic: Traffic | None = None,
+    interleaved: bool = True,
 ) -> Workload:
     """Describe what is asked: the settings by their names, and what follows from them.
 
     Args:
         source: where the questions are from.
+        traffic: what the load was made of, where that is the user's own.
         interleaved: whether the systems take turns.
     """
+    turns = max(len(chat.turns) for chat in traffic.chats) if traffic else None
     same = {name: getattr(config, name) for name in BenchConfig.model_fields.keys() & Workload.model_fields.keys()}
     made = {
         "tasks_source": source,
         "questions": len(questions),
         "questions_sha256": tasks.digest(questions) if questions else None,
-        "requests": [config.rounds * config.block_requests(concurrency) for concurrency in config.concurrencies],
+        "requests": [config.rounds * config.block_requests(each, turns) for each in config.concurrencies],
         "rates": sorted(config.rates),
+        "replays": sorted(config.replays),
         "arrivals": config.arrivals if config.rates or config.sweep else None,
         "sweep": config.sweep_rates if config.sweep else 0,
         "sweep_concurrency": config.sweep_concurrency if config.sweep else None,
@@ -43,7 +52,14 @@ def workload(
         "image_sizes": [written(size) for size in config.image_sizes],
         "slos": [str(slo) for slo in config.slos],
         "interleaved": interleaved,
+        "traffic": traffic.source if traffic else None,
+        "traffic_sha256": traffic.digest if traffic else "",
     }
+    if traffic:
+        own = "as in the traffic"
+        made |= {"prompt_tokens": own, "images_per_request": own, "image_sizes": [own], "preset": None}
+        if traffic.tells_lengths:
+            made["output_tokens"] = own
     return Workload.model_validate(same | made)
 
 
@@ -57,12 +73,18 @@ def build(outcome: Outcome, config: BenchConfig, *, command: str) -> Report:
     """
     measured = outcome.measured
     failed = bool(measured.failures)
-    work = workload(config, outcome.questions, source=outcome.questions_source, interleaved=outcome.interleaved)
+    work = workload(
+        config,
+        outcome.questions,
+        source=outcome.questions_source,
+        traffic=outcome.traffic,
+        interleaved=outcome.interleaved,
+    )
     missing = _missing(outcome, config) if outcome.interrupted else []
     found, whole, notes = (None, False, []) if failed else _accuracy(outcome, config)
     drift, doubts = (None, []) if failed else _fidelity(outcome, config)
     points = [] if failed else speed.points(measured, config)
-    notes = [*outcome.warnings, *notes, *doubts, *speed.doubts(points, measured, config)]
+    notes = [*outcome.warnings, *notes, *measured.notes, *doubts, *speed.doubts(points, measured, config)]
     if not work.interleaved and not failed:
         notes.append(
             "the systems ran one after the other, not in turns: what the machine did meanwhile is in the difference"

@@ -4,6 +4,8 @@ Units are in the names: ``_ms`` milliseconds, ``_s`` seconds, ``_bytes`` bytes. 
 fractions of 1. ``schema_version`` grows when a reader of the old shape would misread the new one;
 `bench.report.render.json_file` reads all of them:
 
+- 5: loads may be replays, arrivals gamma-distributed, requests the user's own, chats of several turns; the share of
+  prompt tokens that images are; when a closed loop's throughput had settled, which its steady figures begin at.
 - 4: an item's ``images`` (``pictures`` before). Whose rules answers are scored by. Figures and ratios by shape of
   request; headlines with p adjusted for their number; rates that are kept, without ratios of throughput; throughput
   without a round's end by round.
@@ -20,6 +22,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from bench.load.workload import Arrivals
 from bench.questions.scoring import RIGHT, Scoring
 from bench.roles import ROLES, Role
 from bench.run.loads import PART, WAVES, Load, LoadKind
@@ -58,7 +61,7 @@ __all__ = [
 ]
 
 
-SCHEMA_VERSION: Literal[4] = 4
+SCHEMA_VERSION: Literal[5] = 5
 
 Judgement = Literal["no worse", "worse", "can't tell"]
 #: What is told by round and compared; latencies by their median.
@@ -160,7 +163,12 @@ class SpeedPoint(Model):
         by_round: medians over the rounds, with intervals: what to quote.
         by_shape: the same of latencies by the requests' shape (`text`, the size of its image, `3 images`); empty where
             all have the same.
-        steady_requests_per_s: of closed loops, throughput without each round's end, when fewer and fewer are in flight.
+        steady_requests_per_s: of closed loops, throughput from when it had settled, without each round's end, when
+            fewer and fewer are in flight.
+        settled_s: of closed loops, after so many seconds of a round throughput had settled
+            (`bench.load.metrics.settled`); None: it had not in the first half, or there was too little to tell.
+        image_tokens: of the prompt tokens, those that images became, by a family's rule (`toolkit.models.image_rule`)
+            which the server's own counts agreed with; None: none did, or there were no images.
         energy_j_per_token: of the GPUs, for each output token.
         invalid: why no figure is to be read from this point: it measures the client.
         stopped: why rounds ended before all was sent; figures are then of a server that did not keep up.
@@ -197,8 +205,10 @@ class SpeedPoint(Model):
     goodput: Goodput | None = None
     by_round: dict[SpeedFigure, Estimate] = {}
     by_shape: dict[str, dict[SpeedFigure, Estimate]] = {}
+    settled_s: float | None = None
     output_tokens: int | None
     prompt_tokens: int | None
+    image_tokens: int | None = None
     server: ServerCounters | None = None
     energy_j_per_token: float | None = None
     invalid: str | None = None
@@ -466,6 +476,12 @@ class Workload(Model):
         duration_s: of each point and round, where that bounds it and not a number of requests.
         output_tokens: a number, or a distribution as on the command line; likewise the next two.
         prompt_tokens: without the images'; None: schema versions 1 and 2 do not say.
+        burstiness: shape of the gamma distribution of the gaps between arrivals.
+        traffic: the user's own requests, in words; None: requests were made.
+        traffic_sha256: of those; empty: requests were made.
+        replays: speeds at which a recorded trace was replayed.
+        turns: of each chat that was made.
+        shared_prefix: tokens of a system's message that all requests that were made begin with.
         slos: what goodput is held against.
         price: of each server's machine, an hour.
     """
@@ -479,7 +495,13 @@ class Workload(Model):
     concurrencies: list[int]
     requests: list[int]
     rates: list[float] = []
-    arrivals: Literal["poisson", "constant"] | None = None
+    arrivals: Arrivals | None = None
+    burstiness: float = 1.0
+    traffic: str | None = None
+    traffic_sha256: str = ""
+    replays: list[float] = []
+    turns: int = 1
+    shared_prefix: int = 0
     sweep: int = 0
     sweep_concurrency: int | None = None
     rounds: int
@@ -549,7 +571,7 @@ class Report(Model):
         fidelity: None when it was not measured.
     """
 
-    schema_version: Literal[4] = SCHEMA_VERSION
+    schema_version: Literal[5] = SCHEMA_VERSION
     status: Literal["ok", "partial", "failed"]
     unfinished: list[str] = []
     created: datetime

@@ -34,7 +34,7 @@ from bench.run.measured import Measurements, Stretch
 
 __all__ = ["DEFINITIONS", "doubts", "points", "ratios"]
 
-KINDS = ("closed", "open", "single", "saturation", "rate")
+KINDS = ("closed", "open", "replay", "single", "saturation", "rate")
 #: With fewer requests, p99 is next to the slowest one, and shown nowhere.
 FEW = 100
 #: Of the images looked up, more than this in the server's cache is no rounding; of the prompts' tokens, more than
@@ -72,8 +72,8 @@ PAIRED: dict[SpeedFigure, Callable[[Trace], float | None]] = {
 }
 
 
-def _figures(config: BenchConfig) -> dict[SpeedFigure, Callable[[Stretch], float | None]]:
-    """What is told by round."""
+def _figures(config: BenchConfig, settled_s: float) -> dict[SpeedFigure, Callable[[Stretch], float | None]]:
+    """What is told by round; steady throughput from so many seconds on."""
 
     def rate(of: Callable[[Sequence[Trace], float], float | None]) -> Callable[[Stretch], float | None]:
         return lambda stretch: of(stretch.block.traces, stretch.block.wall_s)
@@ -84,7 +84,7 @@ def _figures(config: BenchConfig) -> dict[SpeedFigure, Callable[[Stretch], float
         return found.per_s if found else None
 
     def steady(of: Callable[[metrics.Rates], float | None]) -> Callable[[Stretch], float | None]:
-        return lambda stretch: of(found) if (found := _steady(stretch)) else None
+        return lambda stretch: of(found) if (found := _steady(stretch, settled_s)) else None
 
     return {
         **LATENCIES,
@@ -164,12 +164,29 @@ def points(measured: Measurements, config: BenchConfig) -> list[SpeedPoint]:
 
     def order(key: tuple[Role, Load]) -> tuple[int, float, int]:
         role, load = key
-        return KINDS.index(load.kind), load.share or load.rate_per_s or load.concurrency or 0.0, ROLES.index(role)
+        size = load.share or load.rate_per_s or load.speed or load.concurrency or 0.0
+        return KINDS.index(load.kind), size, ROLES.index(role)
 
-    return [_point(*key, found[key], config) for key in sorted(found, key=order)]
+    settled = {load: _settled(load, found) for _, load in found}
+    return [_point(*key, found[key], config, settled[key[1]]) for key in sorted(found, key=order)]
 
 
-def _point(role: Role, load: Load, rounds: Mapping[int, Stretch], config: BenchConfig) -> SpeedPoint:
+def _settled(load: Load, found: Mapping[tuple[Role, Load], Mapping[int, Stretch]]) -> float | None:
+    """Seconds of a round after which the throughput of both systems had settled under a closed loop; None where it had
+    not, or where it can't be told."""
+    each = []
+    for role in ROLES:
+        stretches = [stretch for stretch in found.get((role, load), {}).values() if stretch.offered_per_s is None]
+        if stretches:
+            rounds = [(s.block, _full_until(s)) for s in stretches]
+            each.append(metrics.settled([((*b.ramp, *b.traces), b.begun, end) for b, end in rounds]))
+    known = [value for value in each if value is not None]
+    return max(known) if known and len(known) == len(each) else None
+
+
+def _point(
+    role: Role, load: Load, rounds: Mapping[int, Stretch], config: BenchConfig, settled_s: float | None
+) -> SpeedPoint:
     stretches = [rounds[round_] for round_ in sorted(rounds)]
     blocks = [stretch.block for stretch in stretches]
     traces = [trace for block in blocks for trace in block.traces]
@@ -181,8 +198,9 @@ def _point(role: Role, load: Load, rounds: Mapping[int, Stretch], config: BenchC
         loop_lag=[late for block in blocks for late in block.loop_lag],
         unsent=sum(block.unsent for block in blocks),
     )
-    by_round = {name: _estimate([of(stretch) for stretch in stretches]) for name, of in _figures(config).items()}
-    steady = [_steady(stretch) for stretch in stretches]
+    figures = _figures(config, settled_s or 0.0)
+    by_round = {name: _estimate([of(stretch) for stretch in stretches]) for name, of in figures.items()}
+    steady = [_steady(stretch, settled_s or 0.0) for stretch in stretches]
     offered = [stretch.offered_per_s for stretch in stretches if stretch.offered_per_s is not None]
     achieved = [
         metrics.achieved_per_s(stretch.block.traces, stretch.offered_per_s)
@@ -224,7 +242,9 @@ def _point(role: Role, load: Load, rounds: Mapping[int, Stretch], config: BenchC
         by_round={name: estimate for name, estimate in by_round.items() if estimate},
         by_shape={shape: _by_round([_of_shape(each, shape) for each in stretches]) for shape in _shapes(stretches)},
         output_tokens=tokens,
+        settled_s=settled_s,
         prompt_tokens=_total([trace.prompt_tokens for trace in done]),
+        image_tokens=_image_tokens(done),
         server=_server([stretch.server for stretch in stretches]),
         energy_j_per_token=_energy(stretches, tokens),
         invalid=found.invalid,
@@ -254,6 +274,12 @@ def _total(counts: Sequence[int | None]) -> int | None:
     return sum(known) if known and len(known) == len(counts) else None
 
 
+def _image_tokens(done: Sequence[Trace]) -> int | None:
+    """None where no request has images, too: then there is nothing to tell apart."""
+    total = _total([trace.image_tokens for trace in done])
+    return total if any(trace.images for trace in done) else None
+
+
 def _middle(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return median(known) if known else None
@@ -278,13 +304,21 @@ def _tokens_per_chunk(trace: Trace) -> float | None:
     return trace.completion_tokens / len(trace.chunks) if trace.completion_tokens and trace.chunks else None
 
 
-def _steady(stretch: Stretch) -> metrics.Rates | None:
+def _steady(stretch: Stretch, settled_s: float) -> metrics.Rates | None:
     """Of a closed loop: under a rate the window would cut what is under way at its end."""
     if stretch.offered_per_s is not None:
         return None
+    block, end = stretch.block, _full_until(stretch)
+    start = block.begun + settled_s
+    # A round that was much shorter than the others: all of it counts.
+    return metrics.steady([*block.ramp, *block.traces], start if start < end else block.begun, end)
+
+
+def _full_until(stretch: Stretch) -> float:
+    """When a closed loop began to have fewer in flight: it sent its last request, or a worker had no chat left."""
     block = stretch.block
     last = max((trace.scheduled for trace in block.traces), default=block.begun)
-    return metrics.steady([*block.ramp, *block.traces], block.begun, last)
+    return last if block.full_until is None else min(last, block.full_until)
 
 
 def _server(seen: Sequence[ServerPoint | None]) -> ServerCounters | None:
@@ -336,10 +370,11 @@ def ratios(measured: Measurements, found: Sequence[SpeedPoint], config: BenchCon
         before, after = stretches["baseline", load], stretches["candidate", load]
         both = sorted(before.keys() & after.keys())
         above, below = [after[round_] for round_ in both], [before[round_] for round_ in both]
+        figures = _figures(config, _settled(load, stretches) or 0.0)
         kept = all(point.kept for point in found if point.load == load)
         for shape in ("", *_shapes([*above, *below])):
             pair = [[_of_shape(each, shape) for each in side] if shape else side for side in (above, below)]
-            for metric, of in (LATENCIES if shape else _figures(config)).items():
+            for metric, of in (LATENCIES if shape else figures).items():
                 if kept and metric in RATES:
                     continue
                 ratio = _ratio(metric, of, *pair)
@@ -410,14 +445,23 @@ def _counting(role: Role, mine: Sequence[SpeedPoint], measured: Measurements, co
         chunks = [f"the {role}'s server sends {packed:.1f} tokens a chunk: chunks are not tokens, which are {how}"]
     if any(point.uncounted for point in mine):
         return [f"the {role}'s server reports no token counts (stream_options.include_usage): no TPOT and no tokens/s"]
-    lengths = {t.completion_tokens for t in _traces(role, measured) if t.completion_tokens is not None}
-    if not lengths or config.output_tokens.low <= min(lengths) <= max(lengths) <= config.output_tokens.high:
+    counted_ = [trace for trace in _traces(role, measured) if trace.completion_tokens is not None]
+    if all(_as_asked(trace, config) for trace in counted_):
         return chunks
+    lengths = [trace.completion_tokens or 0 for trace in counted_]
+    asked = "as was asked for" if config.traffic else f"of {config.output_tokens} each"
     return [
         *chunks,
-        f"the {role}'s answers have {min(lengths)} to {max(lengths)} tokens instead of {config.output_tokens} each: "
+        f"the {role}'s answers have {min(lengths)} to {max(lengths)} tokens instead {asked}: "
         "its server ignores ignore_eos or cuts answers, so throughput and E2E compare unequal work",
     ]
+
+
+def _as_asked(trace: Trace, config: BenchConfig) -> bool:
+    """Whether an answer is as long as was asked for; of runs that were begun before traces said, about."""
+    if trace.asked is not None:
+        return trace.completion_tokens == trace.asked
+    return config.output_tokens.low <= (trace.completion_tokens or 0) <= config.output_tokens.high
 
 
 def _load_notes(point: SpeedPoint, name: str) -> list[str]:
@@ -429,7 +473,7 @@ def _load_notes(point: SpeedPoint, name: str) -> list[str]:
             f"{name}: a burst, {each:.1f} requests a round for each in flight, fewer than {WAVES}: it is no headline; "
             "raise --duration or --requests"
         )
-    if point.kept is False and point.load.kind == "open" and not point.stopped:
+    if point.kept is False and point.load.has_rate and not point.stopped:
         notes.append(
             f"{name}: the rate was not kept: {point.offered_per_s:.3g} requests/s offered, "
             f"{point.achieved_per_s:.3g} achieved, and latencies grew to the end"

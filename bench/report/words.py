@@ -107,7 +107,7 @@ def marks(point: SpeedPoint) -> str:
     found += ["stopped"] if point.stopped else []
     found += ["burst"] if point.burst else []
     found += [f"{point.retries} retries"] if point.retries else []
-    if point.kept is False and point.load.kind == "open":
+    if point.kept is False and point.load.has_rate:
         found.append(f"{number(point.achieved_per_s or 0.0)}/s achieved")
     return ", ".join(found)
 

@@ -1,4 +1,4 @@
-"""What the systems are asked: the questions, and the items that fidelity is measured on."""
+"""What the systems are asked: the questions, the items that fidelity is measured on, the user's own load."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.load.traffic import Traffic, read
 from bench.questions import tasks
 from bench.questions.datasets import LAYOUTS, load_dataset
 from bench.questions.observe import Item, items_from_images, items_from_questions
 from bench.questions.tasks import Question
 from bench.run.config import DEMO, NONE, BenchConfig
 from serve.settings.limits import Limits
-from toolkit.errors import ManifestError
+from toolkit.errors import BenchError, ManifestError
 
-__all__ = ["Dataset", "WriteDemo", "dataset", "items_of", "questions_of"]
+__all__ = ["Dataset", "WriteDemo", "dataset", "items_of", "questions_of", "traffic_of"]
 
 #: (directory, questions a task or None for the default) -> the file of questions written there.
 WriteDemo = Callable[[Path, int | None], Path]
@@ -31,6 +32,25 @@ def items_of(config: BenchConfig, questions: Sequence[Question]) -> tuple[list[I
     # Evenly from all questions, which come task by task.
     chosen = [questions[number * len(questions) // count] for number in range(count)]
     return items_from_questions(chosen), "questions as above"
+
+
+def traffic_of(config: BenchConfig) -> Traffic | None:
+    """Return the user's own requests, where there are any, fit for what is asked.
+
+    Raises:
+        QvlError: they can't be read, have no times to be replayed at, or are fewer than the rounds of a replay.
+    """
+    if config.traffic is None:
+        return None
+    traffic = read(config.traffic, config.image_prompt)
+    if config.replays:
+        if not traffic.timed:
+            raise BenchError(
+                f"--replay: {config.traffic} does not say when its requests came ('at' in each line); use "
+                "--concurrency or --rate, or record a trace with qvl serve --record"
+            )
+        traffic.stretch(0, config.rounds)
+    return traffic
 
 
 def questions_of(config: BenchConfig, stack: ExitStack, write_demo: WriteDemo) -> tuple[Sequence[Question], str | None]:

@@ -30,6 +30,8 @@ DEMO = "demo"
 NONE = "none"
 
 _ACCURACY, _FIDELITY, _SPEED, _SERVERS = "Accuracy", "Fidelity", "Speed", "Servers"
+#: What requests look like that are made.
+_MADE = ("preset", "image_sizes", "images_per_request", "prompt_tokens", "turns", "shared_prefix")
 _FULL, _QUICK = presets.load("full"), presets.load("quick")
 
 
@@ -53,10 +55,18 @@ def parse_concurrencies(text: str) -> tuple[int, ...]:
 
 
 def _parse_rates(text: str) -> tuple[float, ...]:
+    return _numbers(text, f"--rate {text!r}: write requests per second with commas, e.g. 2,4,8")
+
+
+def _parse_speeds(text: str) -> tuple[float, ...]:
+    return _numbers(text, f"--replay {text!r}: write speeds with commas, e.g. 1 or 1,2")
+
+
+def _numbers(text: str, otherwise: str) -> tuple[float, ...]:
     try:
         return tuple(sorted({float(part) for part in text.split(",")}))
     except ValueError as error:
-        raise BenchError(f"--rate {text!r}: write requests per second with commas, e.g. 2,4,8") from error
+        raise BenchError(otherwise) from error
 
 
 def _by_preset(field: str) -> str:
@@ -94,7 +104,10 @@ class BenchConfig(Settings):
         image_prompt: what is asked about each of them.
         concurrencies: requests kept in flight, one speed point each; none by default where there are rates or a sweep.
         rates: requests/s in an open loop, one speed point each.
-        arrivals: of open loops.
+        arrivals: of open loops; ``gamma`` where a burstiness is given.
+        burstiness: shape of the gamma distribution of the gaps between arrivals, as vllm bench serve names it.
+        traffic: requests of the user's own: a manifest of chats, a directory of images, or a recorded trace.
+        replays: so many times as fast as recorded, the trace's requests at their own times, one speed point each.
         sweep: whether each system is measured up to its own saturation.
         sweep_concurrency: requests in flight that saturate a server, in a sweep.
         requests: measured requests a point and system, over all rounds; more at high concurrency.
@@ -108,6 +121,8 @@ class BenchConfig(Settings):
         images_per_request: in speed runs.
         prompt_tokens: of each prompt in speed runs, without its images.
         output_tokens: exact length of each answer in speed runs, at least 2 (one token has no TPOT).
+        turns: of each chat in speed runs; later turns have the earlier ones before them.
+        shared_prefix: tokens of a system's message that all prompts of a run begin with.
         timeout_s: seconds a request may take.
         baseline_key: in place of ``api_key``; likewise ``candidate_key``.
         baseline_model: None: the first that its server has; likewise ``candidate_model``.
@@ -198,6 +213,29 @@ class BenchConfig(Settings):
     arrivals: Annotated[Arrivals, Option("poisson or constant: when they are due under a rate.", panel=_SPEED)] = (
         "poisson"
     )
+    burstiness: Annotated[
+        float,
+        Option("Below 1 they come in bursts: shape of gamma gaps; 1 is poisson.", panel=_SPEED, asked=False),
+    ] = 1.0
+    traffic: Annotated[
+        Path | None,
+        Option(
+            "Your own requests: chats (JSONL as for --calib), a directory of images, or a recorded trace.",
+            metavar="PATH",
+            panel=_SPEED,
+            asked=False,
+        ),
+    ] = None
+    replays: Annotated[
+        tuple[float, ...],
+        Option(
+            "Send the trace's requests at their own times, a point each: 1, or 1,2 for twice as fast too.",
+            name="--replay",
+            type=str,
+            panel=_SPEED,
+            asked=False,
+        ),
+    ] = ()
     sweep: Annotated[
         bool,
         Option(
@@ -283,6 +321,15 @@ class BenchConfig(Settings):
         ),
     ] = _FULL["output_tokens"]
 
+    turns: Annotated[
+        int,
+        Option("Turns of a chat, each with the earlier ones before it.", panel=_SPEED, least=1, asked=False),
+    ] = 1
+    shared_prefix: Annotated[
+        int,
+        Option("Tokens of a system prompt that all requests begin with.", panel=_SPEED, least=0, asked=False),
+    ] = 0
+
     exports: Annotated[
         tuple[Literal["csv", "parquet"], ...],
         Option(
@@ -353,8 +400,14 @@ class BenchConfig(Settings):
         """Take what was not given from the presets."""
         values = presets.load("quick").copy() if given.get("quick") else {}
         values |= presets.workload(given["preset"]) if given.get("preset") is not None else {}
-        if given.get("rates") or given.get("sweep"):
+        if given.get("rates") or given.get("sweep") or given.get("replays"):
             values["concurrencies"] = ()
+        if given.get("burstiness", 1.0) != 1.0:
+            values["arrivals"] = "gamma"
+        if given.get("traffic") is not None:
+            made = [field for field in _MADE if field in given]
+            if made:
+                raise BenchError(f"--traffic has requests of its own: leave out {', '.join(map(cls.option, made))}")
         if given.get("images") is not None:
             values["tasks"] = NONE
         if given.get("scoring") == "lmms-eval":
@@ -370,12 +423,13 @@ class BenchConfig(Settings):
             raise BenchError(f"--export {value!r}: write csv, parquet or csv,parquet")
         return kinds
 
-    @field_validator("concurrencies", "rates", "slos", "image_sizes", mode="before")
+    @field_validator("concurrencies", "rates", "replays", "slos", "image_sizes", mode="before")
     @classmethod
     def _read_list(cls, value: Any, field: Any) -> Any:
         read = {
             "concurrencies": parse_concurrencies,
             "rates": _parse_rates,
+            "replays": _parse_speeds,
             "slos": parse_slos,
             "image_sizes": parse_sizes,
         }
@@ -390,7 +444,7 @@ class BenchConfig(Settings):
     @field_validator("arrivals", mode="before")
     @classmethod
     def _read_arrivals(cls, value: Any) -> Any:
-        if value not in ("poisson", "constant"):
+        if value not in ("poisson", "constant", "gamma"):
             raise BenchError(f"--arrivals {value!r}: write poisson or constant")
         return value
 
@@ -422,7 +476,7 @@ class BenchConfig(Settings):
             raise BenchError(f"--ramp {self.ramp_s:g}: must be 0 s or more")
         if self.price is not None and not 0 < self.price < math.inf:
             raise BenchError(f"--price {self.price:g}: must be more than 0 an hour")
-        self.inputs("")
+        self._check_traffic()
         if not 0.0 < self.margin < 100.0:
             raise BenchError(
                 f"--margin {self.margin:g}: must be above 0 and below 100 points; no number of questions rules "
@@ -431,6 +485,26 @@ class BenchConfig(Settings):
         if self.fidelity < 0:
             raise BenchError(f"--fidelity {self.fidelity}: must be 0 or more")
         return self
+
+    def _check_traffic(self) -> None:
+        if not (self.burstiness > 0 and math.isfinite(self.burstiness)):
+            raise BenchError(f"--burstiness {self.burstiness:g}: must be more than 0; 1 is poisson, less is burstier")
+        if self.burstiness != 1.0 and self.arrivals != "gamma":
+            raise BenchError(f"--burstiness {self.burstiness:g} with --arrivals {self.arrivals}: give one of the two")
+        if self.arrivals == "gamma" and self.burstiness == 1.0:
+            raise BenchError("--arrivals gamma: give --burstiness, e.g. 0.5")
+        if self.burstiness != 1.0 and not (self.rates or self.sweep):
+            raise BenchError("--burstiness is of arrivals under a rate: give --rate or --sweep too")
+        if not all(speed > 0 and math.isfinite(speed) for speed in self.replays):
+            raise BenchError("--replay: each speed must be more than 0; 1 is as fast as recorded")
+        if self.replays and self.traffic is None:
+            raise BenchError("--replay without --traffic: give the recorded trace")
+        if self.turns > 1 and (self.rates or self.sweep):
+            raise BenchError(
+                f"--turns {self.turns}: a next turn is due when the last was answered, which neither --rate nor "
+                "--sweep waits for; give --concurrency"
+            )
+        self.inputs("")
 
     @model_validator(mode="after")
     def _check_models(self) -> Self:
@@ -449,6 +523,18 @@ class BenchConfig(Settings):
             found["--sweep"] = f"{self.sweep_rates} rates up to {self.sweep_concurrency} in flight"
         else:
             found["--sweep"] = NONE
+        # Only where they were given: a run that was begun before there were such options goes on.
+        more: dict[str, Callable[[Any], str]] = {
+            "burstiness": _number,
+            "traffic": str,
+            "replays": _listed(_number),
+            "turns": str,
+            "shared_prefix": str,
+        }
+        for field, write in more.items():
+            value = getattr(self, field)
+            if value != type(self).model_fields[field].default:
+                found[self.option(field)] = write(value)
         return found
 
     @property
@@ -469,7 +555,7 @@ class BenchConfig(Settings):
     @property
     def measures_speed(self) -> bool:
         """Whether there is any point of speed to measure."""
-        return bool(self.concurrencies or self.rates or self.sweep)
+        return bool(self.concurrencies or self.rates or self.replays or self.sweep)
 
     @property
     def round_requests(self) -> int:
@@ -478,24 +564,38 @@ class BenchConfig(Settings):
 
     @property
     def loads(self) -> list[Load]:
-        """The closed and open loops, in order."""
+        """The closed and open loops and the replays, in order."""
         rates = [Load.at_rate(rate, self.arrivals) for rate in sorted(self.rates)]
-        return [*map(Load.in_flight, self.concurrencies), *rates]
+        return [*map(Load.in_flight, self.concurrencies), *rates, *map(Load.replayed, sorted(self.replays))]
 
     @property
     def units(self) -> list[str]:
         """What is measured of each system in each round, in order; the sweep is one."""
         return [*(load.name for load in self.loads), *([SWEEP] if self.sweep else [])]
 
-    def block_requests(self, concurrency: int) -> int:
+    def block_requests(self, concurrency: int, turns: int | None = None) -> int:
         """Requests of one block: one system, one concurrency, one round.
 
-        At least `WAVES` times as many as are in flight: a single wave would be a burst, not a load.
+        At least `WAVES` times as many as are in flight: a single wave would be a burst, not a load. Of chats as many as
+        are in flight, and whole ones.
+
+        Args:
+            turns: most of a chat, where that is not ``self.turns``.
         """
-        return max(self.round_requests, WAVES * concurrency)
+        turns = self.turns if turns is None else turns
+        count = max(self.round_requests, max(WAVES, turns) * concurrency)
+        return -(-count // self.turns) * self.turns
 
     def inputs(self, nonce: str) -> SpeedInputs:
-        """Return what makes the requests of speed runs."""
+        """Return what makes the requests of speed runs where there is no ``traffic``."""
         from bench.load.inputs import SpeedInputs
 
-        return SpeedInputs(nonce, self.image_sizes, self.output_tokens, self.prompt_tokens, self.images_per_request)
+        return SpeedInputs(
+            nonce,
+            self.image_sizes,
+            self.output_tokens,
+            self.prompt_tokens,
+            self.images_per_request,
+            self.turns,
+            self.shared_prefix,
+        )

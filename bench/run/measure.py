@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import httpx
 
 from bench.load.endpoint import http_client
+from bench.load.traffic import Traffic
 from bench.machine import server_metrics
 from bench.questions.observe import Item
 from bench.questions.tasks import Question
@@ -38,6 +39,7 @@ async def measure(
     items: Sequence[Item] = (),
     found: Measurements | None = None,
     keep: Keep | None = None,
+    traffic: Traffic | None = None,
     progress: Progress = _silent,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> Measurements:
@@ -53,10 +55,11 @@ async def measure(
         items: of fidelity; may be empty.
         found: what was measured before, of these settings; it is added to and returned.
         keep: told of everything that is added.
+        traffic: what the load is made of, instead of requests that are made.
     """
     found = Measurements() if found is None else found
     clients: dict[Role, httpx.AsyncClient] = {}
-    run = Running(systems, config, clients, found, keep or Nowhere(), Live(progress))
+    run = Running(systems, config, clients, found, keep or Nowhere(), Live(progress), traffic)
     try:
         for system in systems:
             end = system.endpoint
@@ -80,5 +83,5 @@ async def measure(
 
 def _connections(config: BenchConfig) -> int:
     """Most requests in flight at once."""
-    open_loops = IN_FLIGHT if config.rates else 0
+    open_loops = IN_FLIGHT if config.rates or config.replays else 0
     return max([config.question_concurrency, *config.concurrencies, open_loops, 2 * config.sweep_concurrency])

@@ -46,6 +46,7 @@ class Measurements:
         observed: of fidelity.
         failures: (system, phase, failure) -> how often: what ended the run. Failed requests that are a result of their
             point stand in its block instead.
+        notes: what a reader should know of how it was measured.
         kv_cache_tokens: room in each server's KV cache, where it tells.
     """
 
@@ -54,6 +55,7 @@ class Measurements:
     observed: dict[Observer, Observed] = field(default_factory=dict)
     failures: Counter[tuple[Role, str, Failure]] = field(default_factory=Counter)
     kv_cache_tokens: dict[Role, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import httpx
 
 from bench.load.client import Trace
+from bench.load.traffic import Traffic
 from bench.questions.observe import Observed
 from bench.roles import Role
 from bench.run.config import BenchConfig
@@ -40,6 +41,7 @@ class Running:
         clients: of each system.
         found: what was measured so far; the phases add to it.
         keep: told of everything that is added.
+        traffic: the user's own requests; None: they are made.
     """
 
     systems: Sequence[System]
@@ -48,6 +50,7 @@ class Running:
     found: Measurements
     keep: Keep
     live: Live
+    traffic: Traffic | None = None
 
     def turns(self, step: int) -> Sequence[System]:
         """Return the systems in the order in which they take turns at a step."""

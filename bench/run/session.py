@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Protocol
 
 from bench.load.endpoint import discover
+from bench.load.traffic import Traffic
 from bench.questions import observe, tasks
 from bench.questions.observe import Item
 from bench.questions.tasks import Question
 from bench.roles import ROLES, Role
-from bench.run.asked import WriteDemo, items_of, questions_of
+from bench.run.asked import WriteDemo, items_of, questions_of, traffic_of
 from bench.run.boot import Abort, Here, Start, booted
 from bench.run.config import NONE, BenchConfig, is_url
 from bench.run.journal import Journal
@@ -70,6 +71,7 @@ class Outcome:
         items_source: where they are from.
         interleaved: whether the systems took turns.
         interrupted: Ctrl-C came before all was measured.
+        traffic: what the load was made of; None: requests were made.
         warnings: what a reader should know about the run.
     """
 
@@ -82,6 +84,7 @@ class Outcome:
     interleaved: bool = True
     interrupted: bool = False
     duration_s: float = 0.0
+    traffic: Traffic | None = None
     warnings: Sequence[str] = ()
 
 
@@ -98,12 +101,14 @@ def measured(config: BenchConfig, host: Host, progress: Progress) -> Iterator[Ou
     with ExitStack() as stack:
         questions, questions_source = questions_of(config, stack, host.write_demo)
         items, items_source = items_of(config, questions)
+        traffic = traffic_of(config)
         if not (questions or items or config.measures_speed):
             raise BenchError("nothing to measure: --tasks none, no --images, and no load (--concurrency none)")
-        journal = Journal(config.out, _asked(config, questions, items))
+        journal = Journal(config.out, _asked(config, questions, items, traffic))
         found = journal.resume() if config.resume else Measurements()
         stack.callback(journal.close)
         run = _Session(config, host, found, journal, progress)
+        run.traffic = traffic
         run.measure(questions, items)
         systems = described(config, run.infos)
         went_on = ["the run was interrupted and went on: its parts were measured at different times"]
@@ -116,17 +121,25 @@ def measured(config: BenchConfig, host: Host, progress: Progress) -> Iterator[Ou
             items_source=items_source,
             interleaved=run.together,
             interrupted=run.interrupted,
+            traffic=traffic,
             duration_s=clock.seconds(),
             warnings=(*warnings(config, systems), *clock.doubts(), *(went_on if config.resume else ())),
         )
 
 
-def _asked(config: BenchConfig, questions: Sequence[Question], items: Sequence[Item]) -> dict[str, str]:
+def _asked(
+    config: BenchConfig, questions: Sequence[Question], items: Sequence[Item], traffic: Traffic | None
+) -> dict[str, str]:
     """What decides the measurement: a run goes on only where all is equal."""
-    return config.asked() | {
-        "the questions' SHA-256": tasks.digest(questions) if questions else NONE,
-        "the SHA-256 of what fidelity is measured on": observe.digest(items),
-    }
+    own = {"the traffic's SHA-256": traffic.digest} if traffic else {}
+    return (
+        config.asked()
+        | own
+        | {
+            "the questions' SHA-256": tasks.digest(questions) if questions else NONE,
+            "the SHA-256 of what fidelity is measured on": observe.digest(items),
+        }
+    )
 
 
 class _Session:
@@ -141,6 +154,7 @@ class _Session:
     ) -> None:
         self.config, self.host, self.found, self.journal, self.progress = config, host, found, journal, progress
         self.infos: dict[Role, SystemInfo] = {}
+        self.traffic: Traffic | None = None
         self.interrupted = False
         local = [role for role in ROLES if not is_url(config.sources[role])]
         self.local: list[Role] = local
@@ -179,6 +193,7 @@ class _Session:
                         items=items,
                         found=self.found,
                         keep=self.journal,
+                        traffic=self.traffic,
                         progress=self.progress,
                     )
                 )

@@ -28,6 +28,7 @@ from serve.guard.listing import Listing
 from serve.guard.models import answer_model
 from serve.guard.parse import parse
 from serve.guard.rate import Clients
+from serve.guard.recorder import Recorder
 from serve.guard.upload import ClientGone, Held, Upload
 from serve.guard.usage import Ledger, Usage, images_in
 from serve.http.errors import Headers, Refusal
@@ -87,6 +88,7 @@ class Guard(Middleware):
         self._hosts = None if limits.needs_key else Hosts(limits.hosts, limits.cors_origins)
         self._pixels = Pixels(limits.max_decoded_pixels or pixels_for(memory_limit()))
         self._grammars = Grammars()
+        self._recorder = Recorder.from_environment()
         limit_headers(
             lambda reason: refusals.labels(reason).inc(), limits.max_connections, limits.max_address_connections
         )
@@ -223,12 +225,16 @@ class _Request:
             checked = checker.completion(request, body)
         else:
             checked = await checker.other(self.path, request, body, fetch)
+        recorder = self.guard._recorder if self.path == _CHAT and not self.state.get("beside") else None
+        messages = request.get("messages") if recorder else None
         if self.path in _GENERATING:
             self.state["images"] = images_in(request)
             if not self.state.get("beside"):  # another server's answer, which counts for itself
                 checked = replace(checked, body=usage.counting(request, checked.body))
         del request, body
         self.turns.append(self.guard._pixels.enter(checked.pixels))
+        recorded = recorder.begin(messages) if recorder else None
+        del messages
         try:
             await self._compiled(name, checked, answer)
             answer.body = checked.body
@@ -238,6 +244,8 @@ class _Request:
             await answer.give(self.guard.app, inner, twice=twice)
         finally:
             self.state |= {"prompt_tokens": usage.prompt, "completion_tokens": usage.completion}
+            if recorder:
+                recorder.end(recorded, usage.completion)
             if self.key is not None:
                 self.guard._ledger.add(self.key.name, usage)
             if answer.late:

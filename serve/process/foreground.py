@@ -46,7 +46,8 @@ def warn_of(config: ServerConfig) -> None:
     if guard is not None and guard.api_key_file is not None:
         keys += read_keys(Path(guard.api_key_file))
     say = warn if config.log_format == "text" else _say_json
-    for text in [*concerns(keys, time.time()), *config.tls.check()]:
+    recorded = config.recording.check()
+    for text in [*concerns(keys, time.time()), *config.tls.check(), *([recorded] if recorded else [])]:
         say(text)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from serve.settings.config import ServerConfig
-from serve.settings.environment import DIE_WITH, GUARD, LOG_FORMAT, PLAY, READY, REQUEST_LOG, VLLM_API_KEY
+from serve.settings.environment import DIE_WITH, GUARD, LOG_FORMAT, PLAY, READY, RECORD, REQUEST_LOG, VLLM_API_KEY
 from serve.settings.log_config import write_config
 from serve.settings.play import PlayOptions
 from serve.settings.ready import ReadySettings
@@ -63,6 +63,9 @@ def server_environment(
             environment.pop(variable, None)
         environment[GUARD] = config.guard.dumps()
         environment[REQUEST_LOG] = "1"
+        environment.pop(RECORD, None)  # what others have set must not have strangers' requests written down
+        if config.recording.record is not None:
+            environment[RECORD] = config.recording.dumps()
     elif config.api_key is not None:
         environment[VLLM_API_KEY] = config.api_key
     if config.play:

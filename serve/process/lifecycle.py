@@ -176,6 +176,7 @@ def _prepare(model: str, config: ServerConfig) -> _Prepared:
     if config.guard is not None and config.guard.api_key_file is not None:
         read_keys(Path(config.guard.api_key_file))
     config.tls.check()
+    config.recording.check()
     for lora in config.loras:
         check_lora(lora, checkpoint)
     memory.check(checkpoint, config)

@@ -23,6 +23,7 @@ from serve.settings.limits import Limits
 from serve.settings.lora import Lora
 from serve.settings.parallel import Parallel
 from serve.settings.profiles import Mode, as_mode
+from serve.settings.recording import Recording
 from serve.settings.tls import Tls
 from toolkit.errors import QvlError, ServerError
 from toolkit.options import Option, Settings
@@ -155,6 +156,7 @@ class ServerConfig(Settings):
         _operation("text, or json for one object a line (json without a terminal).", default="auto"),
     ] = "text"
     tls: Tls = Tls()
+    recording: Recording = Recording()
     insecure: Annotated[bool, _guard("Listen where others reach it, without a key.")] = False
     #: Without a guard: of requests to /v1. None: VLLM_API_KEY from the environment, if any.
     api_key: Annotated[

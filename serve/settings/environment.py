@@ -8,6 +8,7 @@ can a command line. A deployment without `qvl serve` (deploy/) writes the same v
 | READY        | process/launch           | app/ready: `serve.settings.ready.ReadySettings` as JSON             |
 | GUARD        | process/launch           | guard/app, app/play: `serve.settings.limits.Limits` as JSON         |
 | PLAY         | process/launch           | app/play: `serve.settings.play.PlayOptions` as JSON                 |
+| RECORD       | process/launch           | guard/recorder: `serve.settings.recording.Recording` as JSON        |
 | REQUEST_LOG  | process/launch           | app/requestlog: "1" turns the lines on                              |
 | LOG_FORMAT   | process/launch           | app/server: "json", or absent for text                              |
 | DIE_WITH     | process/launch           | app/server: id of the process that the server must not outlive      |
@@ -20,11 +21,23 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["API_KEY", "BACKEND", "DIE_WITH", "GUARD", "LOG_FORMAT", "PLAY", "READY", "REQUEST_LOG", "VLLM_API_KEY"]
+__all__ = [
+    "API_KEY",
+    "BACKEND",
+    "DIE_WITH",
+    "GUARD",
+    "LOG_FORMAT",
+    "PLAY",
+    "READY",
+    "RECORD",
+    "REQUEST_LOG",
+    "VLLM_API_KEY",
+]
 
 READY: Final = "QVL_READY"
 GUARD: Final = "QVL_GUARD"
 PLAY: Final = "QVL_PLAY"
+RECORD: Final = "QVL_RECORD"
 REQUEST_LOG: Final = "QVL_REQUEST_LOG"
 LOG_FORMAT: Final = "QVL_LOG_FORMAT"
 DIE_WITH: Final = "QVL_DIE_WITH"

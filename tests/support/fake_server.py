@@ -37,6 +37,7 @@ class Behaviour:
     model: str = "fake"
     others: tuple[str, ...] = ()  # models that it has too
     api_key: str | None = None
+    prompt: Callable[[Body], int] = lambda body: 7  # tokens that it counts in a prompt
     usage: bool = True
     done: bool = True
     finish: bool = True
@@ -190,13 +191,13 @@ class FakeServer:
                 self.served.append(time.perf_counter() - arrived)
             chunk = choice({want.reasoning or "content": piece})
             if want.count_chunks and (body.get("stream_options") or {}).get("continuous_usage_stats"):
-                chunk["usage"] = {"prompt_tokens": 7, "completion_tokens": (index + 1) * want.per_chunk}
+                chunk["usage"] = {"prompt_tokens": want.prompt(body), "completion_tokens": (index + 1) * want.per_chunk}
             await event(chunk)
         if want.finish:
             await event(choice({}, "stop"))
         if want.usage:
             count = len(answer.split()) if answer is not None else tokens
-            usage: Body = {"prompt_tokens": 7, "completion_tokens": max(1, count)}
+            usage: Body = {"prompt_tokens": want.prompt(body), "completion_tokens": max(1, count)}
             if want.queue_time:
                 usage["queue_time"] = queued
             await event({"choices": [], "usage": usage})

@@ -19,7 +19,7 @@ from typing import Any
 from toolkit.calibration.forms import messages_of, refuse_unknown
 from toolkit.errors import ManifestError
 
-__all__ = ["CalibrationSample", "read_manifest"]
+__all__ = ["CalibrationSample", "read_manifest", "sample_of"]
 
 #: Whole numbers that a vision part may set; the first four an image, all a video.
 _COUNTS = (
@@ -103,6 +103,20 @@ def _read_line(line: str, where: str, base: Path) -> CalibrationSample:
         data = json.loads(line)
     except json.JSONDecodeError as error:
         raise ManifestError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    return sample_of(data, where, base)
+
+
+def sample_of(data: Any, where: str, base: Path) -> CalibrationSample:
+    """Return the sample that a line's JSON stands for.
+
+    Args:
+        data: the line, parsed.
+        where: file and line, for messages.
+        base: the directory that relative paths start from.
+
+    Raises:
+        ManifestError: it is none; the message begins with ``where``.
+    """
     messages = messages_of(data, where)
     if not messages:
         raise ManifestError(f"{where}: expected a non-empty 'messages' list (or a 'text' string)")

@@ -20,6 +20,8 @@ HARMLESS = (
     "concurrencies",
     "requests",
     "rates",
+    "traffic",
+    "replays",
     "sweep",
     "sweep_concurrency",
     "rounds",
@@ -44,16 +46,26 @@ def differences(a: Report, b: Report) -> tuple[list[str], list[str]]:
         if a.workload.scoring != b.workload.scoring:
             questions.append(f"scored by the rules of {a.workload.scoring} and of {b.workload.scoring}")
     if a.speed and b.speed:
+        if one["traffic_sha256"] != two["traffic_sha256"]:
+            others.append(f"requests {_source(a)} and {_source(b)}")
         # What one of them does not say (an older schema) is not known to differ; `notes` names it.
         others += [
             f"{_words(key)} {_shown(one[key])} and {_shown(two[key])}"
             for key in one
-            if key not in (*ASKED, *HARMLESS) and one[key] != two[key] and None not in (one[key], two[key])
+            if key not in (*ASKED, *HARMLESS, "traffic_sha256")
+            and one[key] != two[key]
+            and None not in (one[key], two[key])
         ]
     machines = [[*map(_hardware, report.environment.gpus), report.environment.cpu] for report in (a, b)]
     if machines[0] != machines[1]:
         others.append(f"measured on {'; '.join(machines[0])} and on {'; '.join(machines[1])}")
     return questions, others
+
+
+def _source(report: Report) -> str:
+    """Where the requests of a report's load are from."""
+    work = report.workload
+    return f"from {work.traffic} ({work.traffic_sha256[:8]})" if work.traffic else "that were made"
 
 
 def incomparable(a: Report, b: Report) -> tuple[str, ...]:

@@ -65,7 +65,10 @@ def read(path: Path) -> Report:
             data = _second(data)
         if version < 3:
             data = _third(data)
-        return Report.model_validate(_fourth(data) if version < 4 else data)
+        if version < 4:
+            data = _fourth(data)
+        # 5 has more, and what was there before means the same.
+        return Report.model_validate(data | {"schema_version": SCHEMA_VERSION})
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise BenchError(f"{file}: not a valid report of schema version {version}: {error!r}") from error
     except ValidationError as error:

@@ -154,7 +154,7 @@ def speed_curves(report: Report) -> list[tuple[str, str, str]]:
                 axes.plot([x], [latency.p90], marker="_", markersize=7, color=look["color"], alpha=0.7)
             # A rate is no step between two numbers in flight: the line joins loads of one kind.
             for rates in (False, True):
-                line = [(x, latency.p50) for x, latency, load in good if (load.kind == "open") == rates]
+                line = [(x, latency.p50) for x, latency, load in good if load.has_rate == rates]
                 if line:
                     inside = {"markerfacecolor": PAPER, "linewidth": 1.0} if rates else {"linewidth": 1.8}
                     axes.plot(*zip(*line, strict=True), markersize=6, **look, **inside)
@@ -180,7 +180,7 @@ def speed_curves(report: Report) -> list[tuple[str, str, str]]:
         axes.set_ylabel(label, color=MUTED, fontsize=9)
         axes.grid(color=GRID, linewidth=0.8)
         reading = "down and right is better; p50, whisker to p90; numbers: the load"
-        reading += ", hollow: a rate" if any(point.load.kind == "open" for point in points) else ""
+        reading += ", hollow: a rate" if any(point.load.has_rate for point in points) else ""
         reading += f"; logarithmic: {' and '.join(wide)}" if wide else ""
         plots.append((title, reading, _svg(figure, title)))
     return plots
@@ -237,7 +237,7 @@ def cdf_plots(report: Report) -> list[tuple[str, str, str]]:
     """Return (title, how to read it, SVG) for the distributions of latencies under the first and the last load that
     both systems were under; those of a sweep only where there are no others."""
     both = [load for load in report.loads if all(report.point(role, load.name) for role in ROLES)]
-    loads = [load for load in both if load.kind in ("closed", "open")]
+    loads = [load for load in both if load.kind in ("closed", "open", "replay")]
     loads = loads or [load for load in both if load.kind != "rate"]
     plots = []
     for name, pick in CDFS:

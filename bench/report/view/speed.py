@@ -87,7 +87,7 @@ def speed_row(point: SpeedPoint, report: Report) -> SpeedRow:
         requests_per_s=NOTHING if requests is None else words.number(requests),
         completed=point.completed,
         marks=words.marks(point),
-        kept="rate kept" if point.kept and point.load.kind == "open" else "",
+        kept="rate kept" if point.kept and point.load.has_rate else "",
         shapes=[
             (shape, [words.number(found[name].value) if name in found else NOTHING for name in latencies])
             for shape, found in point.by_shape.items()
@@ -110,7 +110,7 @@ _LESS = {"requests_per_s": "steady_requests_per_s", "output_tokens_per_s": "stea
 def ratios(report: Report) -> Ratios:
     """Return candidate / baseline of every figure under every load that both were under, and by shape of request."""
     known = {ratio.metric for ratio in report.speed_ratios}
-    open_ = {load.name for load in report.loads if load.kind == "open"}
+    open_ = {load.name for load in report.loads if load.has_rate}
     late = {r.metric for r in report.speed_ratios if r.load in open_}
     metrics = [name for name in FIGURES if name in known and (name in late or _LESS.get(name) not in known)]
     rows = []
@@ -135,6 +135,14 @@ def cost(point: SpeedPoint, price: float | None) -> str:
     return words.number(1e6 * price / 3600.0 / rate) if price and rate else NOTHING
 
 
+def _kind(point: SpeedPoint, *, images: bool) -> str:
+    """Mean tokens of a request's prompt that are of its images, or of its text."""
+    if point.image_tokens is None or point.prompt_tokens is None or not point.completed:
+        return NOTHING
+    tokens = point.image_tokens if images else point.prompt_tokens - point.image_tokens
+    return words.number(tokens / point.completed)
+
+
 def counted(report: Report) -> Counted:
     """Return the columns that some point has; neither columns nor rows where nothing was counted."""
     slos = f" under {', '.join(report.workload.slos)}" if report.workload.slos else ""
@@ -142,6 +150,9 @@ def counted(report: Report) -> Counted:
         f"Goodput{slos}, requests/s": lambda point, _: (
             f"{words.number(point.goodput.per_s)} ({words.percent(point.goodput.share)})" if point.goodput else NOTHING
         ),
+        "Prompt tokens: text": lambda point, _: _kind(point, images=False),
+        "of images": lambda point, _: _kind(point, images=True),
+        "Settled after": lambda point, _: NOTHING if point.settled_s is None else f"{words.number(point.settled_s)} s",
         "Cached tokens": lambda _, server: words.percent(server.prefix_cache_share),
         "Cached images": lambda _, server: words.percent(server.image_cache_share),
         "Preemptions": lambda _, server: words.count(server.preemptions),

@@ -140,7 +140,7 @@ def test_images_and_answers_follow_their_distributions() -> None:
 @pytest.mark.parametrize("sizes", [((28, 28), (56, 28)), ((28, 28), None)])
 def test_a_warm_up_covers_every_shape_and_shares_no_input(sizes: tuple[ImageSize, ...]) -> None:
     inputs = SpeedInputs("n", sizes, 16, Lengths(8, 20), Lengths(1, 3))
-    warm = inputs.warm_up("m")
+    warm = [made.request.body("m") for made in inputs.warm_up()]
     measured = inputs.bodies("load", 200, "m")
     assert {shapes(body) for body in measured} <= {shapes(body) for body in warm}
     assert not set(warm) & set(measured)
@@ -167,3 +167,48 @@ def test_presets_make_the_requests_they_describe(name: str) -> None:
         assert f"{size[0]}x{size[1]}" in presets.load(name)["use"]
         # Sides are multiples of 28, so that the token counts named hold whatever the server's resizing does.
         assert size[0] % 28 == size[1] % 28 == 0
+
+
+# --- what is shared on purpose ----------------------------------------------------------------------------------------
+
+
+def texts(body: bytes) -> list[tuple[str, str]]:
+    """Role and text of each message."""
+    found = []
+    for message in json.loads(body)["messages"]:
+        content = message["content"]
+        said = content if isinstance(content, str) else content[-1]["text"]
+        found.append((message["role"], said))
+    return found
+
+
+def test_a_later_turn_has_the_earlier_ones_before_it() -> None:
+    inputs = SpeedInputs("n", ((56, 84),), 12, Lengths(8, 20), turns=3)
+    made = inputs.made("load", 7)
+    assert [one.follows for one in made] == [False, True, True, False, True, True, False]
+    assert [one.shape for one in made[:4]] == ["turn 1", "turn 2", "turn 3", "turn 1"]
+    first, second, third = (texts(one.request.body("m")) for one in made[:3])
+    assert [role for role, _ in third] == ["user", "assistant", "user", "assistant", "user"]
+    # Each is the beginning of the next, so that a prefix cache has it.
+    assert second[: len(first)] == first and third[: len(second)] == second
+    assert len(third[1][1].split()) == 12  # as long as the answer that is asked for
+    assert all(one.sizes == ((56, 84),) for one in made)  # the image of the first turn is in all of them
+    assert third[0] != texts(made[3].request.body("m"))[0]
+    again = SpeedInputs("n", ((56, 84),), 12, Lengths(8, 20), turns=3).made("load", 7)
+    assert [one.request for one in again] == [one.request for one in made]
+
+
+def test_a_shared_prefix_is_the_same_in_the_whole_run_and_in_no_other() -> None:
+    inputs = SpeedInputs("n", (None,), 12, shared_prefix=40)
+    systems = {texts(made.request.body("m"))[0] for made in (*inputs.made("a", 3), *inputs.made("b", 3))}
+    systems |= {texts(made.request.body("m"))[0] for made in inputs.warm_up()}
+    assert len(systems) == 1
+    (role, said) = systems.pop()
+    assert role == "system" and len(said.split()) == 40
+    other = SpeedInputs("o", (None,), 12, shared_prefix=40).request("a", 0)
+    assert texts(other.body("m"))[0] != (role, said)
+
+
+def test_a_warm_up_of_chats_has_a_last_turn() -> None:
+    inputs = SpeedInputs("n", ((56, 84),), 12, turns=3)
+    assert max(len(made.request.messages()) for made in inputs.warm_up()) == 5

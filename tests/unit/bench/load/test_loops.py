@@ -12,7 +12,7 @@ import pytest
 
 from bench.load import metrics
 from bench.load.client import Failure, Trace
-from bench.load.loops import Block, Schedule, closed_loop, open_loop, schedule, sleep_until
+from bench.load.loops import Block, Schedule, closed_loop, open_loop, replay, schedule, sleep_until
 from tests.support.virtual_time import virtual
 from toolkit.errors import BenchError, ServerError
 
@@ -310,3 +310,63 @@ def test_sleeping_is_more_exact_than_asyncios_timers() -> None:
 
     # Timers that count milliseconds would be 0.7 ms late every time.
     assert virtual(late()) < 0.0001
+
+
+# --- chats, bursts, replays -------------------------------------------------------------------------------------------
+
+
+def test_a_later_turn_is_sent_when_the_one_before_it_was_answered() -> None:
+    """Chats of three turns, two at a time: a worker keeps to its chat."""
+    server = Server(service_s=0.1)
+    block = virtual(
+        closed_loop(server.send, bodies(12), 2, follows=lambda body: int(body) % 3 > 0)  # 0 begins, 1 and 2 follow
+    )
+    ends = {int(body): index for index, body in enumerate(server.seen)}
+    by_body = dict(zip([int(body) for body in server.seen], sorted(block.traces, key=lambda t: t.started), strict=True))
+    assert server.most == 2 and sorted(ends) == list(range(12))
+    for turn in range(12):
+        if turn % 3:
+            assert by_body[turn].scheduled >= by_body[turn - 1].ended - 1e-3
+    assert block.full_until == pytest.approx(0.6, abs=0.01)
+
+
+def test_a_worker_without_a_chat_ends_what_is_steady() -> None:
+    server = Server(service_s=0.1)
+    # Three chats of 1, 1 and 4 turns: from 0.1 s on one request is in flight.
+    block = virtual(closed_loop(server.send, bodies(6), 2, follows=lambda body: int(body) > 2))
+    assert block.full_until == pytest.approx(0.1, abs=0.01)
+    assert max(trace.scheduled for trace in block.traces) == pytest.approx(0.4, abs=0.01)
+
+
+@pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
+def test_gamma_arrivals_have_the_rate_and_the_spread_that_were_asked_for(burstiness: float) -> None:
+    plan = schedule(50, count=20_000, arrivals="gamma", burstiness=burstiness, seed=3)
+    gaps = np.diff(plan.due)
+    assert len(plan) == 20_000
+    assert gaps.mean() == pytest.approx(1 / 50, rel=0.05)
+    # vllm bench serve: shape = burstiness, so the variance of the gaps is 1 / burstiness of the squared mean.
+    assert gaps.var() / gaps.mean() ** 2 == pytest.approx(1 / burstiness, rel=0.1)
+    assert plan == schedule(50, count=20_000, arrivals="gamma", burstiness=burstiness, seed=3)
+
+
+def test_bursts_last_as_long_as_they_were_asked_to() -> None:
+    for seed in range(20):
+        plan = schedule(20, duration_s=30, arrivals="gamma", burstiness=0.1, seed=seed)
+        assert plan.due[-1] < 30 and len(plan) > 300
+    with pytest.raises(BenchError, match="burstiness of 0"):
+        schedule(20, count=3, arrivals="gamma", burstiness=0.0)
+
+
+def test_a_replay_sends_requests_at_their_own_times() -> None:
+    server = Server(service_s=1.0)
+    due = (0.0, 0.5, 0.5, 2.0, 7.25)
+    plan = replay(due)
+    block = run_open(server, plan)
+    assert sorted(trace.scheduled - block.begun for trace in block.traces) == pytest.approx(due)
+    for trace in block.traces:
+        assert trace.started - trace.scheduled < 0.002
+    assert plan.rate == pytest.approx(4 / 7.25) and server.most == 3
+    with pytest.raises(BenchError, match="in order"):
+        replay((1.0, 0.5))
+    with pytest.raises(BenchError, match="at least one"):
+        replay(())

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bench.load import metrics
 from bench.load.client import Failure, Trace
+from bench.load.metrics import settled
 from bench.load.objectives import parse_slos
 from toolkit.errors import BenchError
 
@@ -211,3 +212,33 @@ def test_a_point_is_invalid_when_the_client_lags() -> None:
     assert "read its answers" in (metrics.client_fault(lagging(0.0), [0.0, 0.01, 0.01]) or "")
     # What was held for want of a place is the server's doing.
     assert metrics.client_fault([Trace(0.0, 5.0, 6.0, (5.5,), held_s=5.0)]) is None
+
+
+# --- steady -----------------------------------------------------------------------------------------------------------
+
+
+def _round(rng: np.random.Generator, *, start_s: float = 0.0, share: float = 1.0) -> tuple[list[Trace], float, float]:
+    """Ten seconds of some 50 chunks a second, of which so many are there in the first ``start_s`` seconds."""
+    times = np.sort(rng.uniform(0, 10, rng.poisson(500)))
+    kept = times[rng.uniform(size=len(times)) < np.where(times < start_s, share, 1.0)]
+    return [Trace(0.0, 0.0, 10.0, chunks=tuple(kept))], 0.0, 10.0
+
+
+def test_steady_throughput_is_found_to_begin_where_it_does() -> None:
+    rng = np.random.default_rng(5)
+    flat = [settled([_round(rng) for _ in range(8)]) for _ in range(100)]
+    assert flat.count(0.0) >= 97
+    slow = [settled([_round(rng, start_s=2.0, share=0.5) for _ in range(8)]) for _ in range(50)]
+    known = [value for value in slow if value is not None]
+    assert len(known) >= 40 and np.median(known) == pytest.approx(2.0)
+
+
+def test_what_never_settles_and_what_is_too_little_to_tell_is_said() -> None:
+    rng = np.random.default_rng(5)
+    rising = []
+    for _ in range(8):
+        times = 10 * np.sqrt(rng.uniform(size=500))  # a rate that grows to the end
+        rising.append(([Trace(0.0, 0.0, 10.0, chunks=tuple(np.sort(times)))], 0.0, 10.0))
+    assert settled(rising) is None
+    assert settled([([Trace(0.0, 0.0, 1.0, chunks=(0.5,))], 0.0, 1.0)]) is None
+    assert settled([]) is None

@@ -251,4 +251,4 @@ def test_printed_it_shows_all_answers_on_white(browser: Browser, page: Path) -> 
 
 def test_the_pages_figures_are_in_report_json_too(page: Path) -> None:
     data = json.loads((page.parent / "report.json").read_text())
-    assert data["schema_version"] == 4 and len(data["speed"]) == 12
+    assert data["schema_version"] == 5 and len(data["speed"]) == 12
