@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import secrets
 import shlex
@@ -23,7 +24,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -132,7 +134,7 @@ def _line(body: bytes) -> dict[str, Any]:
     return {"prompt": content[0]["text"]}
 
 
-def _theirs(endpoint: Endpoint, tokenizer: str, bodies: Sequence[bytes], load: Load) -> Figures:
+def _theirs(endpoint: Endpoint, tokenizer: str, bodies: Sequence[bytes], load: Load, timeout_s: float) -> Figures:
     lines = [_line(body) for body in bodies]
     with tempfile.TemporaryDirectory(prefix="qvl-agreement-") as name:
         directory = Path(name)
@@ -159,7 +161,13 @@ def _theirs(endpoint: Endpoint, tokenizer: str, bodies: Sequence[bytes], load: L
         command += [part for option, value in options.items() for part in (f"--{option}", str(value))]
         command += ["--ignore-eos", "--skip-chat-template", "--disable-shuffle", "--disable-tqdm", "--save-result"]
         environ = os.environ | ({"OPENAI_API_KEY": endpoint.api_key} if endpoint.api_key else {})
-        done = subprocess.run(command, capture_output=True, text=True, cwd=source_root(), env=environ)
+        limit = None if math.isinf(timeout_s) else timeout_s
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, cwd=source_root(), env=environ, timeout=limit
+            )
+        except subprocess.TimeoutExpired:
+            raise BenchError(f"vllm bench serve was not over within {timeout_s:.0f} s") from None
         result = directory / "result.json"
         if done.returncode or not result.exists():
             said = (done.stderr or done.stdout).strip().splitlines()
@@ -176,30 +184,57 @@ def _theirs(endpoint: Endpoint, tokenizer: str, bodies: Sequence[bytes], load: L
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
-def measure(endpoint: Endpoint, tokenizer: str, loads: Sequence[Load], rounds: int) -> list[Agreement]:
-    """Measure every load with both tools in turns, each first in every other round.
+def measure(
+    endpoint: Endpoint,
+    tokenizer: str,
+    loads: Sequence[Load],
+    rounds: int,
+    *,
+    limit_s: float = math.inf,
+    keep: Callable[[list[Agreement]], None] = lambda found: None,
+) -> list[Agreement]:
+    """Measure every load with both tools in turns, each first in every other round: all loads once, then again.
+
+    Args:
+        limit_s: no pair of measurements is begun that might end later than so many seconds after the start, if it takes
+            as long as the longest so far.
+        keep: told of all that was found after each pair.
+
+    Returns:
+        The loads that both tools measured, with as many rounds as there was time for.
 
     Raises:
-        BenchError: a request failed, or the server does not count tokens.
+        BenchError: a request failed, the server does not count tokens, or there was no time for a single round.
     """
-    run = secrets.token_hex(8)
-    found = []
-    for load in loads:
-        inputs = SpeedInputs(run, (load.size,), load.output_tokens, Lengths.fixed(load.prompt_words))
-        label = f"{load.concurrency}/{load.size}"
-        asyncio.run(
-            _ours(endpoint, inputs.bodies(f"{label}/warm-up", 2 * load.concurrency, endpoint.model), load.concurrency)
-        )
-        sides: dict[str, list[Figures]] = {"ours": [], "theirs": []}
-        for index in range(rounds):
+    run, begun, longest = secrets.token_hex(8), time.monotonic(), 0.0
+    found = [Agreement(load, [], []) for load in loads]
+    inputs = [SpeedInputs(run, (load.size,), load.output_tokens, Lengths.fixed(load.prompt_words)) for load in loads]
+    for index in range(rounds):
+        for one, made in zip(found, inputs, strict=True):
+            now = time.monotonic()
+            if now - begun + longest > limit_s:
+                return _measured(found, limit_s)
+            load, label = one.load, f"{one.load.concurrency}/{one.load.size}"
+            if index == 0:
+                warm = made.bodies(f"{label}/warm-up", 2 * load.concurrency, endpoint.model)
+                asyncio.run(_ours(endpoint, warm, load.concurrency))
             for tool in ("ours", "theirs") if index % 2 == 0 else ("theirs", "ours"):
-                bodies = inputs.bodies(f"{label}/{index}/{tool}", load.requests, endpoint.model)
+                bodies = made.bodies(f"{label}/{index}/{tool}", load.requests, endpoint.model)
                 if tool == "ours":
-                    sides[tool].append(asyncio.run(_ours(endpoint, bodies, load.concurrency)))
+                    one.ours.append(asyncio.run(_ours(endpoint, bodies, load.concurrency)))
                 else:
-                    sides[tool].append(_theirs(endpoint, tokenizer, bodies, load))
-        found.append(Agreement(load, sides["ours"], sides["theirs"]))
+                    left = max(10.0, limit_s - (time.monotonic() - begun))
+                    one.theirs.append(_theirs(endpoint, tokenizer, bodies, load, left))
+            longest = max(longest, time.monotonic() - now)
+            keep(_measured(found, limit_s))
     return found
+
+
+def _measured(found: Sequence[Agreement], limit_s: float) -> list[Agreement]:
+    known = [one for one in found if one.ours and one.theirs]
+    if not known:
+        raise BenchError(f"no round was over within {limit_s:g} s: give more with --limit, or fewer --requests")
+    return known
 
 
 def table(found: Sequence[Agreement]) -> str:
@@ -220,8 +255,8 @@ def table(found: Sequence[Agreement]) -> str:
 
 
 def run(settings: AgreementSettings) -> None:
-    """Measure both tools and print the table; with ``settings.out`` write all that was found. Exits with 1 where it
-    can't be measured."""
+    """Measure both tools and print the table; with ``settings.out`` write all that was found, after each round. Exits
+    with 1 where it can't be measured."""
     try:
         endpoint = asyncio.run(discover(settings.url, settings.api_key))
         loads = [
@@ -229,18 +264,33 @@ def run(settings: AgreementSettings) -> None:
             for size in parse_sizes(settings.image_sizes)
             for flight in map(int, settings.concurrency.split(","))
         ]
-        found = measure(endpoint, settings.tokenizer, loads, settings.rounds)
-    except QvlError as error:
-        sys.exit(str(error))
-    print(table(found))
-    if settings.out:
         facts = {
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": shlex.join(["python", "-m", "bench.studies", *sys.argv[1:]]),
             "device": environment.gpu_names() or environment.cpu_name(),
             "versions": environment.versions(),
             "server_version": endpoint.version,
-            "loads": [asdict(one) | {"ratios": {m: one.ratio(m) for m in METRICS}} for one in found],
         }
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        settings.out.write_text(json.dumps(facts, indent=1) + "\n")
+
+        def keep(found: list[Agreement]) -> None:
+            if settings.out:
+                _write(settings.out, facts, found)
+
+        found = measure(
+            endpoint, settings.tokenizer, loads, settings.rounds, limit_s=settings.limit_s or math.inf, keep=keep
+        )
+    except QvlError as error:
+        sys.exit(str(error))
+    print(table(found))
+    short = [one for one in found if len(one.ours) < settings.rounds]
+    if short or len(found) < len(loads):
+        print(f"\nthe time of {settings.limit_s:g} s was over before all {settings.rounds} rounds of all loads were")
+
+
+def _write(file: Path, facts: dict[str, Any], found: Sequence[Agreement]) -> None:
+    """Write all that was found so far, whole."""
+    known = [one | {"ratios": {m: each.ratio(m) for m in METRICS}} for each in found for one in [asdict(each)]]
+    text = json.dumps({"created": datetime.now(UTC).isoformat(timespec="seconds"), **facts, "loads": known}, indent=1)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text + "\n")
+    part.replace(file)

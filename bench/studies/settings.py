@@ -39,7 +39,10 @@ class AgreementSettings(Settings):
     api_key: Annotated[
         str | None, Option("Of the server.", envvar="QVL_API_KEY", instead="the environment variable QVL_API_KEY")
     ] = None
-    out: Annotated[Path | None, Option("JSON file to write.")] = None
+    limit_s: Annotated[
+        float | None, Option("Seconds that all of it may take; rounds that don't fit are left out.", name="--limit")
+    ] = 170.0
+    out: Annotated[Path | None, Option("JSON file to write, after each round.")] = None
 
 
 class CapacitySettings(Settings):

@@ -11,6 +11,7 @@ import pytest
 from bench.load.endpoint import Endpoint, discover
 from bench.studies import agreement
 from bench.studies.agreement import METRICS, Agreement, Figures, Load, measure, table
+from bench.studies.settings import AgreementSettings
 from tests.support.fake_server import Behaviour, serving
 from toolkit.errors import BenchError
 
@@ -105,3 +106,42 @@ def test_a_server_that_fails_is_no_figure(monkeypatch: pytest.MonkeyPatch, behav
     monkeypatch.setattr(agreement.subprocess, "run", FakeTool())
     with serving(behaviour) as server, pytest.raises(BenchError, match=words):
         measure(Endpoint(server.url, "fake"), "dir", [LOAD], rounds=1)
+
+
+def test_a_limit_leaves_rounds_out_and_what_was_measured_is_saved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+
+    class SlowTool(FakeTool):
+        def __call__(self, command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
+            if "--dataset-path" not in command:  # who asks for the machine's GPUs
+                raise FileNotFoundError
+            clock[0] += 30.0
+            written.append(json.loads(out.read_text()) if out.exists() else None)
+            return super().__call__(command, **settings)
+
+    out, written = tmp_path / "new" / "agreement.json", list[Any]()
+    monkeypatch.setattr(agreement.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(agreement.subprocess, "run", SlowTool())
+    with serving(Behaviour()) as server:
+        settings = AgreementSettings(
+            url=server.url, tokenizer="dir", concurrency="1,2", requests=3, image_sizes="text", limit_s=100.0, out=out
+        )
+        agreement.run(settings)
+    saved = json.loads(out.read_text())
+    assert [len(load["theirs"]) for load in saved["loads"]] == [2, 1]  # 90 s: a fourth would have ended after 120
+    assert written[0] is None and [len(each["loads"]) for each in written[1:]] == [1, 2]  # after each pair
+    assert "the time of 100 s was over" in capsys.readouterr().out
+    assert saved["loads"][0]["ratios"].keys() == set(METRICS)
+
+
+def test_no_time_for_a_single_round_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(command: list[str], **settings: Any) -> None:
+        raise subprocess.TimeoutExpired(command, settings["timeout"])
+
+    monkeypatch.setattr(agreement.subprocess, "run", late)
+    with serving(Behaviour()) as server:
+        endpoint = asyncio.run(discover(server.url))
+        with pytest.raises(BenchError, match="not over within (20|19) s"):
+            measure(endpoint, "dir", [LOAD], rounds=1, limit_s=20.0)
