@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from bench.report.schema import Accuracy, Distribution, Judgement, Load, Report, SpeedPoint, TaskAccuracy
 from bench.roles import ROLES, Role
 
-__all__ = ["accuracy_plot", "cdf_plots", "difference_plot", "speed_curves"]
+__all__ = ["accuracy_plot", "cdf_plots", "difference_plot", "speed_curve", "speed_curves"]
 
 # Colours that stand for CSS variables; matplotlib only takes real ones.
 INK, MUTED, GRID, BASELINE, CANDIDATE, PAPER = (f"#0a0b0{n}" for n in range(1, 7))
@@ -132,58 +133,116 @@ CURVES: tuple[tuple[str, str, Callable[[SpeedPoint], Distribution | None]], ...]
 def speed_curves(report: Report) -> list[tuple[str, str, str]]:
     """Return (title, how to read it, SVG) for the latencies against throughput, a point a load: those of the sweep
     where there is one."""
+    plots = []
+    for title, label, pick in CURVES:
+        found = speed_curve(report, label, pick)
+        if found:
+            figure, reading = found
+            plots.append((title, reading, _svg(figure, title)))
+    return plots
+
+
+def speed_curve(
+    report: Report, label: str, pick: Callable[[SpeedPoint], Distribution | None]
+) -> tuple[Any, str] | None:
+    """Draw a latency against throughput; return the figure and how to read it, None where nothing is to be drawn.
+
+    Args:
+        label: of the latency's axis.
+        pick: the latency of a point.
+    """
     swept = [point for point in report.speed if point.load.kind in ("single", "saturation", "rate")]
     points = swept or report.speed
     counted = all(point.output_tokens_per_s is not None for point in points)
-    unit = "output tokens/s" if counted else "requests/s"
-    plots = []
-    for title, label, pick in CURVES:
-        figure, axes = _figure(4.3, 2.9)
-        drawn = False
-        for role in ROLES:
-            known = [(point, latency) for point in points if point.role == role and (latency := pick(point))]
-            spots = [
-                (point.throughput("output_tokens_per_s" if counted else "requests_per_s") or 0.0, latency, point)
-                for point, latency in known
-            ]
-            spots.sort(key=lambda spot: spot[0])
-            good = [(x, latency, point.load) for x, latency, point in spots if not point.invalid]
-            look = LOOKS[role]
-            for x, latency, _ in good:
-                axes.plot([x, x], [latency.p50, latency.p90], color=look["color"], linewidth=1.4, alpha=0.7)
-                axes.plot([x], [latency.p90], marker="_", markersize=7, color=look["color"], alpha=0.7)
-            # A rate is no step between two numbers in flight: the line joins loads of one kind.
-            for rates in (False, True):
-                line = [(x, latency.p50) for x, latency, load in good if load.has_rate == rates]
-                if line:
-                    inside = {"markerfacecolor": PAPER, "linewidth": 1.0} if rates else {"linewidth": 1.8}
-                    axes.plot(*zip(*line, strict=True), markersize=6, **look, **inside)
-            for x, latency, point in spots:
-                drawn, rated = True, point.load.rate_per_s is not None
-                if point.invalid:
-                    axes.plot([x], [latency.p50], marker="x", markersize=6, color=look["color"], linestyle="none")
-                axes.annotate(
-                    _short(point.load),
-                    (x, latency.p50),
-                    # A rate's label stands apart from that of so many in flight, which may be at the same spot.
-                    xytext=(-5, 5 + 12 * rated) if (outer := _outer(report, point)) else (5, -5 - 12 * rated),
-                    textcoords="offset points",
-                    ha="right" if outer else "left",
-                    va="bottom" if outer else "top",
-                    fontsize=8,
-                    color=MUTED,
-                )
-        if not drawn:
-            continue
-        wide = [name for name, which, room in _AXES if _scale(axes, which, room)]
-        axes.set_xlabel(unit, color=MUTED, fontsize=9)
-        axes.set_ylabel(label, color=MUTED, fontsize=9)
-        axes.grid(color=GRID, linewidth=0.8)
-        reading = "down and right is better; p50, whisker to p90; numbers: the load"
-        reading += ", hollow: a rate" if any(point.load.has_rate for point in points) else ""
-        reading += f"; logarithmic: {' and '.join(wide)}" if wide else ""
-        plots.append((title, reading, _svg(figure, title)))
-    return plots
+    figure, axes = _figure(4.3, 2.9)
+    labels: list[_Label] = []
+    for role in ROLES:
+        known = [(point, latency) for point in points if point.role == role and (latency := pick(point))]
+        spots = [
+            (point.throughput("output_tokens_per_s" if counted else "requests_per_s") or 0.0, latency, point)
+            for point, latency in known
+        ]
+        spots.sort(key=lambda spot: spot[0])
+        good = [(x, latency, point.load) for x, latency, point in spots if not point.invalid]
+        look = LOOKS[role]
+        for x, latency, _ in good:
+            axes.plot([x, x], [latency.p50, latency.p90], color=look["color"], linewidth=1.4, alpha=0.7)
+            axes.plot([x], [latency.p90], marker="_", markersize=7, color=look["color"], alpha=0.7)
+        # A rate is no step between two numbers in flight: the line joins loads of one kind.
+        for rates in (False, True):
+            line = [(x, latency.p50) for x, latency, load in good if load.has_rate == rates]
+            if line:
+                inside = {"markerfacecolor": PAPER, "linewidth": 1.0} if rates else {"linewidth": 1.8}
+                axes.plot(*zip(*line, strict=True), markersize=6, **look, **inside)
+        for x, latency, point in spots:
+            if point.invalid:
+                axes.plot([x], [latency.p50], marker="x", markersize=6, color=look["color"], linestyle="none")
+            labels.append(_Label(_short(point.load), x, latency.p50, _outer(report, point)))
+    if not labels:
+        return None
+    wide = [name for name, which, room in _AXES if _scale(axes, which, room)]
+    axes.set_xlabel("output tokens/s" if counted else "requests/s", color=MUTED, fontsize=9)
+    axes.set_ylabel(label, color=MUTED, fontsize=9)
+    axes.grid(color=GRID, linewidth=0.8)
+    _annotate(figure, axes, labels)
+    reading = "down and right is better; p50, whisker to p90; numbers: the load"
+    reading += ", hollow: a rate" if any(point.load.has_rate for point in points) else ""
+    reading += f"; logarithmic: {' and '.join(wide)}" if wide else ""
+    return figure, reading
+
+
+@dataclass(frozen=True, slots=True)
+class _Label:
+    """What is written beside a point; ``outer``: to its upper left, if there is room."""
+
+    text: str
+    x: float
+    y: float
+    outer: bool
+
+
+#: Where a label may stand, in points from its own: the side that is wanted first, then around, then farther away.
+_PLACES = [
+    (reach * across, reach * up)
+    for reach in (5, 12, 19, 27, 36)
+    for across, up in ((1, -1), (-1, 1), (1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
+]
+#: Half of a marker's side, in points.
+_MARK = 4.0
+
+
+def _annotate(figure: Any, axes: Any, labels: Sequence[_Label]) -> None:
+    """Write labels so that none lies on another or on a marker. One for which no place is free is left out: what it
+    says is in the table."""
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # the layout moves the axes
+    figure.set_layout_engine("none")  # and is not to move them under the labels
+    scale = figure.dpi / 72.0
+    spots = [axes.transData.transform((label.x, label.y)) for label in labels]
+    mark = _MARK * scale
+    taken = [Bbox([(x - mark, y - mark), (x + mark, y + mark)]) for x, y in spots]
+    room = figure.bbox
+    for label in sorted(labels, key=lambda each: (each.x, each.y)):
+        # The slower system's to the upper left, the other's to the lower right.
+        places = sorted(_PLACES, key=lambda place: (max(map(abs, place)), (place[1] - place[0] > 0) != label.outer))
+        for across, up in places:
+            text = axes.annotate(
+                label.text,
+                (label.x, label.y),
+                xytext=(across, up),
+                textcoords="offset points",
+                ha="right" if across < 0 else "left" if across else "center",
+                va="bottom" if up > 0 else "top" if up else "center",
+                fontsize=8,
+                color=MUTED,
+            )
+            box = text.get_window_extent().padded(scale)  # a browser's letters may be a bit wider
+            inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def _outer(report: Report, point: SpeedPoint) -> bool:
@@ -220,9 +279,11 @@ def _scale(axes: Any, which: str, room: float) -> bool:
 
 
 def _short(load: Load) -> str:
-    """A load beside its point: so many in flight, a rate, or a share of saturation."""
+    """A load beside its point: so many in flight, a rate, how fast a replay is, or a share of saturation."""
     if load.share is not None:
         return f"{load.share:.0%}"
+    if load.speed is not None:
+        return f"{load.speed:g}x"
     return f"{load.rate_per_s:g}/s" if load.rate_per_s is not None else f"{load.concurrency}"
 
 

@@ -143,5 +143,5 @@ def test_no_time_for_a_single_round_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(agreement.subprocess, "run", late)
     with serving(Behaviour()) as server:
         endpoint = asyncio.run(discover(server.url))
-        with pytest.raises(BenchError, match="not over within (20|19) s"):
+        with pytest.raises(BenchError, match=r"not over within (20|19) s"):
             measure(endpoint, "dir", [LOAD], rounds=1, limit_s=20.0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -15,11 +16,11 @@ from bench.questions.tasks import Question
 from bench.report import words
 from bench.report.render import html_file, json_file, markdown, terminal
 from bench.report.render.json_file import read
-from bench.report.render.plots import speed_curves
-from bench.report.schema import SCHEMA_VERSION, Memory, Report
+from bench.report.render.plots import speed_curve, speed_curves
+from bench.report.schema import SCHEMA_VERSION, Distribution, Load, Memory, Report
 from bench.report.view.whole import view
 from bench.roles import Role
-from tests.support.factory import about_images, first_version, questions, report, second_version, system
+from tests.support.factory import CONFIG, about_images, first_version, questions, report, second_version, system
 from tests.support.paths import RESULTS
 from toolkit.errors import BenchError
 
@@ -481,3 +482,28 @@ def test_small_words() -> None:
     assert words.gib(None) == "–"
     assert words.change(100, 88) == "−12%"
     assert words.change(0, 1) == "–"
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.01, 0.3])
+def test_labels_of_a_plot_do_not_lie_on_each_other_nor_on_a_marker(apart: float) -> None:
+    """Loads whose points lie next to each other, of both systems, as of equal servers."""
+    loads = [*map(Load.in_flight, (1, 2, 4, 8, 16)), *(Load.at_rate(rate, "poisson") for rate in (100, 250, 1000))]
+    loads.append(Load.replayed(1.0))
+    base = report(settings=CONFIG.replaced(concurrencies=(1,))).speed[0]
+    points = []
+    for number, load in enumerate(loads):
+        for role, scale in (("baseline", 1.0), ("candidate", 1.0 + apart / 2)):
+            rate, late = 100.0 * scale * (1 + apart * number), 50.0 * scale * (1 + apart * number)
+            ttft = Distribution(p50=late, p90=1.2 * late, p95=1.3 * late, p99=1.4 * late, mean=late, n=9)
+            change = {"role": role, "load": load, "ttft_ms": ttft, "by_round": {}, "requests_per_s": rate}
+            points.append(base.model_copy(update=change | {"output_tokens_per_s": rate}))
+    drawn = speed_curve(report().model_copy(update={"speed": points}), "TTFT, ms", lambda point: point.ttft_ms)
+    assert drawn is not None
+    figure, axes = drawn[0], drawn[0].axes[0]
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) >= (6 if apart == 0.0 else 12)
+    assert not any(one.overlaps(two) for one, two in itertools.combinations(boxes, 2))
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    spots = [axes.transData.transform((point.output_tokens_per_s, point.ttft_ms.p50)) for point in points]
+    assert not any(box.contains(*spot) for box in boxes for spot in spots)
