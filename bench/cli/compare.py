@@ -1,4 +1,4 @@
-"""The verbs that read reports: compare and schema. Heavy imports live inside the functions."""
+"""The verbs that read reports: compare, history and schema. Heavy imports live inside the functions."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ FAIL_IF = (
 def register(app: typer.Typer) -> None:
     """Add the verbs to ``app``."""
     app.command(rich_help_panel=_PANEL)(compare)
+    app.command(rich_help_panel=_PANEL)(history)
     app.command(rich_help_panel=_PANEL)(schema)
 
 
@@ -90,6 +91,41 @@ def compare(
         [*(line for comparison in found for line in comparison.regressions), *lost],
         [line for comparison in found for line in comparison.unmeasured],
     )
+
+
+def history(
+    reports: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Reports, or directories that hold them, in any order.")
+    ],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with a plot of each figure.")] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Compare although the questions, the load or the machine differ.")
+    ] = False,
+) -> None:
+    """Show how the candidate changed from report to report, each against the oldest.
+
+    Where reports measured the same baseline, changes of speed are told through it: what the machine did on either day
+    is left out, and shown beside them.
+    """
+    from bench.report.compare import history_view
+    from bench.report.compare.differences import differences
+    from bench.report.compare.figures import Side
+    from bench.report.compare.history import found_in, tracks
+    from toolkit.console import note, warn
+    from toolkit.console import out as stdout
+
+    found = found_in(reports)
+    paths = [path for path, _ in found]
+    sides = [Side(report, "candidate", _name(path, report.systems["candidate"].label, paths)) for path, report in found]
+    shown = tracks(sides, anyway=anyway)
+    differ = [line for side in sides[1:] for part in differences(sides[0].report, side.report) for line in part]
+    for line in dict.fromkeys(differ):
+        warn(f"the reports differ: {line}")
+    history_view.show(shown, stdout)
+    if history_view.through(shown):
+        note("changes of speed are told through the baseline, which was the same in all reports")
+    if html is not None:
+        _write(html, history_view.render(shown, list(dict.fromkeys(differ))))
 
 
 def _name(path: Path, label: str, reports: list[Path]) -> str:

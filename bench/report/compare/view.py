@@ -29,6 +29,7 @@ __all__ = [
     "leading",
     "leading_lines",
     "lines",
+    "name",
     "notes",
     "split",
     "tested",
@@ -98,19 +99,20 @@ def lines(found: Sequence[Comparison], *, every: bool = False) -> list[Line]:
     known: dict[Metric, Figure] = {row.metric: row.before for comparison in found for row in comparison.rows}
     by = [{row.metric: row for row in comparison.rows} for comparison in found]
     return [
-        Line(metric, _name(metric), before, [rows.get(metric) for rows in by])
+        Line(metric, name(metric), before, [rows.get(metric) for rows in by])
         for metric, before in known.items()
         if every or not metric.name.endswith(("_p90", "_p95", "_p99"))
     ]
 
 
-def _name(metric: Metric) -> str:
+def name(metric: Metric) -> str:
+    """What a figure is called."""
     if metric.is_accuracy:
         return f"accuracy, {metric.name.partition('.')[2] or 'all'}"
-    name, percentile = metric.name, ""
-    if name in LATENCIES:
-        name, percentile = name.split("_")
-    shown = f"{NAMES[name]} {percentile}".rstrip()
+    of, percentile = metric.name, ""
+    if of in LATENCIES:
+        of, percentile = of.split("_")
+    shown = f"{NAMES[of]} {percentile}".rstrip()
     shown = shown if metric.at is None else f"{shown}, {metric.at}"
     return f"{shown}, {metric.shape}" if metric.shape else shown
 
@@ -172,7 +174,7 @@ def headline(found: Comparison) -> tuple[str, str]:
     else:
         parts.append(f"No questions were answered by both {b} and {a}.")
     speed = tested(found)
-    told = [f"{_name(row.metric)} {change(row)[0]}" for row in speed if claimed(row, speed)]
+    told = [f"{name(row.metric)} {change(row)[0]}" for row in speed if claimed(row, speed)]
     if told:
         among = f" among {len(speed)} figures of speed" if len(speed) > 1 else ""
         parts.append(f"Beyond chance{among}: {', '.join(told)}.")
@@ -222,7 +224,7 @@ def leading(found: Comparison) -> list[Row]:
 
 def leading_lines(found: Comparison) -> list[Line]:
     """The same as lines."""
-    return [Line(row.metric, _name(row.metric), row.before, [row]) for row in leading(found)]
+    return [Line(row.metric, name(row.metric), row.before, [row]) for row in leading(found)]
 
 
 def split(found: Comparison) -> tuple[list[Line], list[Line]]:

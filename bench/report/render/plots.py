@@ -11,7 +11,7 @@ from typing import Any
 from bench.report.schema import Accuracy, Distribution, Judgement, Load, Report, SpeedPoint, TaskAccuracy
 from bench.roles import ROLES, Role
 
-__all__ = ["accuracy_plot", "cdf_plots", "difference_plot", "speed_curve", "speed_curves"]
+__all__ = ["accuracy_plot", "cdf_plots", "difference_plot", "history_plot", "speed_curve", "speed_curves"]
 
 # Colours that stand for CSS variables; matplotlib only takes real ones.
 INK, MUTED, GRID, BASELINE, CANDIDATE, PAPER = (f"#0a0b0{n}" for n in range(1, 7))
@@ -324,3 +324,35 @@ def cdf_plots(report: Report) -> list[tuple[str, str, str]]:
             title = f"{name}, {load.name}"
             plots.append((title, "share of requests that took at most so long; mark: the median", _svg(figure, title)))
     return plots
+
+
+def history_plot(
+    name: str, moments: Sequence[tuple[str, tuple[float, float, float] | None, float | None]], *, points: bool
+) -> str:
+    """Draw how a figure changed from report to report.
+
+    Args:
+        name: of the figure.
+        moments: of each report, the oldest first: its day; the change from the first with the ends of its interval, in
+            percent or points; the baseline's own change, where that is known.
+        points: whether changes are in percentage points.
+    """
+    figure, axes = _figure(7.4, 2.4)
+    axes.axhline(0.0, color=MUTED, linewidth=1.0)
+    machine = [(at, own) for at, (_, _, own) in enumerate(moments) if own is not None]
+    if len(machine) > 1:
+        look = LOOKS["baseline"] | {"markerfacecolor": PAPER, "markersize": 5, "linewidth": 1.0}
+        axes.plot(*zip(*machine, strict=True), **look)
+    known = [(at, spot) for at, (_, spot, _) in enumerate(moments) if spot is not None]
+    for at, (_, low, high) in known:
+        axes.plot([at, at], [low, high], color=CANDIDATE, linewidth=1.6, solid_capstyle="round")
+    line = [(at, spot[0]) for at, spot in known]
+    axes.plot(*zip(*line, strict=True), markersize=6, linewidth=1.2, **LOOKS["candidate"])
+    # As many days as can be read side by side.
+    step = max(1, -(-len(moments) // 12))
+    axes.set_xticks(range(0, len(moments), step), [day for day, _, _ in moments][::step])
+    axes.set_xlim(-0.5, len(moments) - 0.5)
+    unit = " pt" if points else "%"
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:+g}{unit}".replace("-", "\u2212") if value else f"0{unit}")
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    return _svg(figure, f"{name}, change by report")
