@@ -59,6 +59,8 @@ NAMES = {
     "gpu_memory": "GPU memory",
     "weights_memory": "weights in memory",
 }
+#: Figures of speed that a headline names; the others are in the table.
+TOLD = 4
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -177,7 +179,8 @@ def headline(found: Comparison) -> tuple[str, str]:
     told = [f"{name(row.metric)} {change(row)[0]}" for row in speed if claimed(row, speed)]
     if told:
         among = f" among {len(speed)} figures of speed" if len(speed) > 1 else ""
-        parts.append(f"Beyond chance{among}: {', '.join(told)}.")
+        rest = f" and {len(told) - TOLD} more" if len(told) > TOLD else ""
+        parts.append(f"Beyond chance{among}: {', '.join(told[:TOLD])}{rest}.")
     elif speed:
         parts.append("No difference in speed is beyond chance, or the reports hold no intervals.")
     if found.regressions:

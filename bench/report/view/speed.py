@@ -150,8 +150,8 @@ def counted(report: Report) -> Counted:
         f"Goodput{slos}, requests/s": lambda point, _: (
             f"{words.number(point.goodput.per_s)} ({words.percent(point.goodput.share)})" if point.goodput else NOTHING
         ),
-        "Prompt tokens: text": lambda point, _: _kind(point, images=False),
-        "of images": lambda point, _: _kind(point, images=True),
+        "Text tokens a prompt": lambda point, _: _kind(point, images=False),
+        "Image tokens a prompt": lambda point, _: _kind(point, images=True),
         "Settled after": lambda point, _: NOTHING if point.settled_s is None else f"{words.number(point.settled_s)} s",
         "Cached tokens": lambda _, server: words.percent(server.prefix_cache_share),
         "Cached images": lambda _, server: words.percent(server.image_cache_share),

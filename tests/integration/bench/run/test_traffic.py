@@ -104,7 +104,7 @@ def test_prompt_tokens_are_told_by_kind_and_agree_with_what_the_server_counts(
     assert one.completed == 8 and one.image_tokens == 4 * 256 + 4 * 108
     assert one.prompt_tokens == one.image_tokens + 8 * (12 + 16 + 2)
     assert other.image_tokens is None  # it counts every prompt alike
-    assert "of images" in (tmp_path / "out" / "report.md").read_text()
+    assert "Image tokens a prompt" in (tmp_path / "out" / "report.md").read_text()
     assert ",1,256," in (tmp_path / "out" / "requests.csv").read_text()
 
 
