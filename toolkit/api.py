@@ -18,18 +18,18 @@ __all__ = ["convert", "inspect", "merge"]
 def convert(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    to: Literal["gemm", "gemv"] | None = None,
+    to: Literal["gemm", "gemv", "compressed-tensors"] | None = None,
     *,
     pad_tp: int | None = None,
     revision: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Repack an AWQ checkpoint in the other layout, bit for bit, or pad a checkpoint so that more GPUs can share it.
+    """Repack 4-bit weights in another format, bit for bit, or pad a checkpoint so that more GPUs can share it.
 
     Args:
         model: a directory, a hub id or ``demo``.
         out: directory to write; it appears when it is complete.
-        to: layout of the result; None keeps the source's.
+        to: format of the result; None keeps the source's.
         pad_tp: number of GPUs that are to share the weights: zeros widen the MLP until they can.
         revision: branch, tag or commit of a hub id.
         force: replace ``out`` if it is a checkpoint.
@@ -39,7 +39,7 @@ def convert(
 
     Raises:
         CheckpointError: the source can't be used as it is, or ``out`` can't be taken.
-        FormatError: the layout is unknown or can't hold the source, padding does not help, or there is nothing to do.
+        FormatError: the format is unknown or can't hold the source, padding does not help, or there is nothing to do.
         HubError: the model can't be fetched.
         ResourceError: the disk is full.
     """

@@ -58,7 +58,7 @@ def merge(
 def convert(
     model: Annotated[str, typer.Argument(help="Directory or hub id (org/name) of a checkpoint.")],
     out: OutOption,
-    to: Annotated[str | None, typer.Option(help="Layout of an AWQ checkpoint: gemm (what vLLM runs) or gemv.")] = None,
+    to: Annotated[str | None, typer.Option(help="gemm or compressed-tensors (vLLM runs both), or gemv.")] = None,
     pad_tp: Annotated[
         int | None,
         typer.Option(metavar="GPUS", help="Widen the MLP with zeros, so that so many GPUs can share the weights."),
@@ -66,7 +66,7 @@ def convert(
     revision: RevisionOption = None,
     force: ForceOption = False,
 ) -> None:
-    """Repack an AWQ checkpoint in the other layout, GEMM or GEMV, bit for bit; or pad a checkpoint for more GPUs."""
+    """Repack 4-bit weights in another format, bit for bit; or pad a checkpoint for more GPUs."""
     from toolkit.console import out as stdout
     from toolkit.formats.convert import convert as run
     from toolkit.sources.directory import resolve

@@ -99,7 +99,7 @@ def round_linears(awq: Path, out: Path, source: Path, *, force: bool = False) ->
 
     checkpoint, original = _quantized(awq), Checkpoint.open(source)
     info = checkpoint.quantization
-    if info is None or info.version != "gemm":
+    if info is None or info.format != "gemm":
         raise FormatError(f"{awq} is not in the gemm layout: convert it first.")
 
     def theirs(name: str) -> str:

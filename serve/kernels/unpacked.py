@@ -27,7 +27,7 @@ class UnpackedLinearKernel(MPLinearKernel):
 
     @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
-        """Say whether the layer holds AWQ's weights, or why this is not for it."""
+        """Say whether the layer holds 4-bit weights with zero points, or why this is not for it."""
         if c.weight_type != scalar_types.uint4 or not c.zero_points:
             return False, "only 4-bit weights with zero points are unpacked"
         return True, None
@@ -36,6 +36,8 @@ class UnpackedLinearKernel(MPLinearKernel):
         """Put the weights [N, K] that the layer's words stand for in their place."""
         words, scales, zeros = self._get_weight_params(layer)
         assert zeros is not None
+        if getattr(words, "input_dim", 0) == 1:  # compressed-tensors: [N, K / 8], and scales [N, groups]
+            words.data, scales.data = words.data.t(), scales.data.t()
         weight = unpack(words.data, scales.data, zeros.data)
         for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
             delattr(layer, str(name))

@@ -27,7 +27,7 @@ def servable(checkpoint: Checkpoint) -> Checkpoint:
     Raises CheckpointError or FormatError for weights that can't be repacked, ResourceError when the disk is full; a
     twin that is not whole does not appear.
     """
-    if checkpoint.quantization is None or checkpoint.quantization.version != "gemv":
+    if checkpoint.quantization is None or checkpoint.quantization.format != "gemv":
         return checkpoint
     key = _key(checkpoint)
     twin = cache_dir("gemm", key)

@@ -261,9 +261,9 @@ class ServerConfig(Settings):
         return f"{self.tls.scheme}://{bracketed}:{self.port}"
 
     def dtype_for(self, checkpoint: Checkpoint) -> str:
-        """Return the dtype to compute in. Raises ServerError for one that vLLM's AWQ kernels do not have."""
+        """Return the dtype to compute in. Raises ServerError for one that vLLM's 4-bit kernels do not have."""
         if self.dtype == "float32" and checkpoint.quantization is not None:
-            raise ServerError("--dtype float32: vLLM computes AWQ weights in float16 or bfloat16 only.")
+            raise ServerError("--dtype float32: vLLM computes 4-bit weights in float16 or bfloat16 only.")
         small = int(checkpoint.text_config["hidden_size"]) < _BFLOAT16_FROM_HIDDEN_SIZE
         return self.dtype or ("float16" if small else "bfloat16")
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.checkpoint.left_out import Linear, modules_to_not_convert
-from toolkit.formats.packing import pack_gemm, pack_gemv
+from toolkit.formats.packing import named, pack_as
 from toolkit.paths import demo_checkpoint
 from toolkit.quantize.search.grid import round_to_grid
 
@@ -24,14 +24,13 @@ def write(
 ) -> Path:
     """Write the embedded model, or ``source``, with all decoder linears packed in groups but those ``left``."""
     origin = Checkpoint.open(source or demo_checkpoint())
-    pack = pack_gemm if version == "gemm" else pack_gemv
     found = {name: origin.get(name) for name in origin.tensors}
     for index in range(origin.num_layers):
         for name in origin.family.linears:
             module = origin.layer_prefix(index) + name
             if (index, name) not in left:
-                packed = pack(round_to_grid(found.pop(f"{module}.weight").float(), group_size))
-                found |= {f"{module}.{part}": getattr(packed, part) for part in ("qweight", "qzeros", "scales")}
+                packed = pack_as(version, round_to_grid(found.pop(f"{module}.weight").float(), group_size))
+                found |= named(version, module, packed)
     directory.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, directory / "model.safetensors")
     for file in origin.path.iterdir():

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from toolkit.checkpoint.left_out import Linear, modules_to_not_convert
-from toolkit.formats.packing import PackedLinear, QuantizedLinear, pack_gemm, pack_gemv
+from toolkit.checkpoint.compressed import quantization_config
+from toolkit.checkpoint.left_out import Linear, ignored, modules_to_not_convert
+from toolkit.formats.packing import PackedLinear, QuantizedLinear, named, pack_as
 from toolkit.models.qwen2_vl import QWEN2_VL
 
 HIDDEN, INNER, HEADS, KV_HEADS, LAYERS, VOCAB = 128, 256, 4, 2, 2, 64
@@ -83,8 +84,7 @@ def tensors(
                 found[f"{layer}{name}.weight"] = random(outputs, inputs)
             else:
                 packed = random_packed(version, inputs, outputs, group_size, rng)
-                for part in ("qweight", "qzeros", "scales"):
-                    found[f"{layer}{name}.{part}"] = getattr(packed, part)
+                found |= named(version, f"{layer}{name}", packed)
     embed, inner, merged = VISION["embed_dim"], VISION["embed_dim"] * VISION["mlp_ratio"], VISION["embed_dim"] * 4
     for name, shape in {
         "patch_embed.proj.weight": (embed, 3, 2, 14, 14),
@@ -118,7 +118,7 @@ def random_packed(version: str, inputs: int, outputs: int, group_size: int, rng:
         torch.randint(0, 16, (outputs, groups), generator=rng, dtype=torch.uint8),
         (torch.rand((outputs, groups), generator=rng) * 0.01 + 1e-3).half(),
     )
-    return pack_gemm(layer) if version == "gemm" else pack_gemv(layer)
+    return pack_as(version, layer)
 
 
 def write(
@@ -134,11 +134,13 @@ def write(
     """Write a whole checkpoint into ``directory`` and return it."""
     directory.mkdir(parents=True, exist_ok=True)
     settings = config(nested)
-    if version is not None:
+    if version == "compressed-tensors":
+        settings["quantization_config"] = quantization_config(group_size, ignored(left, LAYERS, QWEN2_VL))
+    elif version is not None:
         settings["quantization_config"] = {
             "bits": 4,
             "group_size": group_size,
-            "modules_to_not_convert": modules_to_not_convert(left, LAYERS, QWEN2_VL) if left else ["visual"],
+            "modules_to_not_convert": modules_to_not_convert(left, LAYERS, QWEN2_VL),
             "quant_method": "awq",
             "version": version,
             "zero_point": True,

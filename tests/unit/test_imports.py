@@ -70,6 +70,7 @@ TENSORS = {
     "toolkit.demo.model",
     "toolkit.demo.optim",
     "toolkit.demo.quiz",
+    "toolkit.formats.linears",
     "toolkit.formats.packing",
     "toolkit.quantize.layer",
     "toolkit.quantize.layer_writer",

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.checkpoint.config import QuantizationInfo, read_family, read_quantization, read_text_config
+from toolkit.checkpoint.config import read_family, read_quantization, read_text_config
+from toolkit.checkpoint.layouts import WORDS
+from toolkit.checkpoint.quantization import QuantizationInfo
 from toolkit.checkpoint.weights import TensorInfo, read_json, read_weights
 from toolkit.checkpoint.writer import CheckpointWriter
 from toolkit.errors import CheckpointError
@@ -63,8 +65,8 @@ class Checkpoint:
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
         """Read and check the checkpoint in directory ``path``.
 
-        Raises CheckpointError (AlreadyQuantized for weights quantized by a method other than AWQ) with one message
-        when anything is missing, damaged or of another architecture.
+        Raises CheckpointError (AlreadyQuantized for weights in a format that is not supported) with one message when
+        anything is missing, damaged or of another architecture.
         """
         path = Path(path).expanduser()
         if not path.exists():
@@ -133,7 +135,14 @@ class Checkpoint:
 
     def quantized_modules(self) -> list[str]:
         """Return the names of all modules that hold packed weights, in the order of the files."""
-        return [name.removesuffix(".qweight") for name in self.tensors if name.endswith(".qweight")]
+        if self.quantization is None:
+            return []
+        words = f".{self.quantization.layout.qweight}"
+        return [name.removesuffix(words) for name in self.tensors if name.endswith(words)]
+
+    def is_packed(self, module: str) -> bool:
+        """Whether a module, by its full name, holds packed weights."""
+        return self.quantization is not None and f"{module}.{self.quantization.layout.qweight}" in self.tensors
 
     def left_linears(self) -> frozenset[tuple[int, str]]:
         """Return (layer, linear) for each decoder linear that is in 16 bits; in a 16-bit checkpoint, all."""
@@ -141,7 +150,7 @@ class Checkpoint:
             (index, name)
             for index in range(self.num_layers)
             for name, module in zip(self.family.linears, self.linear_names(index), strict=True)
-            if f"{module}.weight" in self.tensors and f"{module}.qweight" not in self.tensors
+            if f"{module}.weight" in self.tensors and not self.is_packed(module)
         )
 
     def get(self, name: str) -> Tensor:
@@ -194,15 +203,20 @@ class Checkpoint:
             )
 
     def _check_quantized_tensors(self) -> None:
-        packed = any(name.endswith(".qweight") for name in self.tensors)
+        packed = sorted({words for words in WORDS if any(name.endswith(words) for name in self.tensors)})
         if self.quantization is None and packed:
             raise CheckpointError(
-                f"{self.path} holds packed weights (*.qweight), but its config.json has no quantization_config. "
+                f"{self.path} holds packed weights (*{packed[0]}), but its config.json has no quantization_config. "
                 "Copy the config.json that belongs to these weights."
             )
-        if self.quantization is not None and not packed:
+        if self.quantization is None:
+            return
+        layout = self.quantization.layout
+        if f".{layout.qweight}" not in packed:
+            what = f"they are packed as *{packed[0]}" if packed else f"no weight is packed (no *.{layout.qweight})"
+            kind = "an AWQ" if layout.method == "awq" else f"a {layout.method}"
             raise CheckpointError(
-                f"{self.path}/config.json has an AWQ quantization_config, but no weight is packed (no *.qweight). "
+                f"{self.path}/config.json has {kind} quantization_config, but {what}. "
                 "Config and weights come from different models: copy the ones that belong together."
             )
 

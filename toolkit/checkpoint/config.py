@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from toolkit.checkpoint.compressed import SUPPORTED, read_compressed_tensors
+from toolkit.checkpoint.quantization import QuantizationInfo
 from toolkit.errors import AlreadyQuantized, CheckpointError
 from toolkit.models.families import FAMILIES, architectures_of, family_of
 from toolkit.models.family import Family
@@ -23,22 +24,6 @@ _SIZES = (
 #: What changes answers and stands at the top of a flat config, in ``text_config`` of a nested one, or in both.
 _SAID_TWICE = (*_SIZES, "rms_norm_eps", "rope_theta", "tie_word_embeddings")
 _AGAIN = "The file is damaged or incomplete: copy or download it again."
-
-
-@dataclass(frozen=True)
-class QuantizationInfo:
-    """How a checkpoint's linear layers are quantized, as its ``quantization_config`` says."""
-
-    bits: int
-    #: Inputs that share a scale; -1 is the whole row.
-    group_size: int
-    zero_point: bool
-    #: Layout of the packed words: "gemm" or "gemv".
-    version: str
-    #: Modules left in 16 bits, as each engine reads it (`toolkit.checkpoint.left_out`); empty: what is not packed.
-    modules_to_not_convert: tuple[str, ...] = ()
-    #: Whether lm_head is quantized too.
-    lm_head: bool = False
 
 
 def read_family(path: Path, config: dict[str, Any]) -> Family:
@@ -94,7 +79,8 @@ def _refuse_contradictions(path: Path, config: dict[str, Any], nested: dict[str,
 def read_quantization(path: Path, config: dict[str, Any]) -> QuantizationInfo | None:
     """Read ``quantization_config``, None where there is none.
 
-    Raises AlreadyQuantized for a method other than AWQ, CheckpointError for settings that no AWQ layout has.
+    Raises AlreadyQuantized for a method or a kind of weights that is not supported, CheckpointError for settings that
+    no format of the method has.
     """
     raw = config.get("quantization_config")
     if raw is None and isinstance(config.get("text_config"), dict):
@@ -105,8 +91,14 @@ def read_quantization(path: Path, config: dict[str, Any]) -> QuantizationInfo | 
     if not isinstance(raw, dict):
         raise CheckpointError(f"{where} is not an object. {_AGAIN}")
     method = str(raw.get("quant_method", "awq")).lower()
+    if method == "compressed-tensors":
+        return read_compressed_tensors(path, raw)
     if method != "awq":
-        raise AlreadyQuantized(f"{path} holds {method} weights. Only 16-bit and AWQ checkpoints are supported.")
+        raise AlreadyQuantized(f"{path} holds {method} weights. {SUPPORTED}")
+    return _read_awq(where, raw)
+
+
+def _read_awq(where: str, raw: dict[str, Any]) -> QuantizationInfo:
     version = str(raw.get("version", "gemm")).lower()
     if version not in ("gemm", "gemv"):
         raise CheckpointError(f"{where} has the layout {version!r}. Only 'gemm' and 'gemv' are supported.")
@@ -122,7 +114,7 @@ def read_quantization(path: Path, config: dict[str, Any]) -> QuantizationInfo | 
         bits=bits,
         group_size=group_size,
         zero_point=bool(raw.get("zero_point", True)),
-        version=version,
+        format=version,
         modules_to_not_convert=tuple(str(m) for m in left),
         lm_head=bool(raw.get("lm_head", False)),
     )

@@ -117,7 +117,7 @@ def _vllm_gpu(checkpoint: Checkpoint) -> Engine:
     limit = next((f"{size} GPUs: {reason}" for size, reason in obstacles.items() if reason), None)
     split = [size for size in sizes if vision_is_whole(checkpoint, size)]
     option = f"{split[0]} GPUs or more need --mm-encoder-tp-mode data" if split else ""
-    runs, how = ("yes", "") if info is None else _awq_kernels(checkpoint, info)
+    runs, how = ("yes", "") if info is None else _gpu_kernels(checkpoint, info)
     return Engine(name, runs, "; ".join(filter(None, (how, option))), sizes, limit, _padding_advice(checkpoint))
 
 
@@ -133,12 +133,16 @@ def _padding_advice(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _awq_kernels(checkpoint: Checkpoint, info: QuantizationInfo) -> tuple[str, str]:
-    """Return how vLLM runs an AWQ checkpoint on NVIDIA GPUs: the verdict and the kernels."""
-    if info.version == "gemv":
+def _gpu_kernels(checkpoint: Checkpoint, info: QuantizationInfo) -> tuple[str, str]:
+    """Return how vLLM runs packed weights on NVIDIA GPUs: the verdict and the kernels.
+
+    compressed-tensors' WNA16 scheme chooses among the kernels that AWQ's reader does.
+    """
+    if info.format == "gemv":
         return "repack", "reads GEMM only; qvl serve repacks by itself"
     if info.group_size not in _MARLIN_GROUPS:
-        return "yes", f"slow AWQ kernels (Marlin has no groups of {info.group_size})"
+        others = "slow AWQ kernels" if info.layout.method == "awq" else "Humming"
+        return "yes", f"{others} (Marlin has no groups of {info.group_size})"
     blocks = all(k % _MACHETE_BLOCK[0] == 0 and n % _MACHETE_BLOCK[1] == 0 for k, n in _fused_shapes(checkpoint))
     if blocks and info.group_size in _MACHETE_GROUPS:
         return "yes", "Machete on Hopper, Marlin elsewhere"
@@ -156,7 +160,7 @@ def _vllm_cpu(checkpoint: Checkpoint) -> Engine:
         return Engine(name, "no", "its AWQ reader expects zero points, and the config says zero_point: false")
     if (odd := cpu_obstacle(checkpoint, 1)) is not None:
         return Engine(name, "no", odd)
-    if info.version == "gemv":
+    if info.format == "gemv":
         return Engine(name, "repack", "reads GEMM only; qvl serve repacks by itself", sizes)
     return Engine(name, "yes", "CPUWNA16 kernel", sizes)
 
@@ -165,6 +169,8 @@ def _autoawq(checkpoint: Checkpoint) -> Engine:
     info, name = checkpoint.quantization, "AutoAWQ 0.2.9"
     if info is None:
         return Engine(name, "no", "it runs quantized weights only")
+    if info.layout.method != "awq":
+        return Engine(name, "no", f"it does not read {info.layout.title}: `qvl convert --to gemm`")
     if not info.zero_point:
         return Engine(name, "no", "its kernels expect zero points, and the config says zero_point: false")
     left = Counter(name for _, name in checkpoint.left_linears())
@@ -173,7 +179,7 @@ def _autoawq(checkpoint: Checkpoint) -> Engine:
         if left[linear] != (checkpoint.num_layers if listed else 0):
             return Engine(name, "no", f"it leaves a linear in 16 bits in all layers or in none, not {linear} in some")
     size = info.group_size
-    if info.version == "gemv":
+    if info.format == "gemv":
         if size not in (64, 128):
             return Engine(name, "no", f"its GEMV kernel takes groups of 64 or 128, not {size}")
         return Engine(name, "yes", "GEMV kernel, for one request at a time")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.checkpoint.anatomy import PARTS, part_of
 from toolkit.checkpoint.checkpoint import Checkpoint, QuantizationInfo
 from toolkit.checkpoint.engines import Engine, engines
-from toolkit.checkpoint.layouts import PACKED
+from toolkit.checkpoint.layouts import PACK
 from toolkit.checkpoint.problems import Problem, find_problems
 from toolkit.checkpoint.weights import read_json
 from toolkit.errors import CheckpointError
@@ -42,7 +42,7 @@ class Inspection:
 
     path: str
     architecture: str
-    #: "fp16", "bf16", ..., or "AWQ GEMM" / "AWQ GEMV".
+    #: "fp16", "bf16", ..., or the format's title: "AWQ GEMM", "AWQ GEMV", "compressed-tensors".
     format: str
     #: Whose tensor names: "hub" or "transformers 5".
     names: str
@@ -91,7 +91,7 @@ def inspect_checkpoint(path: Path, deep: bool = False) -> Inspection:
     return Inspection(
         path=str(path),
         architecture=str((checkpoint.config.get("architectures") or [checkpoint.family.architecture])[0]),
-        format=f"AWQ {info.version.upper()}" if info else _float_format(checkpoint),
+        format=info.layout.title if info else _float_format(checkpoint),
         names="hub" if checkpoint.visual_prefix == checkpoint.family.hub.visual else "transformers 5",
         model=_model(checkpoint),
         quantization=_quantization(checkpoint, info) if info else None,
@@ -123,9 +123,9 @@ def _float_format(checkpoint: Checkpoint) -> str:
 
 def _quantization(checkpoint: Checkpoint, info: QuantizationInfo) -> dict[str, Any]:
     modules, linears = checkpoint.quantized_modules(), checkpoint.family.linears
-    packed = [checkpoint.tensors.get(f"{module}.{part}") for module in modules for part in PACKED]
+    packed = [checkpoint.tensors.get(f"{module}.{part}") for module in modules for part in info.layout.parts]
     nbytes = sum(tensor.nbytes for tensor in packed if tensor)
-    weights = sum(checkpoint.tensors[f"{module}.qweight"].numel * 8 for module in modules)
+    weights = sum(checkpoint.tensors[f"{module}.{info.layout.qweight}"].numel * PACK for module in modules)
     kinds = Counter(".".join(m.split(".")[-2:]) if m.startswith(checkpoint.layers_prefix) else m for m in modules)
     left = Counter(part_of(checkpoint, n) for n in checkpoint.tensors if n.rpartition(".")[0] not in set(modules))
     if checkpoint.tied_lm_head:
@@ -144,14 +144,17 @@ def _quantization(checkpoint: Checkpoint, info: QuantizationInfo) -> dict[str, A
 def _parts(checkpoint: Checkpoint) -> list[Part]:
     parameters: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    packed = {f"{m}.{p}" for m in checkpoint.quantized_modules() for p in PACKED}
+    info = checkpoint.quantization
+    parts = info.layout.parts if info else ()
+    words = {f"{m}.{info.layout.qweight}" for m in checkpoint.quantized_modules()} if info else set()
+    packed = {f"{m}.{p}" for m in checkpoint.quantized_modules() for p in parts}
     for name, tensor in checkpoint.tensors.items():
         part = part_of(checkpoint, name)
         sizes[part] += tensor.nbytes
         if name not in packed:
             parameters[part] += tensor.numel
-        elif name.endswith(".qweight"):
-            parameters[part] += tensor.numel * 8
+        elif name in words:
+            parameters[part] += tensor.numel * PACK
     return [Part(name, parameters[name], sizes[name]) for name in PARTS if sizes[name]]
 
 
@@ -172,7 +175,8 @@ def _value_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     from toolkit.checkpoint.values import read_values
     from toolkit.console import err
 
-    packed = {f"{m}.scales" for m in checkpoint.quantized_modules()}
+    info = checkpoint.quantization
+    packed = {f"{m}.{info.layout.scales}" for m in checkpoint.quantized_modules()} if info else set()
     with Progress(console=err, transient=True) as progress:
         task = progress.add_task("reading values", total=checkpoint.nbytes)
         for found in read_values(checkpoint):
@@ -187,10 +191,10 @@ def _value_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
 def _scale_problems(checkpoint: Checkpoint, name: str, scales: Tensor) -> Iterator[Problem]:
     info = checkpoint.quantization
     assert info is not None
-    if info.version == "gemv" and info.group_size > 0:  # the rest of a row is padding
+    if info.format == "gemv" and info.group_size > 0:  # the rest of a row is padding
         inputs = checkpoint.tensors[name.replace(".scales", ".qweight")].shape[-1] * 8
         scales = scales[:, : inputs // info.group_size]
-    elif info.version == "gemv":
+    elif info.format == "gemv":
         scales = scales[:, :1]
     zeros, negative = int((scales == 0).sum()), int((scales < 0).sum())
     if zeros:

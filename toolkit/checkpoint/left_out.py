@@ -1,7 +1,8 @@
-"""Decoder linears that an AWQ checkpoint leaves in 16 bits: how engines are told, and what they make of it.
+"""Decoder linears that a quantized checkpoint leaves in 16 bits: how engines are told, and what they make of it.
 
 Engines run q, k and v as one matrix, and gate and up as one, so what is left is always a whole unit of the family.
-They learn of it from ``quantization_config.modules_to_not_convert``, and each reads that list in its own way:
+Of an AWQ checkpoint they learn it from ``quantization_config.modules_to_not_convert``, and each reads that list in its
+own way:
 
 - vLLM 0.25 to 0.32 (``auto_awq.py``, ``quant_utils.is_layer_skipped``): an entry counts where it is a substring of the
   module's name in vLLM, ``language_model.model.layers.3.mlp.gate_up_proj`` or ``visual.blocks.0.attn.qkv``. Entries
@@ -13,16 +14,22 @@ They learn of it from ``quantization_config.modules_to_not_convert``, and each r
   no module of the vision tower.
 - AutoAWQ 0.2.9 (``exclude_layers_to_not_quantize``): a substring of the name inside the layer, ``mlp.down_proj``: it
   can leave a linear in all layers or in none.
+
+compressed-tensors has one rule for all, ``ignore``: an entry is a module's name, or behind "re:" an expression that
+fits the name's start. vLLM 0.32 (``find_matching_patterns``) asks it of its own names, of a fused module's and then its
+parts'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 
+from toolkit.checkpoint.compressed import HEAD, matches
 from toolkit.errors import FormatError
 from toolkit.models.family import Family
 
-__all__ = ["Linear", "describe", "modules_to_not_convert", "vllm_leaves"]
+__all__ = ["Linear", "describe", "ignored", "modules_to_not_convert", "vllm_ignores", "vllm_leaves"]
 
 #: A decoder linear: the layer's index and its name inside the layer.
 Linear = tuple[int, str]
@@ -47,6 +54,27 @@ def modules_to_not_convert(left: frozenset[Linear], layers: int, family: Family)
     return entries
 
 
+def ignored(left: frozenset[Linear], layers: int, family: Family, lm_head: bool = False) -> list[str]:
+    """Return compressed-tensors' ``ignore`` for ``left``, the vision tower and, unless ``lm_head`` is packed, the head.
+
+    Expressions that fit names in transformers and in vLLM; arguments as for `modules_to_not_convert`.
+    """
+    entries = [f"re:.*{re.escape(family.hub.visual)}.*", *([] if lm_head else [HEAD])]
+    for fused, parts in family.fused.items():
+        where = sorted({layer for layer, name in left if name in parts})
+        if where:
+            numbers = r"\d+" if len(where) == layers else "|".join(map(str, where))
+            names = "|".join(re.escape(name) for name in dict.fromkeys((*parts, fused)))
+            entries.append(rf"re:.*layers\.({numbers})\.({names})$")
+    return entries
+
+
+def vllm_ignores(module: str, entries: Sequence[str], family: Family) -> bool:
+    """Whether vLLM leaves ``module`` of a compressed-tensors checkpoint in 16 bits: `vllm_leaves` for ``ignore``."""
+    renamed = [entry if entry.startswith("re:") or "." not in entry else family.in_vllm(entry) for entry in entries]
+    return _leaves(module, lambda name: any(matches(entry, name) for entry in renamed), family, "ignore")
+
+
 def vllm_leaves(module: str, patterns: Sequence[str], family: Family) -> bool:
     """Whether vLLM leaves ``module`` in 16 bits: the rule of its ``is_layer_skipped``, on renamed entries.
 
@@ -58,10 +86,11 @@ def vllm_leaves(module: str, patterns: Sequence[str], family: Family) -> bool:
     Raises FormatError when the list has some parts of a fused module and not the others.
     """
     renamed = [family.in_vllm(pattern) for pattern in patterns]
+    return _leaves(module, lambda name: any(pattern in name for pattern in renamed), family, "modules_to_not_convert")
 
-    def listed(name: str) -> bool:
-        return any(pattern in name for pattern in renamed)
 
+def _leaves(module: str, listed: Callable[[str], bool], family: Family, where: str) -> bool:
+    """Ask of a module's own name, and of a fused one's parts then."""
     several = ((fused, parts) for fused, parts in family.fused.items() if len(parts) > 1)
     parts = next((parts for fused, parts in several if module.endswith(f".{fused}")), None)
     if parts is None or listed(module):
@@ -70,7 +99,7 @@ def vllm_leaves(module: str, patterns: Sequence[str], family: Family) -> bool:
     verdicts = {part: listed(f"{stem}.{part}") for part in parts}
     if len(set(verdicts.values())) > 1:
         raise FormatError(
-            f"modules_to_not_convert has {', '.join(p for p in parts if verdicts[p])} of {stem} and not "
+            f"{where} has {', '.join(p for p in parts if verdicts[p])} of {stem} and not "
             f"{', '.join(p for p in parts if not verdicts[p])}: vLLM runs them as one matrix and does not start"
         )
     return all(verdicts.values())

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from toolkit.checkpoint.anatomy import Expected, expected_tensors, part_of
 from toolkit.checkpoint.checkpoint import Checkpoint
-from toolkit.checkpoint.layouts import PACKED, layer_shape
-from toolkit.checkpoint.left_out import vllm_leaves
+from toolkit.checkpoint.layouts import layer_shape
+from toolkit.checkpoint.left_out import vllm_ignores, vllm_leaves
+from toolkit.checkpoint.quantization import QuantizationInfo
 from toolkit.checkpoint.side_files import side_problems
 from toolkit.console import warn
 from toolkit.errors import CheckpointError, FormatError
@@ -90,8 +91,9 @@ def _tensor_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     known: set[str] = set()
     for expected in expected_tensors(checkpoint):
         module = expected.name.removesuffix(".weight")
-        if expected.linear and f"{module}.qweight" in checkpoint.tensors:
-            names = [f"{module}.{part}" for part in PACKED]
+        info = checkpoint.quantization
+        if info is not None and expected.linear and checkpoint.is_packed(module):
+            names = [f"{module}.{part}" for part in info.layout.parts]
         else:
             names = [expected.name]
         known.update(names)
@@ -137,13 +139,13 @@ def _shape_problems(checkpoint: Checkpoint, expected: Expected) -> Iterator[Prob
     if tensor is not None and tensor.dtype not in _FLOATS:
         yield Problem("error", f"{tensor.name} is stored as {tensor.dtype}, not in a 16 or 32 bit float")
     module = expected.name.removesuffix(".weight")
-    if not expected.linear or any(f"{module}.{part}" not in checkpoint.tensors for part in PACKED):
+    info = checkpoint.quantization  # Checkpoint.open has refused packed weights without a config
+    parts = [f"{module}.{part}" for part in info.layout.packed] if info and expected.linear else []
+    if info is None or not parts or any(part not in checkpoint.tensors for part in parts):
         return
-    info = checkpoint.quantization
-    assert info is not None  # Checkpoint.open has refused packed weights without a config
     try:
-        qweight, qzeros, scales = (checkpoint.tensors[f"{module}.{part}"].shape for part in PACKED)
-        inputs, outputs = layer_shape(info.version, info.group_size, qweight, qzeros, scales)
+        qweight, qzeros, scales = (checkpoint.tensors[part].shape for part in parts)
+        inputs, outputs = layer_shape(info.format, info.group_size, qweight, qzeros, scales)
     except FormatError as error:
         yield Problem("error", f"{module}: {error}")
         return
@@ -151,7 +153,7 @@ def _shape_problems(checkpoint: Checkpoint, expected: Expected) -> Iterator[Prob
         yield Problem(
             "error",
             f"{module} packs {outputs} x {inputs} weights, and the config calls for "
-            f"{expected.shape[0]} x {expected.shape[1]} (is its layout really {info.version}?)",
+            f"{expected.shape[0]} x {expected.shape[1]} (is its layout really {info.format}?)",
         )
 
 
@@ -163,17 +165,20 @@ def _quantization_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     modules = set(checkpoint.quantized_modules())
     if not info.zero_point:
         yield Problem("error", "the config says zero_point: false, which neither vLLM's nor AutoAWQ's AWQ kernels run")
-    yield from _left_problems(checkpoint, info.modules_to_not_convert)
+    yield from _left_problems(checkpoint, info)
     head = any(m.startswith("lm_head") for m in modules)
     if head != info.lm_head:
         says = "lm_head: true" if info.lm_head else "nothing of it"
         yield Problem("error", f"lm_head is {'' if head else 'not '}packed, and quantization_config says {says}")
 
 
-def _left_problems(checkpoint: Checkpoint, patterns: tuple[str, ...]) -> Iterator[Problem]:
-    """Compare what is in 16 bits with what vLLM takes for it; without a list, it goes by the tensors."""
+def _left_problems(checkpoint: Checkpoint, info: QuantizationInfo) -> Iterator[Problem]:
+    """Compare what is in 16 bits with what vLLM takes for it; without a list, AWQ goes by the tensors."""
     left, modules = checkpoint.left_linears(), set(checkpoint.quantized_modules())
-    family, vllm = checkpoint.family, checkpoint.family.vllm
+    family, vllm, patterns = checkpoint.family, checkpoint.family.vllm, info.modules_to_not_convert
+    awq = info.layout.method == "awq"
+    key, leaves = ("modules_to_not_convert", vllm_leaves) if awq else ("ignore", vllm_ignores)
+    by_list = bool(patterns) or not awq
     listed, unlisted = [], []
     for index in range(checkpoint.num_layers):
         prefix = checkpoint.layer_prefix(index)
@@ -184,23 +189,23 @@ def _left_problems(checkpoint: Checkpoint, patterns: tuple[str, ...]) -> Iterato
                 yield Problem(
                     "error", f"{packed[0]} is packed and {plain[0]} is not, and engines run them as one matrix"
                 )
-            elif patterns:
+            elif by_list:
                 try:
-                    leaves = vllm_leaves(f"{vllm.layers}{index}.{fused}", patterns, family)
+                    is_left = leaves(f"{vllm.layers}{index}.{fused}", patterns, family)
                 except FormatError as error:
                     yield Problem("error", str(error))
                     continue
-                listed += packed if leaves else []
-                unlisted += [] if leaves else plain
-    if "lm_head" in modules and patterns and vllm_leaves(vllm.head, patterns, family):
+                listed += packed if is_left else []
+                unlisted += [] if is_left else plain
+    if "lm_head" in modules and by_list and leaves(vllm.head, patterns, family):
         listed.append("lm_head")
     if listed:
-        yield Problem("error", f"packed, but listed in modules_to_not_convert: {_and_more(listed)}")
+        yield Problem("error", f"packed, but listed in {key}: {_and_more(listed)}")
     if unlisted:
-        yield Problem("error", f"in 16 bits, but not listed in modules_to_not_convert: {_and_more(unlisted)}")
+        yield Problem("error", f"in 16 bits, but not listed in {key}: {_and_more(unlisted)}")
     vision = [
         e.name for e in expected_tensors(checkpoint) if part_of(checkpoint, e.name) == "vision" and len(e.shape) == 2
     ]
     tower = [f"{vllm.visual}{name.removeprefix(checkpoint.visual_prefix).removesuffix('.weight')}" for name in vision]
-    if patterns and not all(vllm_leaves(module, patterns, family) for module in tower):
-        yield Problem("error", "the vision tower is in 16 bits, and modules_to_not_convert does not list visual")
+    if by_list and not all(leaves(module, patterns, family) for module in tower):
+        yield Problem("error", f"the vision tower is in 16 bits, and {key} does not list visual")

@@ -20,7 +20,8 @@ from toolkit.calibration.manifest import read_manifest
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.compat import patch_torchvision
 from toolkit.errors import FormatError
-from toolkit.formats.packing import PackedLinear, dequantize, unpack_gemm, unpack_gemv
+from toolkit.formats.packing import dequantize
+from toolkit.formats.reference import load_reference
 from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.paths import demo_checkpoint
 from toolkit.quantize.search.grid import round_to_grid
@@ -36,37 +37,25 @@ def load(path: Path | None, nearest: int | None = None) -> Qwen2VLForConditional
     """Return the embedded model in float32, as transformers runs it.
 
     Args:
-        path: an AWQ checkpoint of it, read back to the weights it stands for; None for the fp16 source.
+        path: a quantized checkpoint of it, read back to the weights it stands for; None for the fp16 source.
         nearest: round the source's linears to nearest with this group size (what AWQ has to beat).
     """
     patch_torchvision()
     from transformers import AutoModelForImageTextToText
 
+    if path is not None:
+        checkpoint = Checkpoint.open(path)
+        if checkpoint.quantization is None or checkpoint.num_layers != Checkpoint.open(demo_checkpoint()).num_layers:
+            raise FormatError(f"{path} is no quantized checkpoint of the embedded model")
+        quantized: Qwen2VLForConditionalGeneration = load_reference(checkpoint)
+        return quantized
     model = AutoModelForImageTextToText.from_pretrained(demo_checkpoint(), dtype=torch.float32).eval()
-    layers = model.model.language_model.layers
     if nearest is not None:
-        for layer in layers:
+        for layer in model.model.language_model.layers:
             for name in QWEN2_VL.linears:
                 weight = layer.get_submodule(name).weight
                 assert isinstance(weight, torch.nn.Parameter)
                 weight.data = dequantize(round_to_grid(weight.data, nearest), torch.float32)
-    if path is None:
-        return model
-    checkpoint = Checkpoint.open(path)
-    info = checkpoint.quantization
-    if info is None or checkpoint.num_layers != len(layers):
-        raise FormatError(f"{path} is no AWQ checkpoint of the embedded model")
-    for index, layer in enumerate(layers):
-        prefix = checkpoint.layer_prefix(index)
-        for name, parameter in layer.named_parameters():
-            module = name.removesuffix(".weight")
-            if f"{prefix}{module}.qweight" in checkpoint.tensors and name.endswith(".weight"):
-                parts = (checkpoint.get(f"{prefix}{module}.{part}") for part in ("qweight", "qzeros", "scales"))
-                packed = PackedLinear(*parts)
-                unpacked = unpack_gemm(packed) if info.version == "gemm" else unpack_gemv(packed, info.group_size)
-                parameter.data = dequantize(unpacked, torch.float32)
-            else:
-                parameter.data = checkpoint.get(prefix + name).float()
     return model
 
 

@@ -1,17 +1,22 @@
-"""AWQ's two layouts of 4-bit weights: eight values to an int32 word, as AutoAWQ 0.2.9 packs them. Pure functions.
+"""Formats of 4-bit weights, eight values to an int32 word: AWQ's two layouts and compressed-tensors. Pure functions.
 
-For a linear layer with K inputs, N outputs and groups of g inputs:
+For a linear layer with K inputs, N outputs and groups of g inputs; AWQ as AutoAWQ 0.2.9 packs it, compressed-tensors as
+its 0.17 packs ``pack-quantized`` weights with zero points:
 
-    ========  =============================================  ==================================================
-    tensor    GEMM                                           GEMV
-    ========  =============================================  ==================================================
-    qweight   [K, N/8], nibble i of a word holds output      [N, K/8], nibbles in order along K
-              column (0, 2, 4, 6, 1, 3, 5, 7)[i] of its 8
-    qzeros    [K/g, N/8], the same nibble order              [N, W] with W of `zeros_width`, in order, then zeros
-    scales    [K/g, N]                                       [N, 8 W], then zeros
-    ========  =============================================  ==================================================
+    ========  ===================================  ===============================  ===================
+    tensor    GEMM                                 GEMV                             compressed-tensors
+    ========  ===================================  ===============================  ===================
+    qweight   [K, N/8], nibble i of a word is      [N, K/8], nibbles in order       [N, K/8], like GEMV
+              output column                        along K
+              (0, 2, 4, 6, 1, 3, 5, 7)[i] of 8
+    qzeros    [K/g, N/8], the same nibble order    [N, W] with W of `zeros_width`,  [N/8, K/g], nibbles
+                                                   in order, then zeros             in order along N
+    scales    [K/g, N]                             [N, 8 W], then zeros             [N, K/g]
+    ========  ===================================  ===============================  ===================
 
-Nibble 0 is the lowest four bits of the word. A weight is (value - zero) * scale.
+Nibble 0 is the lowest four bits of the word. A weight is (value - zero) * scale. compressed-tensors means numbers
+from -8 to 7 and stores them with 8 added, values and zeros alike, so its words hold AWQ's numbers; what it calls the
+tensors is in `toolkit.checkpoint.layouts`.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from toolkit.checkpoint.layouts import PACK, zeros_width
+from toolkit.checkpoint.layouts import LAYOUTS, PACK, zeros_width
 from toolkit.errors import FormatError
 
 __all__ = [
@@ -31,10 +36,15 @@ __all__ = [
     "dequantize",
     "gemm_to_gemv",
     "gemv_to_gemm",
+    "named",
     "pack",
+    "pack_as",
+    "pack_compressed",
     "pack_gemm",
     "pack_gemv",
     "unpack",
+    "unpack_as",
+    "unpack_compressed",
     "unpack_gemm",
     "unpack_gemv",
 ]
@@ -57,7 +67,7 @@ class QuantizedLinear:
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """The three tensors of a quantized linear layer as a checkpoint holds them."""
+    """The values, zeros and scales of a quantized linear layer as a checkpoint holds them, whatever it calls them."""
 
     #: int32.
     qweight: Tensor
@@ -146,6 +156,42 @@ def unpack_gemv(packed: PackedLinear, group_size: int) -> QuantizedLinear:
     return QuantizedLinear(
         unpack(packed.qweight), unpack(packed.qzeros)[:, :groups].contiguous(), packed.scales[:, :groups].contiguous()
     )
+
+
+def pack_compressed(layer: QuantizedLinear) -> PackedLinear:
+    """Pack a layer as compressed-tensors does. Raises FormatError when K or N is not a multiple of 8."""
+    return PackedLinear(pack(layer.values), pack(layer.zeros.t()).t().contiguous(), layer.scales.contiguous())
+
+
+def unpack_compressed(packed: PackedLinear) -> QuantizedLinear:
+    """Unpack a layer of compressed-tensors."""
+    return QuantizedLinear(unpack(packed.qweight), unpack(packed.qzeros.t()).t().contiguous(), packed.scales)
+
+
+_PACK = {"gemm": pack_gemm, "gemv": pack_gemv, "compressed-tensors": pack_compressed}
+
+
+def pack_as(format: str, layer: QuantizedLinear) -> PackedLinear:
+    """Pack a layer in a format, a name of `LAYOUTS`. Raises FormatError for a shape that it does not hold."""
+    return _PACK[format](layer)
+
+
+def unpack_as(format: str, packed: PackedLinear, group_size: int) -> QuantizedLinear:
+    """Unpack a layer of a format; ``group_size`` -1 is one group a row."""
+    if format == "gemv":
+        return unpack_gemv(packed, group_size)
+    return unpack_gemm(packed) if format == "gemm" else unpack_compressed(packed)
+
+
+def named(format: str, module: str, packed: PackedLinear) -> dict[str, Tensor]:
+    """Return a packed layer's tensors by their full names in a checkpoint of that format."""
+    layout = LAYOUTS[format]
+    parts = (packed.qweight, packed.qzeros, packed.scales)
+    found = {f"{module}.{name}": tensor for name, tensor in zip(layout.packed, parts, strict=True)}
+    if layout.shape is not None:
+        outputs, words = packed.qweight.shape  # the formats that say it have [N, K/8]
+        found[f"{module}.{layout.shape}"] = torch.tensor([outputs, words * PACK])
+    return found
 
 
 def gemm_to_gemv(packed: PackedLinear) -> PackedLinear:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from toolkit.checkpoint.values import in_16_bits
-from toolkit.formats.packing import pack_gemm, pack_gemv
+from toolkit.formats.packing import named, pack_as
 from toolkit.quantize.parts import write_layer
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ class LayerWriter:
     """
 
     def __init__(self, checkpoint: Checkpoint, format: str, directory: Path, device: torch.device) -> None:
-        """Args: the source, gemm or gemv, the journal's directory, and where layers are."""
+        """Args: the source, a name of `LAYOUTS`, the journal's directory, and where layers are."""
         self.checkpoint = checkpoint
-        self.pack = pack_gemm if format == "gemm" else pack_gemv
+        self.format = format
         self.directory = directory
         self.device = device
         #: Layers that were handed in.
@@ -77,9 +77,8 @@ class LayerWriter:
             if name not in result.found.linears:
                 tensors[f"{prefix}{name}.weight"] = in_16_bits(checkpoint.get(f"{prefix}{name}.weight"))
                 continue
-            packed = self.pack(result.found.linears[name])
-            for part in ("qweight", "qzeros", "scales"):
-                tensors[f"{prefix}{name}.{part}"] = getattr(packed, part)
+            packed = pack_as(self.format, result.found.linears[name])
+            tensors |= named(self.format, f"{prefix}{name}", packed)
         for name, tensor in result.found.others.items():
             tensors[prefix + name] = in_16_bits(tensor.to(checkpoint.get(prefix + name).dtype))
         return tensors

@@ -8,6 +8,7 @@ import platform
 from importlib import metadata
 from typing import Any
 
+from toolkit.checkpoint.layouts import LAYOUTS
 from toolkit.version import __version__
 
 __all__ = ["model_card", "versions"]
@@ -27,6 +28,7 @@ def model_card(manifest: dict[str, Any]) -> str:
     recipe, calibration, source = manifest["recipe"], manifest["calibration"], manifest["source"]
     errors = [layer["relative_error"] for layer in manifest["layers"]]
     worst = max(manifest["layers"], key=lambda layer: layer["relative_error"])
+    layout = LAYOUTS[recipe["format"]]
     name = source["model"] + (f" + {source['adapter']}" if source["adapter"] else "")
     rows = {
         "source": f"{name}, content hash `{source['hash']}`",
@@ -43,12 +45,12 @@ def model_card(manifest: dict[str, Any]) -> str:
 base_model: {json.dumps(source["model"])}
 library_name: transformers
 pipeline_tag: image-text-to-text
-tags: [awq, 4-bit, qwen2_vl]
+tags: [{layout.method}, 4-bit, qwen2_vl]
 ---
 
 # {name}, AWQ 4 bits
 
-Quantized by qvl {__version__}. The language layers are 4-bit AWQ ({recipe["format"].upper()}, group size
+Quantized by qvl {__version__}. The language layers are 4-bit AWQ ({layout.title.removeprefix("AWQ ")}, group size
 {recipe["group_size"]}, zero points); the vision tower, embeddings and output head are the source's{left}.
 
 | | |

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from toolkit.checkpoint.layouts import LAYOUTS, layouts_in_words
 from toolkit.checkpoint.values import nbytes_in_16_bits
 from toolkit.errors import FormatError, ResourceError
 from toolkit.files import free_bytes
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BITS",
-    "FORMATS",
     "GROUP_SIZES",
     "Plan",
     "check_settings",
@@ -33,11 +33,10 @@ __all__ = [
     "make_plan",
 ]
 
-FORMATS = ("gemm", "gemv")
 BITS = (4,)
-#: Group sizes that AutoAWQ's formats and vLLM's kernels know; -1 is the whole row.
+#: Group sizes that the formats and vLLM's kernels know; -1 is the whole row.
 GROUP_SIZES = (32, 64, 128, -1)
-#: int32 words hold eight values along the outputs (GEMM) or the inputs (GEMV).
+#: int32 words hold eight values along the outputs (GEMM) or the inputs (the others).
 _PACK = 8
 _FLOAT = 4
 #: What Python, torch and transformers take for themselves before any tensor: measured, CPU 0.45, CUDA 1.5 GB.
@@ -112,16 +111,16 @@ def divide(layers: Sequence[int], devices: int) -> list[tuple[int, ...]]:
 
 
 def check_settings(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Refuse what AutoAWQ's formats, vLLM's kernels or the model's shapes do not allow.
+    """Refuse what the formats, vLLM's kernels or the model's shapes do not allow.
 
     Raises:
         FormatError: names the setting, and for a group size the layer that it does not divide and sizes that work.
     """
     bits, group_size = recipe.bits, recipe.group_size
-    if recipe.format not in FORMATS:
-        raise FormatError(f"unknown format {recipe.format!r}: choose gemm (what vLLM runs) or gemv")
+    if recipe.format not in LAYOUTS:
+        raise FormatError(f"unknown format {recipe.format!r}: choose {layouts_in_words()}")
     if bits not in BITS:
-        raise FormatError(f"{bits} bits: AutoAWQ's formats hold 4-bit values only, use --bits 4")
+        raise FormatError(f"{bits} bits: the formats hold 4-bit values only, use --bits 4")
     shapes = checkpoint.linear_shapes()
 
     def fits(size: int) -> bool:

@@ -45,9 +45,9 @@ class Recipe(Settings):
 
     error: ClassVar[type[QvlError]] = FormatError
 
-    format: Annotated[str, Option("gemm (what vLLM runs) or gemv.")] = "gemm"
+    format: Annotated[str, Option("gemm or compressed-tensors (vLLM runs both), or gemv.")] = "gemm"
     group_size: Annotated[int, Option("Inputs that share a scale: 32, 64, 128, or -1 for all.")] = 128
-    bits: Annotated[int, Option("Width of a weight; AutoAWQ's formats hold 4.")] = 4
+    bits: Annotated[int, Option("Width of a weight; the formats hold 4.")] = 4
     calib: Annotated[str, Option("JSONL manifest of chats with images, or 'demo'.")] = "demo"
     #: 512 with the best effort, where no other number is given.
     samples: Annotated[

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from toolkit.checkpoint.left_out import modules_to_not_convert
+from toolkit.checkpoint.compressed import quantization_config
+from toolkit.checkpoint.layouts import LAYOUTS
+from toolkit.checkpoint.left_out import ignored, modules_to_not_convert
 from toolkit.quantize.job import Job, Made
 from toolkit.quantize.journal import Journal
 from toolkit.quantize.model_card import model_card, versions
@@ -36,17 +38,23 @@ def write_rest(journal: Journal, job: Job, made: Made, seconds: dict[str, float]
 
 def _config(job: Job, made: Made) -> dict[str, Any]:
     """Return the config.json of what was quantized with what engines read of the quantization."""
-    checkpoint, recipe = job.source.checkpoint, job.recipe
     return {
         **_in_16_bits(made.config),
-        "quantization_config": {
-            "bits": recipe.bits,
-            "group_size": recipe.group_size,
-            "modules_to_not_convert": modules_to_not_convert(job.source.left, checkpoint.num_layers, checkpoint.family),
-            "quant_method": "awq",
-            "version": recipe.format,
-            "zero_point": True,
-        },
+        "quantization_config": _quantization(job),
+    }
+
+
+def _quantization(job: Job) -> dict[str, Any]:
+    checkpoint, recipe, left = job.source.checkpoint, job.recipe, job.source.left
+    if LAYOUTS[recipe.format].method == "compressed-tensors":
+        return quantization_config(recipe.group_size, ignored(left, checkpoint.num_layers, checkpoint.family))
+    return {
+        "bits": recipe.bits,
+        "group_size": recipe.group_size,
+        "modules_to_not_convert": modules_to_not_convert(left, checkpoint.num_layers, checkpoint.family),
+        "quant_method": "awq",
+        "version": recipe.format,
+        "zero_point": True,
     }
 
 

@@ -57,8 +57,8 @@ def open_source(model: str, out: Path, recipe: Recipe, force: bool) -> Source:
     checkpoint = Checkpoint.open(resolve(model, recipe.revision))
     if checkpoint.quantization is not None:
         raise AlreadyQuantized(
-            f"{checkpoint.path} is AWQ already ({checkpoint.quantization.version}, group size "
-            f"{checkpoint.quantization.group_size}): quantize its fp16 source, or `qvl convert` it to the other format"
+            f"{checkpoint.path} is quantized already ({checkpoint.quantization.format}, group size "
+            f"{checkpoint.quantization.group_size}): quantize its fp16 source, or `qvl convert` it to another format"
         )
     refuse_broken(checkpoint)
     check_settings(checkpoint, recipe)

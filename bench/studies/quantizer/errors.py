@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from toolkit.checkpoint.checkpoint import Checkpoint
-from toolkit.formats.packing import PackedLinear, dequantize, unpack_gemm, unpack_gemv
+from toolkit.formats.linears import read_tensor
+from toolkit.formats.packing import dequantize
 from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.quantize.search.grid import round_to_grid
 
@@ -44,19 +45,11 @@ def decoder_layers(model: Qwen2VLForConditionalGeneration) -> nn.ModuleList:
 
 
 def awq_layer(layer: nn.Module, checkpoint: Checkpoint, index: int) -> nn.Module:
-    """Return a copy of a decoder layer with all its tensors from an AWQ checkpoint, weights dequantized to float32."""
-    info = checkpoint.quantization
+    """Return a copy of a decoder layer with all its tensors from a checkpoint, weights dequantized to float32."""
     prefix = checkpoint.layer_prefix(index)
     new = copy.deepcopy(layer)
     for name, parameter in new.named_parameters():
-        module = prefix + name.removesuffix(".weight")
-        if info is not None and name.endswith(".weight") and f"{module}.qweight" in checkpoint.tensors:
-            packed = PackedLinear(*(checkpoint.get(f"{module}.{part}") for part in ("qweight", "qzeros", "scales")))
-            packed = PackedLinear(*(t.to(parameter.device) for t in (packed.qweight, packed.qzeros, packed.scales)))
-            linear = unpack_gemm(packed) if info.version == "gemm" else unpack_gemv(packed, info.group_size)
-            parameter.data = dequantize(linear, torch.float32)
-        else:
-            parameter.data = checkpoint.get(prefix + name).to(parameter.device, torch.float32)
+        parameter.data = read_tensor(checkpoint, prefix + name, device=parameter.device)
     return new
 
 

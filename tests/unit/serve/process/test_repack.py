@@ -31,7 +31,7 @@ def test_gemv_is_repacked_once_and_says_so(tmp_path: Path, cache: Path, capsys: 
     said = capsys.readouterr().err
     assert "GEMV" in said and "repacking it as GEMM" in said
     assert twin.path.parent == cache / "gemm"
-    assert twin.quantization is not None and twin.quantization.version == "gemm"
+    assert twin.quantization is not None and twin.quantization.format == "gemm"
     for module in source.quantized_modules():
         before = unpack_gemv(packed(source, module), group_size=64)
         after = unpack_gemm(packed(twin, module))

@@ -51,8 +51,8 @@ def test_quantization_is_read(tmp_path: Path, version: str) -> None:
     checkpoint = Checkpoint.open(tiny.write(tmp_path / "m", version=version, group_size=32))
     info = checkpoint.quantization
     assert info is not None
-    assert (info.bits, info.group_size, info.zero_point, info.version) == (4, 32, True, version)
-    assert info.modules_to_not_convert == ("visual",)
+    assert (info.bits, info.group_size, info.zero_point, info.format) == (4, 32, True, version)
+    assert info.modules_to_not_convert == ("visual", "model.visual")
     assert sorted(checkpoint.quantized_modules()) == sorted(n for i in range(2) for n in checkpoint.linear_names(i))
 
 
@@ -75,7 +75,7 @@ def test_autoawqs_own_key_names_are_read(tmp_path: Path) -> None:
     tiny.edit_json(path / "config.json", quantization_config=quantization)
     info = Checkpoint.open(path).quantization
     assert info is not None
-    assert (info.bits, info.group_size, info.version, info.modules_to_not_convert) == (4, 64, "gemm", ())
+    assert (info.bits, info.group_size, info.format, info.modules_to_not_convert) == (4, 64, "gemm", ())
 
 
 def test_the_embedded_model_opens() -> None:
@@ -349,7 +349,7 @@ class TestBroken:
 
     def test_another_quantization_method(self, path: Path) -> None:
         tiny.edit_json(path / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-        self.expect(path, "gptq weights. Only 16-bit and AWQ", AlreadyQuantized)
+        self.expect(path, "gptq weights. Only 16-bit, AWQ and compressed-tensors", AlreadyQuantized)
 
     @pytest.mark.parametrize(
         ("change", "message"),

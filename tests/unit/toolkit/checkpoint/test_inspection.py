@@ -77,7 +77,7 @@ def test_quantization_is_described(tmp_path: Path) -> None:
     assert quantization["bits_per_weight"] == round(4 + (4 + 16) / 128, 3)  # a zero and a scale for 128 weights
     assert quantization["quantized"] == dict.fromkeys(tiny.SHAPES, tiny.LAYERS)
     assert quantization["left"] == ["vision", "embeddings", "norm", "lm_head"]
-    assert quantization["modules_to_not_convert"] == ["visual"]
+    assert quantization["modules_to_not_convert"] == ["visual", "model.visual"]
 
 
 def test_what_made_it_is_told(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from toolkit.checkpoint.left_out import Linear, describe, modules_to_not_convert, vllm_leaves
+from toolkit.checkpoint.compressed import matches
+from toolkit.checkpoint.left_out import Linear, describe, ignored, modules_to_not_convert, vllm_ignores, vllm_leaves
 from toolkit.compat import patch_torchvision
 from toolkit.errors import FormatError
 from toolkit.models.qwen2_vl import QWEN2_VL
@@ -112,6 +113,56 @@ def test_the_check_of_checkpoints_is_vllms() -> None:
                     found = vllm_leaves(f"language_model.model.layers.{layer}.{fused}", written, QWEN2_VL)
                     assert found == ((layer, parts[0]) in left)
             assert all(vllm_leaves(f"visual.{name}", written, QWEN2_VL) for name in VISION)
+
+
+def test_what_compressed_tensors_ignores_is_what_is_left() -> None:
+    for left in left_sets(28, 3):
+        entries = ignored(left, 28, QWEN2_VL)
+        for layer in range(28):
+            for fused, parts in FUSED.items():
+                assert vllm_ignores(f"language_model.model.layers.{layer}.{fused}", entries, QWEN2_VL) == (
+                    (layer, parts[0]) in left
+                )
+                for part in parts:  # transformers' names
+                    name = f"model.language_model.layers.{layer}.{part}"
+                    assert any(matches(entry, name) for entry in entries) == ((layer, part) in left)
+        assert all(vllm_ignores(f"visual.{name}", entries, QWEN2_VL) for name in VISION)
+        assert all(any(matches(entry, f"model.visual.{name}") for entry in entries) for name in VISION)
+        assert vllm_ignores("language_model.lm_head", entries, QWEN2_VL)
+        assert not vllm_ignores("language_model.lm_head", ignored(left, 28, QWEN2_VL, lm_head=True), QWEN2_VL)
+
+
+@pytest.mark.slow
+def test_the_check_of_ignore_is_that_of_the_installed_vllm() -> None:
+    patch_torchvision()
+    utils = pytest.importorskip("vllm.model_executor.layers.quantization.compressed_tensors.utils")
+    scheme = pytest.importorskip("vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors")
+    models = pytest.importorskip("vllm.model_executor.models.qwen2_vl")
+    mapper = models.Qwen2VLForConditionalGeneration.hf_to_vllm_mapper
+    packed = {fused.split(".")[1]: [p.split(".")[1] for p in parts] for fused, parts in FUSED.items() if len(parts) > 1}
+    names = [f"language_model.model.layers.{layer}.{fused}" for layer in range(28) for fused in FUSED]
+    names += [f"visual.{name}" for name in VISION] + ["language_model.lm_head"]
+    rng = random.Random(0)
+    odd = ["re:.*layers.1", "re:.*k_proj", "model.visual", "re:.*mlp", "lm_head", "re:visual", "re:.*gate_up_proj"]
+    odd += ["model.layers.3.self_attn.q_proj", "model.language_model.layers.4.mlp.down_proj"]
+    lists = [ignored(left, 28, QWEN2_VL) for left in left_sets(28, 5)]
+    lists += [rng.sample(odd, 2) for _ in range(12)] + [[entry] for entry in odd]
+    outcomes = set()
+    for entries in lists:
+        config = scheme.CompressedTensorsConfig({}, list(entries), "pack-quantized")
+        config.apply_vllm_mapper(mapper.get_rename_mapper())
+        for name in names:
+            try:
+                expected: bool | str = utils.should_ignore_layer(name, config.ignore, packed)
+            except ValueError:
+                expected = "refused"
+            try:
+                found: bool | str = vllm_ignores(name, entries, QWEN2_VL)
+            except FormatError:
+                found = "refused"
+            assert found == expected, (name, entries)
+            outcomes.add(found)
+    assert outcomes == {True, False, "refused"}
 
 
 @pytest.mark.slow

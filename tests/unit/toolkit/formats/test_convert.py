@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import torch
 
 from tests.support import tiny
 from toolkit.checkpoint.checkpoint import Checkpoint
+from toolkit.checkpoint.layouts import LAYOUTS
+from toolkit.checkpoint.problems import find_problems
 from toolkit.errors import CheckpointError, FormatError, ResourceError
 from toolkit.formats.convert import convert
-from toolkit.formats.packing import PackedLinear, dequantize, unpack_gemm, unpack_gemv
+from toolkit.formats.linears import read_quantized
+from toolkit.formats.packing import dequantize
 from toolkit.models.qwen2_vl import QWEN2_VL
 
 
@@ -38,15 +42,15 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     assert info is not None
     found = {}
     for module in checkpoint.quantized_modules():
-        packed = PackedLinear(*(checkpoint.get(f"{module}.{part}") for part in ("qweight", "qzeros", "scales")))
-        found[module] = dequantize(
-            unpack_gemm(packed) if info.version == "gemm" else unpack_gemv(packed, info.group_size)
-        )
+        found[module] = dequantize(read_quantized(checkpoint, module))
     return found
 
 
+PAIRS = list(itertools.permutations(LAYOUTS, 2))
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
-@pytest.mark.parametrize(("version", "other"), [("gemm", "gemv"), ("gemv", "gemm")])
+@pytest.mark.parametrize(("version", "other"), PAIRS)
 @pytest.mark.parametrize(("nested", "shards"), [(False, 1), (True, 3)])
 def test_round_trip(tmp_path: Path, version: str, other: str, group_size: int, nested: bool, shards: int) -> None:
     source = tiny.write(tmp_path / "src", version=version, group_size=group_size, nested=nested, shards=shards)
@@ -54,14 +58,14 @@ def test_round_trip(tmp_path: Path, version: str, other: str, group_size: int, n
     back = convert(there, tmp_path / "back", version)
     info = Checkpoint.open(there).quantization
     assert info is not None
-    assert (info.version, info.group_size) == (other, group_size)
+    assert (info.format, info.group_size) == (other, group_size)
     assert_equal(back, source)
     before, after = weights(source), weights(there)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize(("version", "other"), [("gemm", "gemv"), ("gemv", "gemm")])
+@pytest.mark.parametrize(("version", "other"), PAIRS)
 def test_linears_in_16_bits_stay(tmp_path: Path, version: str, other: str) -> None:
     left = frozenset({(0, name) for name in QWEN2_VL.linears} | {(1, "self_attn.o_proj")})
     source = tiny.write(tmp_path / "src", version=version, left=left, shards=2)
@@ -71,8 +75,7 @@ def test_linears_in_16_bits_stay(tmp_path: Path, version: str, other: str) -> No
     for index, name in left:
         weight = f"{after.layer_prefix(index)}{name}.weight"
         assert torch.equal(before.get(weight), after.get(weight))
-    assert before.quantization is not None and after.quantization is not None
-    assert after.quantization.modules_to_not_convert == before.quantization.modules_to_not_convert
+    assert find_problems(after) == find_problems(before)
     assert_equal(convert(there, tmp_path / "back", version), source)
 
 
@@ -103,15 +106,23 @@ def test_somebody_elses_model_card_stays_behind(tmp_path: Path) -> None:
     assert json.loads((there / "qvl.json").read_text())["conversions"]
 
 
-def test_a_quantized_lm_head_is_converted_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["gemv", "compressed-tensors"])
+def test_a_quantized_lm_head_is_converted_too(tmp_path: Path, other: str) -> None:
     source = tiny.write(tmp_path / "src", version="gemm")
     found = tiny.tensors(version="gemm")
     head = tiny.random_packed("gemm", tiny.HIDDEN, tiny.VOCAB, 64, torch.Generator().manual_seed(1))
     for part in ("qweight", "qzeros", "scales"):
         found[f"lm_head.{part}"] = getattr(head, part)
     tiny.write_tensors(source, found)
-    there = convert(source, tmp_path / "there", "gemv")
-    assert Checkpoint.open(there).tensors["lm_head.qweight"].shape == (tiny.VOCAB, tiny.HIDDEN // 8)
+    tiny.edit_json(source / "config.json", tie_word_embeddings=False)
+    config = json.loads((source / "config.json").read_text())
+    tiny.edit_json(source / "config.json", quantization_config={**config["quantization_config"], "lm_head": True})
+    there = convert(source, tmp_path / "there", other)
+    words = Checkpoint.open(there).tensors[f"lm_head.{LAYOUTS[other].qweight}"]
+    assert words.shape == (tiny.VOCAB, tiny.HIDDEN // 8)
+    assert find_problems(Checkpoint.open(there)) == find_problems(Checkpoint.open(source))
+    info = Checkpoint.open(there).quantization
+    assert info is not None and info.lm_head
     assert_equal(convert(there, tmp_path / "back", "gemm"), source)
 
 
@@ -127,12 +138,12 @@ class TestRefused:
 
     def test_the_layout_it_has(self, tmp_path: Path) -> None:
         source = tiny.write(tmp_path / "src", version="gemv")
-        self.expect(tmp_path, source, "gemv", "is in the gemv layout already")
+        self.expect(tmp_path, source, "gemv", "is in the gemv format already")
 
     @pytest.mark.parametrize("to", ["marlin", "GEMM", ""])
     def test_unknown_layout(self, tmp_path: Path, to: str) -> None:
         source = tiny.write(tmp_path / "src", version="gemv")
-        self.expect(tmp_path, source, to, f"unknown layout '{to}': choose gemm or gemv")
+        self.expect(tmp_path, source, to, f"unknown format '{to}': choose gemm, gemv or compressed-tensors")
 
     def test_missing_source(self, tmp_path: Path) -> None:
         self.expect(tmp_path, tmp_path / "src", "gemv", "no such directory", CheckpointError)

@@ -16,6 +16,7 @@ from tests.unit.toolkit.formats.test_convert import all_tensors, weights
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.checkpoint.engines import obstacle, padding
 from toolkit.checkpoint.inspection import inspect_checkpoint
+from toolkit.checkpoint.layouts import LAYOUTS
 from toolkit.cli import app
 from toolkit.errors import CheckpointError, FormatError
 from toolkit.formats.convert import convert
@@ -55,13 +56,16 @@ def mlp(path: Path, layer: int, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize(("version", "to"), [("gemm", None), ("gemv", None), ("gemm", "gemv"), ("gemv", "gemm")])
+@pytest.mark.parametrize(
+    ("version", "to"),
+    [(name, None) for name in LAYOUTS] + [("gemm", "gemv"), ("gemv", "gemm"), ("gemm", "compressed-tensors")],
+)
 def test_packed(tmp_path: Path, version: str, to: str | None, nested: bool) -> None:
     source = tiny.write(tmp_path / "src", version=version, nested=nested, shards=2)
     padded = convert(source, tmp_path / "out", to, pad_tp=2)
     checkpoint = Checkpoint.open(padded)
     assert checkpoint.text_config["intermediate_size"] == 256 and obstacle(checkpoint, 2) is None
-    assert checkpoint.quantization is not None and checkpoint.quantization.version == (to or version)
+    assert checkpoint.quantization is not None and checkpoint.quantization.format == (to or version)
     assert inspect_checkpoint(padded, deep=True).problems == []
     before, after = weights(source), weights(padded)
     for name, weight in before.items():
@@ -161,7 +165,7 @@ class TestRefused:
         assert not (source.parent / "out").exists()
 
     def test_nothing_to_do(self, tmp_path: Path) -> None:
-        with pytest.raises(FormatError, match=r"give --to gemm or gemv, --pad-tp"):
+        with pytest.raises(FormatError, match=r"give --to gemm, gemv or compressed-tensors, --pad-tp"):
             convert(tmp_path, tmp_path / "out")
 
     def test_it_fits_already(self, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_the_same_run_gives_the_same_bytes(tmp_path: Path, gemm: Path, source: P
 
 def test_gemv_holds_the_same_numbers(tmp_path: Path, gemm: Path, source: Path, manifest: Path) -> None:
     gemv = Checkpoint.open(quantize(str(source), tmp_path / "gemv", calib=str(manifest), format="gemv"))
-    assert gemv.quantization is not None and gemv.quantization.version == "gemv"
+    assert gemv.quantization is not None and gemv.quantization.format == "gemv"
     for name in gemv.linear_names(0):
         a, b = unpack_gemv(packed(gemv, name), 128), unpack_gemm(packed(Checkpoint.open(gemm), name))
         assert torch.equal(a.values, b.values) and torch.equal(a.zeros, b.zeros) and torch.equal(a.scales, b.scales)
@@ -293,7 +293,7 @@ def test_a_group_size_that_does_not_divide_names_the_layer(tmp_path: Path, manif
 
 
 def test_a_quantized_source_is_refused(tmp_path: Path, gemm: Path, manifest: Path) -> None:
-    with pytest.raises(AlreadyQuantized, match=r"AWQ already.*qvl convert"):
+    with pytest.raises(AlreadyQuantized, match=r"quantized already.*qvl convert"):
         quantize(str(gemm), tmp_path / "out", calib=str(manifest))
 
 
