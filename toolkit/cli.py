@@ -11,6 +11,7 @@ from bench.cli.bench import register as register_bench
 from bench.cli.compare import register as register_compare
 from bench.cli.demo import register as register_tour
 from bench.cli.judge import register as register_judge
+from bench.cli.verify import register as register_verify
 from bench.tune.cli import register as register_tune
 from serve.cli import register as register_serve
 from serve.plan.cli import register as register_plan
@@ -48,6 +49,7 @@ register_plan(app)
 register_bench(app)
 register_compare(app)
 register_judge(app)
+register_verify(app)
 register_tour(app)
 register_tune(app)
 

@@ -212,6 +212,8 @@ _CHAT: dict[str, _Check] = {
     "parallel_tool_calls": _flag,
     "reasoning_effort": _one_of(*_EFFORTS),
     "tool_choice": _tool_choice,
+    "return_token_ids": _flag,  # of one's own prompt and answer
+    "return_tokens_as_token_ids": _flag,
     "tools": _tools,
     "top_logprobs": _whole(-1, _INT32),
 }

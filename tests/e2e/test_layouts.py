@@ -7,6 +7,7 @@ Each is made of the same quantized weights as ``awq_gemm``, so answers must be e
   "default", ``modules_to_not_convert`` of "visual" alone, tokenizer settings of that release.
 - official: as the published Qwen2-VL AWQ models are laid out: shards with an index, "mrope", the chat template in
   a file of its own, and, as from the 7B on, a head of its own in 16 bits.
+- compressed-tensors: what `qvl convert` makes, for vLLM's WNA16 scheme with zero points.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from safetensors.torch import save_file
 from serve.process.lifecycle import start
 from serve.settings.config import ServerConfig
 from tests.e2e.conftest import Question, Served, free_port
-from tests.e2e.test_serve import answers, share_right, top_logprobs
+from tests.e2e.test_serve import answers, qvl, share_right, top_logprobs
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.checkpoint.inspection import inspect_checkpoint
+from toolkit.formats.convert import convert
 from toolkit.paths import demo_checkpoint
 
 pytestmark = pytest.mark.e2e
@@ -80,7 +82,13 @@ def official(quantized: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("layout", [stock_autoawq, official])
+def compressed_tensors(quantized: Path, out: Path) -> Path:
+    return convert(quantized, out, "compressed-tensors")
+
+
+@pytest.mark.supports("qwen2_vl", "gemm", "vllm", "CPU")
+@pytest.mark.supports("qwen2_vl", "compressed-tensors", "vllm", "CPU")
+@pytest.mark.parametrize("layout", [stock_autoawq, official, compressed_tensors])
 def test_the_layouts_of_others_answer_like_ours(
     layout: Any, served: Served, awq_gemm: Path, questions: list[Question], tmp_path: Path
 ) -> None:
@@ -89,6 +97,8 @@ def test_the_layouts_of_others_answer_like_ours(
     with start(str(directory), ServerConfig(port=free_port(), timeout=180)) as server:
         ours = served(awq_gemm)
         assert answers(server, questions) == answers(ours, questions)
+        wna16 = "for CompressedTensorsWNA16" in server.log.read_text(errors="replace")
+        assert wna16 == (layout is compressed_tensors)
         for question in questions[::4]:
             assert top_logprobs(server, question) == top_logprobs(ours, question)
 
@@ -98,4 +108,9 @@ def test_bfloat16_answers_as_well(model: str, questions: list[Question], request
     directory = "demo" if model == "fp16" else str(request.getfixturevalue("awq_gemm"))
     with start(directory, ServerConfig(port=free_port(), timeout=180, dtype="bfloat16")) as server:
         given = answers(server, questions)
+        if model == "fp16":  # taken for a server in float16, and found to be another
+            found = qvl("verify", directory, "--url", server.url, "--samples", "4", "--dtype", "float16", "--json")
+            assert found.returncode == 1, found
+            told = [cause for sample in json.loads(found.stdout)["samples"] for cause in sample["causes"]]
+            assert {cause["kind"] for cause in told} - {"tie"} == {"dtype"}, told
     assert share_right(questions, given) >= 0.75, list(zip([q.answers for q in questions], given, strict=True))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def test_fp16_answers_held_out_questions(served: Served, questions: list[Questio
     assert share_right(questions, given) >= 0.8, [(q.task, q.answers, a) for q, a in zip(questions, given, strict=True)]
 
 
+@pytest.mark.supports("qwen2_vl", "16 bits", "vllm", "CPU")
 def test_fp16_agrees_with_transformers_in_float32(served: Served, questions: list[Question]) -> None:
     sample = questions[::4]
     for question, expected in zip(sample, reference_logprobs(demo_checkpoint(), sample), strict=True):
@@ -94,6 +96,8 @@ def test_fp16_agrees_with_transformers_in_float32(served: Served, questions: lis
                 assert value == pytest.approx(expected[token], abs=5e-2), (question, token)
 
 
+@pytest.mark.supports("qwen2_vl", "gemm", "vllm", "CPU")
+@pytest.mark.supports("qwen2_vl", "gemv", "vllm", "CPU")
 def test_awq_answers_and_gemv_answers_the_same(
     served: Served, awq_gemm: Path, awq_gemv: Path, questions: list[Question], cache: Path
 ) -> None:
@@ -110,6 +114,38 @@ def test_awq_answers_and_gemv_answers_the_same(
     assert known is not None and Path(known.served).parent == cache / "gemm"
     assert Checkpoint.open(known.served).quantization != Checkpoint.open(awq_gemv).quantization
     assert gemv.checkpoint == awq_gemv
+
+
+@pytest.mark.supports("qwen2_vl", "16 bits", "vllm", "CPU")
+@pytest.mark.supports("qwen2_vl", "gemm", "vllm", "CPU")
+@pytest.mark.supports("qwen2_vl", "16 bits", "transformers", "CPU")
+@pytest.mark.supports("qwen2_vl", "gemm", "transformers", "CPU")
+@pytest.mark.parametrize("model", ["demo", "awq"])
+def test_verify_finds_that_transformers_answers_alike(
+    served: Served, awq_gemm: Path, model: str, tmp_path: Path
+) -> None:
+    directory = str(awq_gemm) if model == "awq" else "demo"
+    server = served(awq_gemm if model == "awq" else "demo")
+    found = qvl("verify", directory, "--url", server.url, "--samples", "4", "--json")
+    assert found.returncode == 0, found
+    told = json.loads(found.stdout)
+    assert told["same"] and told["dtype"] == "float16"
+    assert all(sample["prompts_equal"] and sample["compared"] for sample in told["samples"])
+    if model == "awq":
+        return
+    # the same server, held against a copy of the model with another template and other bounds
+    copy = tmp_path / "copy"
+    shutil.copytree(demo_checkpoint(), copy)
+    template = copy / "chat_template.json"
+    template.write_text(json.dumps({"chat_template": json.loads(template.read_text())["chat_template"] + "Well: "}))
+    settings = json.loads((copy / "preprocessor_config.json").read_text())
+    for key in ("size", "min_pixels", "max_pixels"):
+        settings.pop(key, None)
+    (copy / "preprocessor_config.json").write_text(json.dumps({**settings, "min_pixels": 784, "max_pixels": 3136}))
+    found = qvl("verify", str(copy), "--url", server.url, "--samples", "2", "--json")
+    assert found.returncode == 1, found
+    causes = {cause["kind"] for sample in json.loads(found.stdout)["samples"] for cause in sample["causes"]}
+    assert causes == {"image size", "chat template"}
 
 
 def test_ask_streams_the_answer(served: Served, questions: list[Question]) -> None:
