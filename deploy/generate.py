@@ -282,11 +282,18 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ((f"increase(qvl_probe_failures_total{{{_WHERE}}}[5m])", "{{instance}}"),),
         ),
         Panel(
-            "Memory of the API server",
-            "Resident bytes of the process that answers HTTP.",
-            ((f"process_resident_memory_bytes{{{_WHERE}}}", "{{instance}}"),),
+            "Memory of the host",
+            "What the server's processes hold for themselves, by kind. A slope over hours is a leak.",
+            ((f"qvl_host_memory_bytes{{{_WHERE}}}", "{{process}} {{instance}}"),),
             unit="bytes",
-            width=24,
+            width=12,
+        ),
+        Panel(
+            "Memory of the GPUs",
+            "In use, by this server or (of card) by all on the card. Flat after the start.",
+            ((f"qvl_gpu_memory_bytes{{{_WHERE}}}", "{{gpu}} of {{of}} {{instance}}"),),
+            unit="bytes",
+            width=12,
         ),
     ),
     "AWQ beside fp16": (

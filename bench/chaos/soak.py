@@ -73,6 +73,8 @@ class Report:
     memory_end: float = 0.0
     #: (seconds since the start, bytes)
     memory: list[tuple[float, int]] = field(default_factory=list)
+    #: The server's own account of its memory, by title ("host, api", "GPU 0, server"): after warm-up, at the end.
+    counted_memory: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def growth(self) -> float:
@@ -98,6 +100,9 @@ class Report:
         found += [f"{name} is {value:g} at the end" for name, value in self.in_flight.items() if value]
         if self.growth > allowed_growth:
             found.append(f"memory grew by {self.growth:.1%}")
+        for title, (warm, end) in self.counted_memory.items():
+            if title.startswith("GPU") and warm and end / warm - 1 > allowed_growth:
+                found.append(f"{title}: grew by {end / warm - 1:.1%}")
         return found
 
 
@@ -122,6 +127,7 @@ class _Soak:
         self.refusals: list[float] = []
         self.hostile = [entry for entry in catalogue(model) if key or entry.reason != "key"]
         self.bodies: dict[str, bytes] = {}
+        self.counted: dict[str, list[tuple[float, int]]] = {}
         self.client = httpx.AsyncClient(base_url=self.url, timeout=120, trust_env=False)
         self.end = 0.0
 
@@ -133,10 +139,12 @@ class _Soak:
             began = time.monotonic()
             self.end = began + report.minutes * 60
             watch = asyncio.create_task(self._watch(pid, began))
+            count = asyncio.create_task(self._count_memory(began))
             await asyncio.gather(*(self._worker() for _ in range(report.workers)))
-            watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watch
+            for task in (watch, count):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
             after = await self._quiet()
         report.sent, report.seen_status, report.seen_reason = dict(self.sent), dict(self.status), dict(self.reason)
         # /metrics is asked here, /ready by a supervisor every 5 s; neither is among what is sent.
@@ -275,18 +283,46 @@ class _Soak:
     async def _watch(self, pid: int | None, began: float) -> None:
         if pid is None:
             return
-        every = min(10.0, max(1.0, self.report.minutes * 60 / 100))
         while True:
             self.report.memory.append((round(time.monotonic() - began, 1), await asyncio.to_thread(_group_memory, pid)))
-            await asyncio.sleep(every)
+            await asyncio.sleep(self._every())
+
+    async def _count_memory(self, began: float) -> None:
+        """Ask the server for its own account again and again; a server without one is asked in vain."""
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                at = round(time.monotonic() - began, 1)
+                for (name, text), size in (await self._metrics()).items():
+                    if (title := _memory_title(name, dict(_LABEL.findall(text)))) is not None:
+                        self.counted.setdefault(title, []).append((at, round(size)))
+            await asyncio.sleep(self._every())
+
+    def _every(self) -> float:
+        """Return the seconds between two looks at memory."""
+        return min(10.0, max(0.2, self.report.minutes * 60 / 100))
 
     def _memory(self) -> None:
+        own = self._ends(self.report.memory)
+        if own is not None:
+            self.report.memory_warm, self.report.memory_end = own
+        self.report.counted_memory = {
+            title: found for title, seen in self.counted.items() if (found := self._ends(seen))
+        }
+
+    def _ends(self, seen: list[tuple[float, int]]) -> tuple[float, float] | None:
+        """Return the medians after warm-up and at the end; None where there is nothing to take them of."""
         length = self.report.minutes * 60
         warm, window = length * _WARM_UP, length * _WINDOW
-        first = [size for at, size in self.report.memory if warm <= at <= warm + window]
-        last = [size for at, size in self.report.memory if at >= length - window]
-        if first and last:
-            self.report.memory_warm, self.report.memory_end = statistics.median(first), statistics.median(last)
+        first = [size for at, size in seen if warm <= at <= warm + window]
+        last = [size for at, size in seen if at >= length - window]
+        return (statistics.median(first), statistics.median(last)) if first and last else None
+
+
+def _memory_title(name: str, labels: dict[str, str]) -> str | None:
+    """Return what the report calls a sample of the server's own account; None for any other."""
+    if name == "qvl_host_memory_bytes":
+        return f"host, {labels['process']}"
+    return f"GPU {labels['gpu']}, {labels['of']}" if name == "qvl_gpu_memory_bytes" else None
 
 
 def _group_memory(pid: int) -> int:
@@ -321,6 +357,10 @@ def _text(report: Report) -> str:
     lines += [
         f"| memory after warm-up, at the end | {report.memory_warm / gib:.3f} GiB, {report.memory_end / gib:.3f} GiB"
         f" ({report.growth:+.1%}) |"
+    ]
+    lines += [
+        f"| as the server counts: {title} | {warm / gib:.3f} GiB, {end / gib:.3f} GiB |"
+        for title, (warm, end) in sorted(report.counted_memory.items())
     ]
     for title, seen, counted in (
         ("status", report.seen_status, report.counted_status),

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from prometheus_client import REGISTRY, Counter, Gauge
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.app.memory import register as register_memory
 from serve.app.probe import Probe, Unfit
 from serve.http.errors import error_body, error_response
 from serve.http.logs import line, write
@@ -60,6 +61,7 @@ class Ready(Middleware):
         self._watching: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._probe = Probe(app, self.settings.model)
+        register_memory()
         _RESTARTS.set(self.settings.restarts)
         _READY.set(0)
         _DRAINING.set(0)

@@ -22,9 +22,9 @@ DEPLOY = ROOT / "deploy"
 #: tests/e2e/test_deploy.py holds this list against a real server.
 AT_REST = frozenset(
     {
-        "process_resident_memory_bytes",
         "process_start_time_seconds",
         "qvl_draining",
+        "qvl_host_memory_bytes",
         "qvl_in_flight",
         "qvl_probe_failures_total",
         "qvl_probe_seconds_bucket",
@@ -49,6 +49,8 @@ AT_REST = frozenset(
 )
 #: Those that appear with the first request, and the first refusal.
 UNDER_LOAD = frozenset({"qvl_key_requests_total", "qvl_key_tokens_total", "qvl_requests_total", "qvl_refusals_total"})
+#: Those of a server on a GPU.
+ON_GPU = frozenset({"qvl_gpu_memory_bytes"})
 #: Those that Prometheus itself makes.
 OF_PROMETHEUS = frozenset({"up", "ALERTS"})
 

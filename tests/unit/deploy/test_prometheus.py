@@ -14,6 +14,7 @@ from tests.unit.deploy.conftest import (
     AT_REST,
     DEPLOY,
     OF_PROMETHEUS,
+    ON_GPU,
     ROOT,
     UNDER_LOAD,
     alert_rules,
@@ -80,7 +81,7 @@ def test_the_runbook_has_no_section_for_an_alert_that_is_gone() -> None:
 @pytest.mark.parametrize("query", [*panel_queries(), *(rule["expr"] for rule in alert_rules()), *scaling_queries()])
 def test_queries_read_metrics_that_exist(query: str) -> None:
     names = metrics(query)
-    assert names and names <= AT_REST | UNDER_LOAD | OF_PROMETHEUS
+    assert names and names <= AT_REST | UNDER_LOAD | ON_GPU | OF_PROMETHEUS
 
 
 def test_a_query_that_does_not_parse_is_noticed() -> None:

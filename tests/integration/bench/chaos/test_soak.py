@@ -14,7 +14,8 @@ import uvicorn
 from prometheus_client import generate_latest
 
 from bench.chaos.settings import SoakSettings
-from bench.chaos.soak import Report, _difference, soak
+from bench.chaos.soak import Report, _difference, _Soak, soak
+from serve.app.memory import register as register_memory
 from serve.app.requestlog import RequestLog
 from serve.guard.app import Guard
 from serve.settings.limits import Limits
@@ -51,6 +52,7 @@ def test_a_sound_soak_has_no_problems() -> None:
         ("seen_status", {"200": 9, "400": 2, "401": 1}, "9 good answers"),
         ("in_flight", {"vllm:num_requests_running": 1.0}, "num_requests_running"),
         ("memory_end", 106.0, "memory grew by 6.0%"),
+        ("counted_memory", {"host, api": (1.0, 2.0), "GPU 0, server": (100.0, 107.0)}, "GPU 0, server: grew by 7.0%"),
     ],
 )
 def test_what_does_not_add_up_is_said(field: str, value: object, said: str) -> None:
@@ -105,6 +107,7 @@ async def engine(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
+    register_memory()
     app = RequestLog(Guard(engine, Limits(api_key=KEY)))  # type: ignore[arg-type]
     config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off")
     server = uvicorn.Server(config)
@@ -119,10 +122,23 @@ def url() -> Iterator[str]:
 
 @pytest.mark.slow
 def test_the_accounts_of_a_guarded_server_add_up(url: str) -> None:
-    report = asyncio.run(soak(url, SETTINGS.replaced(minutes=0.1, pid=os.getpgrp())))
+    settings = SETTINGS.replaced(minutes=0.1, pid=os.getpgrp())
+    running = _Soak(url, settings)
+    report = asyncio.run(running.run(settings.pid))
     assert report.sent["good"] and report.sent["hostile"]
     assert report.memory
+    assert all(size > 2**20 for _, size in running.counted["host, api"])  # as the server's own gauges say
     assert report.problems(allowed_growth=1.0) == []
+
+
+def test_memory_is_compared_after_warm_up_and_at_the_end() -> None:
+    running = _Soak("http://127.0.0.1:9", SETTINGS.replaced(minutes=1))
+    seen = [(float(second), 100 + second) for second in range(60)]
+    running.report.memory = seen
+    running.counted = {"host, api": seen, "GPU 0, card": seen[:5]}
+    running._memory()
+    assert (running.report.memory_warm, running.report.memory_end) == (115, 156.5)  # of 12 to 18 s, and from 54 s on
+    assert running.report.counted_memory == {"host, api": (115, 156.5)}  # the other was not there long enough
 
 
 @pytest.mark.slow
