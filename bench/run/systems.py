@@ -63,6 +63,7 @@ class SystemInfo(BaseModel):
     model: str
     url: str
     server_version: str | None = None
+    model_type: str | None = Field(default=None, description="of its config.json: which family it is of")
     quantization: str | None = None
     kernel: str | None = Field(default=None, description="of its quantized linear layers, as the engine's log says")
     disk_bytes: int | None = None
@@ -122,6 +123,7 @@ def info(system: System, config: BenchConfig, server: Server | Here | None, foun
         model=end.model,
         url=public_url(end.url) if given else end.url,
         server_version=end.version,
+        model_type=resources.model_type(server.checkpoint),
         quantization=resources.quantization(server.checkpoint),
         kernel=resources.kernel(log),
         disk_bytes=disk.total,

@@ -154,6 +154,16 @@ def step_profile(
     run(model, settings)
 
 
+@app.command("support")
+def support(
+    out: Annotated[Path | None, typer.Option(help="File to write; default docs/support.md.")] = None,
+) -> None:
+    """Write what runs where: family x format x engine x card, from tests and results."""
+    from bench.studies.support import run
+
+    run(out)
+
+
 @app.command("timed-server")
 @settings_as_options
 def timed_server(settings: TimedServerSettings) -> None:

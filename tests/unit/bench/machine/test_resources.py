@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.machine import resources
+from toolkit.checkpoint.compressed import quantization_config
 
 
 def test_disk_counts_files_behind_links(tmp_path: Path) -> None:
@@ -30,6 +31,8 @@ def test_disk_counts_files_behind_links(tmp_path: Path) -> None:
             {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemv"}},
             "awq 4 bits, group 64, gemv",
         ),
+        ({"quantization_config": quantization_config(128, [])}, "compressed-tensors 4 bits, group 128"),
+        ({"quantization_config": quantization_config(-1, [])}, "compressed-tensors 4 bits"),
         ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
         ({}, "unknown"),
         (None, "unknown"),
@@ -39,6 +42,12 @@ def test_how_weights_are_stored_is_said(tmp_path: Path, config: dict[str, object
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
     assert resources.quantization(tmp_path) == words
+
+
+@pytest.mark.parametrize(("text", "kind"), [('{"model_type": "qwen2_vl"}', "qwen2_vl"), ("{}", None), ("[", None)])
+def test_which_family_a_checkpoint_is_of_is_said(tmp_path: Path, text: str, kind: str | None) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert resources.model_type(tmp_path) == kind
 
 
 def test_memory_of_a_process_tree_counts_children_and_not_shared_pages_twice() -> None:
