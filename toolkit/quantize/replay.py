@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from toolkit.formats.packing import PackedLinear, dequantize, unpack_gemm, unpack_gemv
+from toolkit.checkpoint.layouts import LAYOUTS
+from toolkit.formats.packing import PackedLinear, dequantize, unpack_as
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.checkpoint import Checkpoint
@@ -31,18 +32,15 @@ def written_layer(layer: nn.Module, checkpoint: Checkpoint, recipe: Recipe, inde
     """
     from safetensors import safe_open
 
-    prefix, found = checkpoint.layer_prefix(index), copy.deepcopy(layer)
+    prefix, found, layout = checkpoint.layer_prefix(index), copy.deepcopy(layer), LAYOUTS[recipe.format]
     with safe_open(file, framework="pt") as tensors:
         names = set(tensors.keys())
         for name, value in found.state_dict().items():
             module = prefix + name.removesuffix(".weight")
-            if f"{module}.qweight" not in names:
+            if f"{module}.{layout.qweight}" not in names:
                 value.copy_(tensors.get_tensor(prefix + name))
                 continue
-            parts = (
-                tensors.get_tensor(f"{module}.{part}").to(value.device) for part in ("qweight", "qzeros", "scales")
-            )
-            packed = PackedLinear(*parts)
-            unpacked = unpack_gemm(packed) if recipe.format == "gemm" else unpack_gemv(packed, recipe.group_size)
+            parts = (tensors.get_tensor(f"{module}.{part}").to(value.device) for part in layout.packed)
+            unpacked = unpack_as(recipe.format, PackedLinear(*parts), recipe.group_size)
             value.copy_(dequantize(unpacked, torch.float32))
     return found

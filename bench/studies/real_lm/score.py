@@ -11,7 +11,8 @@ import torch
 
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ManifestError
-from toolkit.formats.packing import PackedLinear, dequantize, unpack_gemm, unpack_gemv
+from toolkit.formats.linears import read_tensor
+from toolkit.formats.packing import dequantize
 from toolkit.quantize.search.grid import round_to_grid
 
 if TYPE_CHECKING:
@@ -124,14 +125,11 @@ def _weights(checkpoint: Checkpoint, index: int, device: torch.device) -> Iterat
     """Yield a decoder layer's tensors by local name, dequantized in float32."""
     prefix, info = checkpoint.layer_prefix(index), checkpoint.quantization
     for name in checkpoint.tensors:
-        if not name.startswith(prefix) or name.endswith((".qzeros", ".scales")):
+        module, _, part = name.rpartition(".")
+        if not name.startswith(prefix):
             continue
-        if not name.endswith(".qweight") or info is None:
+        if info is None or part == "bias" or not checkpoint.is_packed(module):
             yield name.removeprefix(prefix), checkpoint.get(name).to(device)
-            continue
-        module = name.removesuffix(".qweight")
-        packed = PackedLinear(
-            *(checkpoint.get(f"{module}.{part}").to(device) for part in ("qweight", "qzeros", "scales"))
-        )
-        unpacked = unpack_gemm(packed) if info.version == "gemm" else unpack_gemv(packed, info.group_size)
-        yield f"{module.removeprefix(prefix)}.weight", dequantize(unpacked, torch.float32)
+        elif part == info.layout.qweight:
+            weight = f"{module}.weight"
+            yield weight.removeprefix(prefix), read_tensor(checkpoint, weight, device=device)

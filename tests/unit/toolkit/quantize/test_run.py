@@ -18,9 +18,12 @@ from tests.support import rounded
 from tests.support.short import calibration, short_demo
 from tests.support.tiny import files
 from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
+from toolkit.checkpoint.problems import find_problems
 from toolkit.compat import patch_torchvision
 from toolkit.errors import AlreadyQuantized, CheckpointError, FormatError, ManifestError, ResourceError
-from toolkit.formats.packing import PackedLinear, dequantize, unpack_gemm, unpack_gemv
+from toolkit.formats.convert import convert
+from toolkit.formats.linears import read_quantized
+from toolkit.formats.packing import PackedLinear, dequantize, unpack_gemm
 from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.quantize import quantize, run
 
@@ -115,12 +118,17 @@ def test_the_same_run_gives_the_same_bytes(tmp_path: Path, gemm: Path, source: P
     assert ours.keys() == theirs.keys() and {name for name in ours if ours[name] != theirs[name]} <= measured
 
 
-def test_gemv_holds_the_same_numbers(tmp_path: Path, gemm: Path, source: Path, manifest: Path) -> None:
-    gemv = Checkpoint.open(quantize(str(source), tmp_path / "gemv", calib=str(manifest), format="gemv"))
-    assert gemv.quantization is not None and gemv.quantization.format == "gemv"
-    for name in gemv.linear_names(0):
-        a, b = unpack_gemv(packed(gemv, name), 128), unpack_gemm(packed(Checkpoint.open(gemm), name))
+@pytest.mark.parametrize("form", ["gemv", "compressed-tensors"])
+def test_other_formats_hold_the_same_numbers(
+    tmp_path: Path, gemm: Path, source: Path, manifest: Path, form: str
+) -> None:
+    other = Checkpoint.open(quantize(str(source), tmp_path / "other", calib=str(manifest), format=form))
+    assert other.quantization is not None and other.quantization.format == form
+    for name in other.linear_names(0):
+        a, b = read_quantized(other, name), unpack_gemm(packed(Checkpoint.open(gemm), name))
         assert torch.equal(a.values, b.values) and torch.equal(a.zeros, b.zeros) and torch.equal(a.scales, b.scales)
+    converted = Checkpoint.open(convert(gemm, tmp_path / "converted", form))
+    assert other.config == converted.config and find_problems(other) == find_problems(converted)
 
 
 def test_names_and_config_of_transformers_5_are_kept(tmp_path: Path, gemm: Path, source: Path, manifest: Path) -> None:
