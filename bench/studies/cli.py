@@ -15,6 +15,7 @@ from bench.studies.settings import (
     ColdStartSettings,
     FalseClaimsSettings,
     FaultSettings,
+    FormatsSettings,
     GuardCostSettings,
     KernelSettings,
     RealLmSettings,
@@ -81,6 +82,15 @@ def faulty_checkpoints(
     from bench.studies.faulty_checkpoints import run
 
     run(fault, awq, out, settings)
+
+
+@app.command("formats")
+@settings_as_options
+def formats(settings: FormatsSettings) -> None:
+    """Does one set of 4-bit weights answer alike as GEMM and as compressed-tensors, by each kernel?"""
+    from bench.studies.formats import run
+
+    run(settings)
 
 
 @app.command("gpu-figures")

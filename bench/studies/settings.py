@@ -15,6 +15,7 @@ __all__ = [
     "ColdStartSettings",
     "FalseClaimsSettings",
     "FaultSettings",
+    "FormatsSettings",
     "GuardCostSettings",
     "KernelSettings",
     "RealLmSettings",
@@ -64,6 +65,17 @@ class CardSettings(Settings):
     profiles: Annotated[Path | None, Option("Directory of profiles (where `qvl serve` looks for yours).")] = None
     port: Annotated[int, Option("Of the first server.")] = 18000
     minutes: Annotated[float, Option("Begin no report after so long.")] = 1e6
+
+
+class FormatsSettings(Settings):
+    """Of `bench.studies.formats`."""
+
+    out: Annotated[Path, Option("Directory for report.json.")]
+    model: Annotated[Path | None, Option("A GEMM checkpoint; default the embedded model, quantized.")] = None
+    kernels: Annotated[str, Option("On a GPU: vLLM's kernels to compare with, with commas.")] = "marlin,machete,humming"
+    images: Annotated[Path | None, Option("JSONL manifest or directory of images; default drawn ones.")] = None
+    samples: Annotated[int, Option("Chats.", least=1)] = 16
+    tokens: Annotated[int, Option("Of each answer, at most.", least=1)] = 16
 
 
 class ColdStartSettings(Settings):

@@ -78,7 +78,7 @@ class Claim:
     place: Place
     #: "measured" or "tested".
     kind: str
-    #: A test's file and name, or a report's directory, from the root.
+    #: A test's file and name, or a report's file, from the root.
     source: str
 
 
@@ -126,7 +126,8 @@ def reports(results: Path) -> Iterator[Claim]:
             continue  # another study's
         gpus = environment.get("gpus") or []
         card = _card(str(gpus[0])) if gpus else CPU
-        source = str(file.parent.relative_to(results.parent.parent))
+        page = file.with_suffix(".md")
+        source = str((page if page.exists() else file).relative_to(results.parent.parent))
         for system in found["systems"].values():
             family, form = _family(system), _format(str(system.get("quantization")))
             if family is not None and form is not None:
@@ -236,7 +237,7 @@ def _cell(place: Place, found: Iterable[Claim], verdicts: dict[str, Engine], not
 def _sources(kind: str, found: list[str]) -> str:
     if kind == "measured":
         where = {each: each.removeprefix("docs/") for each in found}
-        return ", ".join(f"[{Path(each).name}]({path}/report.md)" for each, path in where.items())
+        return ", ".join(f"[{Path(each).parent.name}]({path})" for each, path in where.items())
     return ", ".join(f"`{each}`" for each in dict.fromkeys(found))
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from bench.verify.compare import Images, Sample
-from bench.verify.run import Verified
 from toolkit.tables import table
+
+if TYPE_CHECKING:
+    from bench.verify.run import Verified
 
 __all__ = ["render"]
 

@@ -52,7 +52,7 @@ def test_a_cell_says_the_strongest_that_is_known(tmp_path: Path) -> None:
     cpu, h100, other, transformers, autoawq = row(page, "gemm")
     assert cpu.startswith("tested") and h100.startswith("measured") and other.startswith("computed")
     assert transformers == "-" and autoawq.startswith("computed")
-    assert "`tests/test_it.py::test_it`" in page and "[one](results/one/report.md)" in page
+    assert "`tests/test_it.py::test_it`" in page and "[one](results/one/report.json)" in page
     assert row(page, "16 bits")[:3] == ["computed", h100, "computed"]
     assert row(page, "compressed-tensors")[4].startswith("no")
     assert all(cell.startswith(("computed", "-", "no")) for cell in row(page, "gemv"))
