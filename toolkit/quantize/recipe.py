@@ -67,8 +67,10 @@ class Recipe(Settings):
         Option("fast, or best: layers behind quantized ones, values gone over again; slower.", panel=_SEARCH),
     ] = "fast"
     scaling: Annotated[
-        Literal["plain", "duo"],
-        Option("AutoAWQ's grid: plain (activations) or duo (activations over weights).", panel=_SEARCH),
+        Literal["plain", "duo", "none"],
+        Option(
+            "AutoAWQ's grid: plain (activations) or duo (activations over weights). With moments: none.", panel=_SEARCH
+        ),
     ] = "plain"
     clip: Annotated[bool, Option("Search for clipped ranges too.", panel=_SEARCH)] = True
     #: Never None in a recipe that is made: what goes with the search stands in for it.
@@ -98,9 +100,9 @@ class Recipe(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _samples_of_the_effort(cls, given: Any) -> Any:
+    def _of_the_effort(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("effort") == "best":
-            return {"samples": _SAMPLES["best"], **given}
+            return {"samples": _SAMPLES["best"], "scaling": "none", **given}
         return given
 
     @field_validator("search", "effort", "scaling", "rounding", "balance", mode="before")
@@ -140,17 +142,24 @@ class Recipe(Settings):
                 "leave --search and --rounding out, or use --effort fast"
             )
         # What was given and would be ignored is refused: qvl.json would record it. Defaults are nobody's wish.
-        if "scaling" in self.model_fields_set and self.search != "autoawq":
-            raise FormatError(
-                f"--scaling {self.scaling} is of AutoAWQ's search, and --search {self.search} tries both scalings: "
-                "leave --scaling out, or add --search autoawq"
-            )
+        self._check_scaling()
         if "budget" in self.model_fields_set and self.from_report is None:
             raise FormatError(
                 f"--budget {self.budget:g} is for the layers that a report says to leave in 16 bits: "
                 "add --from-report, or leave --budget out"
             )
         return self
+
+    def _check_scaling(self) -> None:
+        if self.search == "autoawq" and self.scaling == "none":
+            raise FormatError("--scaling none is of --search moments: AutoAWQ's search is one for scales")
+        if "scaling" not in self.model_fields_set or self.search == "autoawq" or self.scaling == "none":
+            return
+        does = "searches for no scales" if self.effort == "best" else "tries both scalings"
+        raise FormatError(
+            f"--scaling {self.scaling} is of AutoAWQ's search, and --search {self.search} {does}: "
+            "leave --scaling out, or add --search autoawq"
+        )
 
     def recorded(self) -> dict[str, Any]:
         """Return the recipe as it stands in qvl.json and in a resumed run's identity."""

@@ -159,7 +159,7 @@ def _search(
     from toolkit.quantize.replay import written_layer
     from toolkit.quantize.search.strategy import LayerTask
 
-    paired = _paired(share, stream)
+    paired = _paired(checkpoint, share, stream)
     quantizer = _quantizer(checkpoint, share, stream, paired)
     if stream.device.type == "cuda":
         torch.cuda.empty_cache()  # what the vision tower took
@@ -183,11 +183,14 @@ def _search(
         layers.close()
 
 
-def _paired(share: Share, stream: LayerStream) -> PairedStream | None:
+def _paired(checkpoint: Checkpoint, share: Share, stream: LayerStream) -> PairedStream | None:
     """Return the samples on their second way, through quantized layers, where the recipe's effort asks for it."""
+    from toolkit.quantize.search.chained import RESIDUAL, residuals_of
     from toolkit.quantize.stream.paired import PairedStream
 
-    return PairedStream(stream) if share.recipe.effort == "best" else None
+    if share.recipe.effort != "best":
+        return None
+    return PairedStream(stream, residuals_of(checkpoint.family) if RESIDUAL else {})
 
 
 def _quantizer(
@@ -199,7 +202,13 @@ def _quantizer(
     recipe = share.recipe
     norm = in_16_bits(checkpoint.get(f"{checkpoint.layer_prefix(0)}{next(iter(checkpoint.family.norms))}.weight"))
     settings = SearchSettings(
-        checkpoint.family, recipe.group_size, recipe.bits, norm.dtype, recipe.clip, recipe.rounding or "nearest"
+        checkpoint.family,
+        recipe.group_size,
+        recipe.bits,
+        norm.dtype,
+        recipe.clip,
+        recipe.rounding or "nearest",
+        recipe.scaling != "none",
     )
     if paired is not None:
         from toolkit.quantize.search.chained import ChainedSearch

@@ -14,7 +14,7 @@ import torch
 from bench.studies.real_lm.page import write_page
 from bench.studies.real_lm.score import Pair, cut
 from bench.studies.real_lm.texts import read_held, write_texts
-from bench.studies.real_lm.ways import NEAREST, recipe_of
+from bench.studies.real_lm.ways import NEAREST, changed, recipe_of
 from bench.studies.settings import RealLmSettings
 from toolkit.console import note
 from toolkit.errors import QvlError
@@ -96,7 +96,8 @@ def _one(pair: Pair, way: str, seed: int, settings: RealLmSettings) -> dict[str,
     out = settings.out / "checkpoint"
     calib = str(settings.calib or settings.out / "calib.jsonl")
     began = time.monotonic()
-    quantize(str(settings.model), out, calib=calib, seed=seed, force=True, restart=True, **recipe)
+    with changed(way):
+        quantize(str(settings.model), out, calib=calib, seed=seed, force=True, restart=True, **recipe)
     seconds = time.monotonic() - began
     pair.take(out)
     ran, manifest = (json.loads((out / name).read_bytes()) for name in ("qvl-run.json", "qvl.json"))

@@ -1,13 +1,19 @@
-"""Ways of quantizing by name: ``best+g64+noclip`` is the best effort with groups of 64 and without clips."""
+"""Ways of quantizing by name: ``best+g64+noclip`` is the best effort with groups of 64 and without clips.
+
+What ``best`` is made of can be changed, a piece at a time, as no option of `qvl quantize` does: ``best+nodescent``.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 from toolkit.errors import FormatError
 
-__all__ = ["NEAREST", "recipe_of"]
+__all__ = ["NEAREST", "changed", "recipe_of"]
 
 #: Rounds to nearest: no run, no samples.
 NEAREST = "rtn"
@@ -18,7 +24,15 @@ _BASES: dict[str, dict[str, Any]] = {
     "fast": {},
     "best": {"effort": "best"},
 }
-_CHANGES = {"noclip": {"clip": False}}
+_CHANGES = {"noclip": {"clip": False}, "noscale": {"scaling": "none"}}
+#: What is put in place of names in `toolkit.quantize.search.chained`.
+_PIECES: dict[str, dict[str, Any]] = {
+    "residual": {"RESIDUAL": True},
+    "noasymmetry": {"asymmetric_target": lambda weight, moments, factor: weight},
+    "nodescent": {"_ROUNDS": 0, "_SWEEPS": 0},
+    "norefit": {"_ROUNDS": 0, "_SWEEPS": 6},
+    "moredescent": {"_ROUNDS": 5, "_SWEEPS": 3},
+}
 _NUMBERS = {"g": "group_size", "n": "samples"}
 
 
@@ -30,13 +44,26 @@ def recipe_of(way: str) -> dict[str, Any]:
     """
     base, *changes = way.split("+")
     found = dict(_BASES.get(base, {}))
+    if base == "best":
+        changes = [change for change in changes if change not in _PIECES]
     for change in changes:
         number = re.fullmatch(r"([gn])(\d+)", change)
-        found |= {_NUMBERS[number[1]]: int(number[2])} if number else _CHANGES.get(change, {})
+        found.update({_NUMBERS[number[1]]: int(number[2])} if number else _CHANGES.get(change, {}))
         if not number and change not in _CHANGES:
             base = ""
     if base not in _BASES:
         raise FormatError(
-            f"unknown way {way!r}: {', '.join(_BASES)}, and behind a plus {', '.join(_CHANGES)}, gSIZE, nSAMPLES"
+            f"unknown way {way!r}: {', '.join(_BASES)}, and behind a plus {', '.join(_CHANGES)}, gSIZE, nSAMPLES; "
+            f"behind best {', '.join(_PIECES)} too"
         )
     return found
+
+
+@contextlib.contextmanager
+def changed(way: str) -> Iterator[None]:
+    """Change, in the block, what the best effort is made of as the way's name says."""
+    with contextlib.ExitStack() as stack:
+        for change in way.split("+")[1:]:
+            for name, value in _PIECES.get(change, {}).items():
+                stack.enter_context(mock.patch(f"toolkit.quantize.search.chained.{name}", value))
+        yield

@@ -25,7 +25,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -40,27 +40,50 @@ from toolkit.quantize.search.scales import stacked
 from toolkit.quantize.search.sensitivity import token_weights
 from toolkit.quantize.search.strategy import LayerTask, Searched, SearchSettings, linear
 from toolkit.quantize.stream.paired import PairedStream
+from toolkit.quantize.stream.states import Inputs
 
-__all__ = ["ChainedSearch", "asymmetric_target"]
+if TYPE_CHECKING:
+    from toolkit.models.family import Family
+
+__all__ = ["RESIDUAL", "ChainedSearch", "asymmetric_target", "residuals_of"]
 
 Result = TypeVar("Result")
 #: How a layer's tensor stands in the file, by layer and local name: float32 again.
 Written = Callable[[int, str, torch.Tensor], torch.Tensor]
 
+#: Whether units that end a branch make up for what the hidden states have lost too.
+RESIDUAL = False
 #: How often scales are refitted, and sweeps before each time and at the end.
 _ROUNDS, _SWEEPS = 2, 2
 
 
+def residuals_of(family: Family) -> dict[str, str]:
+    """Return, by the units whose outputs are added to the hidden states, the norm that is given those states.
+
+    A unit behind a linear ends a branch that began with the norm before it.
+    """
+    found, norm = {}, ""
+    for unit in family.units:
+        if unit.before in family.norms:
+            norm = unit.before
+        else:
+            found[unit.name] = norm
+    return found
+
+
 @torch.no_grad()
-def asymmetric_target(weight: torch.Tensor, drift: torch.Tensor, factor: Factor) -> torch.Tensor:
-    """Return W + W D H^-1: what comes closest to the source's output on inputs behind quantized layers.
+def asymmetric_target(weight: torch.Tensor, moments: PairedMoments, factor: Factor) -> torch.Tensor:
+    """Return W + (W D + R) H^-1: what comes closest to the source's output on inputs behind quantized layers.
 
     Args:
         weight: W, [N, K] float32.
-        drift: D, [K, K]: see :class:`toolkit.quantize.search.gram.PairedMoments`.
+        moments: of its inputs, with their drift D and R, what is lacking of what the outputs are added to.
         factor: of H, damped: L_ik / L_kk above the diagonal, and L_kk.
     """
-    moved = (weight @ drift).t()[factor.order]
+    moved = weight @ moments.drift
+    if len(moments.lack):
+        moved += moments.lack
+    moved = moved.t()[factor.order]
     # H = U^T P^2 U with U the feedback, unit upper triangular, and P the pivots
     moved = torch.linalg.solve_triangular(factor.feedback.mT, moved, upper=False, unitriangular=True)
     moved.div_(factor.pivots.square().unsqueeze(1))
@@ -113,7 +136,7 @@ class ChainedSearch:
         weights = {name: linear(task.layer, name).weight.data for name in names}
         weight = stacked(weights, names)
         moments = self._persist(partial(self._moments, unit, task, quantized))
-        held = task.held.inputs[unit], self.paired.held_inputs(quantized, unit)
+        held = self.paired.compare_held(task.layer, task.held.states, quantized, unit)
         task.clock("forward")
         rounding = _UnitRounding(weight, [len(weights[name]) for name in names], moments, held, self.settings)
         for name, (part, choice) in zip(names, self._persist(rounding.run), strict=True):
@@ -126,12 +149,13 @@ class ChainedSearch:
     def _moments(self, unit: str, task: LayerTask, quantized: nn.Module) -> PairedMoments:
         """Return the moments of a unit's input on both ways, from one pass to it."""
         stream = self.paired.source
-        name = self.settings.family.fused[unit][0]
-        moments = PairedMoments(linear(task.layer, name).in_features, stream.device, narrow=stream.narrow)
+        first = linear(task.layer, self.settings.family.fused[unit][0])
+        residual = first.out_features if unit in self.paired.residuals else 0
+        moments = PairedMoments(first.in_features, residual, stream.device, narrow=stream.narrow)
         weights = None if self.balance is None else token_weights(stream.calibration.vision, self.balance[task.index])
 
-        def take(source: torch.Tensor, behind: torch.Tensor, tokens: slice) -> None:
-            moments.add_pair(behind, source, None if weights is None else weights[tokens])
+        def take(source: Inputs, behind: Inputs, tokens: slice) -> None:
+            moments.add_pair(source, behind, None if weights is None else weights[tokens])
 
         self.paired.compare(task.layer, quantized, unit, take)
         moments.finish()
@@ -152,22 +176,25 @@ class _UnitRounding:
         weight: torch.Tensor,
         sizes: list[int],
         moments: PairedMoments,
-        held: tuple[torch.Tensor, torch.Tensor],
+        held: tuple[Inputs, Inputs],
         settings: SearchSettings,
     ) -> None:
         """Args.
 
         weight: the source's, one above the other: float32 [N, K]. sizes: rows of each linear.
         moments: of the inputs behind quantized layers.
-        held: inputs [n, K] of samples kept apart, in the source and behind quantized layers.
+        held: what samples kept apart give it, in the source and behind quantized layers.
         settings: what holds for all layers.
         """
         self.weight = weight
         self.sizes = sizes
         self.moments = moments
         self.settings = settings
-        source, self.held = held
-        self.true = source @ weight.t()
+        source, behind = held
+        self.held = behind.x
+        self.true = source.x @ weight.t()
+        if source.residual is not None and behind.residual is not None:
+            self.true += source.residual - behind.residual
 
     def run(self) -> list[tuple[QuantizedLinear, str]]:
         """Return each linear rounded and, in words, how.
@@ -190,7 +217,7 @@ class _UnitRounding:
     def _rounded(self, asymmetric: bool) -> QuantizedLinear:
         moments, bits = self.moments, self.settings.bits
         made = factor(moments.second, moments.tokens)
-        target = asymmetric_target(self.weight, moments.drift, made) if asymmetric else self.weight
+        target = asymmetric_target(self.weight, moments, made) if asymmetric else self.weight
         grid = self._grid(target)
         values = compensate(target, grid.scales, grid.zeros, made, bits)
         begun = QuantizedLinear(values, grid.zeros, grid.scales)

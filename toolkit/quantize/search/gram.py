@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from toolkit.quantize.search.kernels.trust import trusted
+from toolkit.quantize.stream.states import Inputs
 
 __all__ = ["Moments", "PairedMoments", "group_moments", "product", "takes_bfloat16"]
 
@@ -83,33 +84,39 @@ class PairedMoments(Moments):
     """Moments of inputs behind layers that are quantized, and how the source's inputs differ from them.
 
     ``drift``: [K, K], mean of w (x_source - x) x^T once :meth:`finish` was called: entry (i, k) says how much of what
-    channel i has lost goes with channel k.
+    channel i has lost goes with channel k. ``lack``: [R, K], the same of what the outputs are added to.
     """
 
-    def __init__(self, inputs: int, device: torch.device, *, narrow: bool = False) -> None:
-        """Args: as for `Moments`."""
+    def __init__(self, inputs: int, residual: int, device: torch.device, *, narrow: bool = False) -> None:
+        """Args: K; R, the width of what the outputs are added to (0: to nothing); the others as for `Moments`."""
         super().__init__(inputs, device, narrow=narrow)
         self.drift = torch.zeros(inputs, inputs, device=device)
+        self.lack = torch.zeros(residual, inputs, device=device)
 
-    def add_pair(self, x: torch.Tensor, source: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add tokens [n, K] behind quantized layers with the same tokens in the source; both may be overwritten."""
-        x = x.float()
-        lost = source.float().sub_(x)
-        if weights is not None:
-            lost.mul_(weights.unsqueeze(1))
-        dtype = torch.bfloat16 if self.narrow else torch.float32
-        lost, narrowed = lost.to(dtype), x.to(dtype)
-        for start in range(0, x.shape[1], self._BLOCK):
+    def add_pair(self, source: Inputs, behind: Inputs, weights: torch.Tensor | None = None) -> None:
+        """Add the same tokens in the source and behind quantized layers; all may be overwritten."""
+        x = behind.x.float()
+        narrowed = x.bfloat16() if self.narrow else x
+        self._add_product(self.drift, source.x.float().sub_(x), narrowed, weights)
+        if behind.residual is not None and source.residual is not None:
+            self._add_product(self.lack, source.residual.float() - behind.residual, narrowed, weights)
+        self.add(x, weights)
+
+    def _add_product(self, to: torch.Tensor, lost: torch.Tensor, x: torch.Tensor, weights: torch.Tensor | None) -> None:
+        """Add lost^T x to what is [R, K], some rows at a time; ``lost`` [n, R] is overwritten."""
+        lost = lost if weights is None else lost.mul_(weights.unsqueeze(1))
+        lost = lost.to(x.dtype)
+        for start in range(0, lost.shape[1], self._BLOCK):
             block = slice(start, start + self._BLOCK)
             if self.narrow:
-                self.drift[block] += product(lost[:, block].t(), narrowed)
+                to[block] += product(lost[:, block].t(), x)
             else:
-                self.drift[block].addmm_(lost[:, block].t(), narrowed)
-        self.add(x, weights)
+                to[block].addmm_(lost[:, block].t(), x)
 
     def finish(self) -> None:
         """Divide by the weight, fill in the lower half."""
         self.drift /= self.weight
+        self.lack /= self.weight
         super().finish()
 
 

@@ -108,8 +108,11 @@ class LayerSearch:
     def run(self) -> Searched:
         """Search, round and check; see the module."""
         units = [unit for unit, names in self.units.items() if names[0] not in self.task.skip]
-        scaling = ScaleSearch(self.task, self.moments, self.weights, self.settings)
-        scales = {unit: self._persist(partial(scaling.best, unit)) for unit in units}
+        if self.settings.scale:
+            scaling = ScaleSearch(self.task, self.moments, self.weights, self.settings)
+            scales = {unit: self._persist(partial(scaling.best, unit)) for unit in units}
+        else:
+            scales = {unit: torch.ones_like(self.moments[unit].sizes) for unit in units}
         self.task.clock("scale")
         norms_and_biases = {
             name: value

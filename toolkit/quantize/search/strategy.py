@@ -24,6 +24,7 @@ class SearchSettings:
 
     ``group_size``, ``bits``: of the grid. ``norm_dtype``: dtype that norm weights are saved in; scales are corrected
     for the rounding it brings. ``clip``: search for clipped ranges too. ``rounding``: "nearest" or "compensated".
+    ``scale``: search for AWQ's scales.
     """
 
     family: Family
@@ -32,6 +33,7 @@ class SearchSettings:
     norm_dtype: torch.dtype
     clip: bool = True
     rounding: str = "nearest"
+    scale: bool = True
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from toolkit.quantize.stream.passing import LayerStream
-from toolkit.quantize.stream.states import Batch, States
+from toolkit.quantize.stream.states import Batch, Inputs, States
 
 __all__ = ["PairedStream", "TakePair"]
 
-#: Is given a unit's input [n, K] in the source and behind quantized layers, and which tokens they are; it may overwrite
-#: them.
-TakePair = Callable[[torch.Tensor, torch.Tensor, slice], None]
+#: Is given what a unit is given in the source and behind quantized layers, and which tokens they are; it may overwrite
+#: ``x``.
+TakePair = Callable[[Inputs, Inputs, slice], None]
 
 
 class _Seen(Exception):
@@ -31,9 +31,12 @@ class PairedStream:
     behind the layers that are quantized.
     """
 
-    def __init__(self, source: LayerStream) -> None:
-        """Args: the stream, its samples captured."""
+    def __init__(self, source: LayerStream, residuals: Mapping[str, str]) -> None:
+        """Args: the stream, its samples captured; by the units whose outputs are added to something, the name of the
+        module that is given that.
+        """
         self.source = source
+        self.residuals = residuals
         self.calibration = _copied(source.calibration)
         self.held = _copied(source.held)
 
@@ -63,10 +66,19 @@ class PairedStream:
             first += len(batch.lengths)
 
     @torch.no_grad()
-    def held_inputs(self, quantized: nn.Module, unit: str) -> torch.Tensor:
-        """Return a unit's input [n, K] of the held samples behind quantized layers, in float32."""
-        batches = self.held.batches(self.source.chunk_tokens)
-        return torch.cat([self._input_of(quantized, self.held, batch, unit, narrow=False) for batch in batches])
+    def compare_held(self, layer: nn.Module, states: States, quantized: nn.Module, unit: str) -> tuple[Inputs, Inputs]:
+        """Return what a unit is given of the held samples in the source, and behind quantized layers; in float32.
+
+        Args:
+            layer, states: the source's, and the held samples before it. quantized, unit: as for :meth:`compare`.
+        """
+        found = []
+        for module, before in ((layer, states), (quantized, self.held)):
+            batches = before.batches(self.source.chunk_tokens)
+            parts = [self._input_of(module, before, batch, unit, narrow=False) for batch in batches]
+            residuals = [part.residual for part in parts if part.residual is not None]
+            found.append(Inputs(torch.cat([part.x for part in parts]), torch.cat(residuals) if residuals else None))
+        return found[0], found[1]
 
     def advance(self, quantized: nn.Module) -> None:
         """Pass the samples through a layer that is quantized whole."""
@@ -82,21 +94,27 @@ class PairedStream:
         torch.cuda.empty_cache()
         return True
 
-    def _input_of(self, layer: nn.Module, states: States, batch: Batch, unit: str, *, narrow: bool) -> torch.Tensor:
-        """Return a unit's input [n, K] of a micro-batch."""
+    def _input_of(self, layer: nn.Module, states: States, batch: Batch, unit: str, *, narrow: bool) -> Inputs:
+        """Return what a unit is given of a micro-batch."""
         seen: list[torch.Tensor] = []
 
         def look(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             seen.append(arguments[0][0])
+
+        def look_and_end(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            look(module, arguments)
             raise _Seen
 
-        handle = layer.get_submodule(self.source.units[unit][0]).register_forward_pre_hook(look)
+        handles = [layer.get_submodule(self.source.units[unit][0]).register_forward_pre_hook(look_and_end)]
+        if unit in self.residuals:
+            handles.append(layer.get_submodule(self.residuals[unit]).register_forward_pre_hook(look))
         try:
             with contextlib.suppress(_Seen), torch.autocast("cuda", torch.bfloat16, enabled=narrow):
                 layer(**states.inputs(batch, self.source.device))
         finally:
-            handle.remove()
-        return seen[0]
+            for handle in handles:
+                handle.remove()
+        return Inputs(seen[-1], seen[0] if unit in self.residuals else None)
 
 
 def _copied(states: States) -> States:

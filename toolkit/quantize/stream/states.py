@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from toolkit.compat import patch_torchvision
 
-__all__ = ["ATTENTION", "Batch", "Held", "States", "register_attention"]
+__all__ = ["ATTENTION", "Batch", "Held", "Inputs", "States", "register_attention"]
 
 #: What transformers calls the attention that :func:`register_attention` registers.
 ATTENTION = "qvl_packed"
@@ -85,6 +85,14 @@ class States:
             "attention_mask": None,
             "lengths": batch.lengths,
         }
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a unit is given, ``x`` [n, K], and what its outputs are added to, ``residual`` [n, R] (None: to nothing)."""
+
+    x: torch.Tensor
+    residual: torch.Tensor | None = None
 
 
 @dataclass

@@ -14,7 +14,7 @@ from bench.studies.real_lm import study
 from bench.studies.real_lm.page import ratio, write_page
 from bench.studies.real_lm.score import Score
 from bench.studies.real_lm.texts import read_held, write_texts
-from bench.studies.real_lm.ways import recipe_of
+from bench.studies.real_lm.ways import changed, recipe_of
 from bench.studies.settings import RealLmSettings
 from toolkit.calibration.manifest import read_manifest
 from toolkit.errors import FormatError, ManifestError
@@ -50,9 +50,19 @@ def test_a_ways_name_is_a_recipe() -> None:
     assert recipe_of("best+g64+noclip") == {"effort": "best", "group_size": 64, "clip": False}
     assert Recipe(**recipe_of("autoawq+n32")).samples == 32
     assert Recipe(**recipe_of("best")).samples == 512
-    for unknown in ("worst", "fast+g", "fast+x64", "+g64"):
+    for unknown in ("worst", "fast+nodescent", "fast+g", "fast+x64", "+g64"):
         with pytest.raises(FormatError, match="unknown way"):
             recipe_of(unknown)
+
+
+def test_pieces_of_the_best_effort_are_changed_in_the_block_alone() -> None:
+    from toolkit.quantize.search import chained
+
+    before = chained.RESIDUAL, chained._ROUNDS
+    assert recipe_of("best+residual+nodescent+g64") == {"effort": "best", "group_size": 64}
+    with changed("best+residual+nodescent+g64"):
+        assert chained.RESIDUAL and chained._ROUNDS == chained._SWEEPS == 0
+    assert before == (chained.RESIDUAL, chained._ROUNDS)
 
 
 def test_ratios_are_of_pairs() -> None:

@@ -46,7 +46,7 @@ def test_no_bound_on_pixels() -> None:
     ("settings", "error", "message"),
     [
         ({"search": "x"}, FormatError, "unknown search 'x': choose moments or autoawq"),
-        ({"scaling": "trio"}, FormatError, "unknown scaling 'trio': choose plain or duo"),
+        ({"scaling": "trio"}, FormatError, "unknown scaling 'trio': choose plain or duo or none"),
         ({"rounding": "up"}, FormatError, "unknown rounding 'up': choose nearest or compensated"),
         ({"balance": 3}, FormatError, "unknown balance 3: choose none or modality"),
         ({"samples": 0}, ManifestError, "0 calibration samples: at least 1 is needed, 128 is usual"),
@@ -55,6 +55,12 @@ def test_no_bound_on_pixels() -> None:
         ({"rounding": "nearest", "effort": "best"}, FormatError, "--effort best goes on from compensated rounding"),
         ({"scaling": "duo"}, FormatError, "--scaling duo is of AutoAWQ's search, and --search moments tries both"),
         ({"scaling": "plain", "search": "moments"}, FormatError, "--scaling plain is of AutoAWQ's search"),
+        (
+            {"scaling": "duo", "effort": "best"},
+            FormatError,
+            "--scaling duo is of AutoAWQ's search, and --search moments",
+        ),
+        ({"scaling": "none", "search": "autoawq"}, FormatError, "--scaling none is of --search moments"),
         ({"budget": 0.2}, FormatError, "--budget 0.2 is for the layers that a report says to leave in 16 bits: add"),
         ({"sample": 3}, FormatError, "sample is no setting of Recipe: choose among format, group_size,"),
     ],
@@ -67,6 +73,7 @@ def test_what_is_refused(settings: dict[str, Any], error: type[Exception], messa
 
 def test_what_belongs_together_is_taken(tmp_path: Path) -> None:
     assert Recipe(search="autoawq", scaling="duo").scaling == "duo"
+    assert Recipe(scaling="none").scaling == Recipe(effort="best").scaling == "none"
     assert Recipe(from_report=tmp_path / "layers.json", budget=0.2).budget == 0.2
     changed = Recipe(samples=3).replaced(seed=7)  # nobody gave a scaling or a budget
     assert (changed.samples, changed.seed, changed.scaling, changed.budget) == (3, 7, "plain", 0.1)
