@@ -24,7 +24,7 @@ _BASES: dict[str, dict[str, Any]] = {
     "fast": {},
     "best": {"effort": "best"},
 }
-_CHANGES = {"noclip": {"clip": False}, "noscale": {"scaling": "none"}}
+_CHANGES: dict[str, dict[str, Any]] = {"noclip": {"clip": False}, "noscale": {"scaling": "none"}}
 #: What is put in place of names in `toolkit.quantize.search.chained`.
 _PIECES: dict[str, dict[str, Any]] = {
     "residual": {"RESIDUAL": True},
