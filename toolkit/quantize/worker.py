@@ -99,6 +99,8 @@ def run(share: Share, samples: Sequence[PreparedSample], tell: Tell) -> None:
             writer.wait()
     except torch.OutOfMemoryError as error:
         less = ", use --rounding nearest, which needs less," if share.recipe.rounding == "compensated" else ""
+        if share.recipe.effort == "best":
+            less = ", use --effort fast, which needs less,"
         raise ResourceError(
             f"out of memory on {device} after {writer.done} layers, where fewer tokens at a time are no help: free "
             f"memory there{less} or choose a larger device (`qvl quantize --dry-run` says what is needed)"

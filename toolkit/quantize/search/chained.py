@@ -136,7 +136,7 @@ class ChainedSearch:
         weights = {name: linear(task.layer, name).weight.data for name in names}
         weight = stacked(weights, names)
         moments = self._persist(partial(self._moments, unit, task, quantized))
-        held = self.paired.compare_held(task.layer, task.held.states, quantized, unit)
+        held = self._persist(partial(self.paired.compare_held, task.layer, task.held.states, quantized, unit))
         task.clock("forward")
         rounding = _UnitRounding(weight, [len(weights[name]) for name in names], moments, held, self.settings)
         for name, (part, choice) in zip(names, self._persist(rounding.run), strict=True):

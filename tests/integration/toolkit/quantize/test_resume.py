@@ -188,6 +188,33 @@ def test_another_number_of_threads_changes_no_byte(
     assert same_but_for_what_was_measured(tmp_path / "stopped", tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_the_best_effort_goes_on_from_layers_as_they_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GEMV, and with a linear in 16 bits: all that a layer's file may hold is read back to the bit."""
+    source, manifest = short_demo(tmp_path / "in", layers=3), calibration(tmp_path / "few", samples=4)
+    write, settings = layer_writer.write_layer, {"effort": "best", "format": "gemv", "skip": r"1\.self_attn\.o_proj"}
+
+    def until_the_last(*args: Any) -> None:
+        if args[1] == 2:
+            raise KeyboardInterrupt
+        write(*args)
+
+    with threads(1):
+        quantize(str(source), tmp_path / "whole", calib=str(manifest), **settings)
+        monkeypatch.setattr(layer_writer, "write_layer", until_the_last)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(str(source), tmp_path / "stopped", calib=str(manifest), **settings)
+        monkeypatch.undo()
+        quantize(str(source), tmp_path / "stopped", calib=str(manifest), **settings)
+    assert same_but_for_what_was_measured(tmp_path / "stopped", tmp_path / "whole")
+    manifested = json.loads((tmp_path / "whole" / "qvl.json").read_text())
+    assert manifested["recipe"]["effort"] == "best" and manifested["recipe"]["scaling"] == "none"
+    choices = {choice for layer in manifested["layers"] for choice in layer["choices"].values()}
+    assert "asymmetric" in choices and choices <= {"asymmetric", "symmetric", "plain rounding"}
+
+
 def started(source: Path, out: Path, manifest: Path) -> subprocess.Popen[str]:
     """Start `qvl quantize` and return it when its first layer is done."""
     command = [sys.executable, "-m", "toolkit.cli", "quantize", "--model", str(source), "--calib", str(manifest)]
