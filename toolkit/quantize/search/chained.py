@@ -34,7 +34,7 @@ from toolkit.formats.packing import QuantizedLinear, dequantize
 from toolkit.quantize.search.clips import best_clip
 from toolkit.quantize.search.compensate import Factor, compensate, factor
 from toolkit.quantize.search.descent import Objective, couple, descend
-from toolkit.quantize.search.gram import PairedMoments
+from toolkit.quantize.search.gram import PairedMoments, exact_products
 from toolkit.quantize.search.grid import round_to_grid
 from toolkit.quantize.search.scales import stacked
 from toolkit.quantize.search.sensitivity import token_weights
@@ -72,6 +72,7 @@ def residuals_of(family: Family) -> dict[str, str]:
 
 
 @torch.no_grad()
+@exact_products()
 def asymmetric_target(weight: torch.Tensor, moments: PairedMoments, factor: Factor) -> torch.Tensor:
     """Return W + (W D + R) H^-1: what comes closest to the source's output on inputs behind quantized layers.
 

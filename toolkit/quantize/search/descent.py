@@ -23,6 +23,7 @@ from torch import Tensor
 
 from toolkit.formats.packing import QuantizedLinear, dequantize
 from toolkit.quantize.search.compensate import Factor, round_by_columns
+from toolkit.quantize.search.gram import exact_products
 from toolkit.quantize.search.kernels.rounding import Rounding
 from toolkit.quantize.search.sizes import REFIT_NUMBERS, REFIT_WEIGHTS
 
@@ -105,6 +106,7 @@ def sweep(objective: Objective, rounded: QuantizedLinear, coupling: Coupling) ->
 
 
 @torch.no_grad()
+@exact_products()
 def refit_scales(objective: Objective, rounded: QuantizedLinear) -> QuantizedLinear:
     """Fit the scales of a row's groups to its values, all at once, by least squares; values and zeros stay."""
     weight = objective.weight

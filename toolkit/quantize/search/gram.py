@@ -6,12 +6,15 @@ tr(D H D^T) with H = X^T X / n: a candidate costs N K^2 multiplications whatever
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from toolkit.quantize.search.kernels.trust import trusted
 from toolkit.quantize.stream.states import Inputs
 
-__all__ = ["Moments", "PairedMoments", "group_moments", "product", "takes_bfloat16"]
+__all__ = ["Moments", "PairedMoments", "exact_products", "group_moments", "product", "takes_bfloat16"]
 
 
 class Moments:
@@ -150,6 +153,20 @@ def _products_agree(device: torch.device) -> bool:
     rng = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-64, 64, (256, 256), generator=rng).to(device, torch.bfloat16) for _ in "ab")
     return torch.equal(product(a, b).cpu(), a.float().cpu() @ b.float().cpu())
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Multiply float32 in float32 in the block, where a GPU was allowed to round factors to TF32's ten bits.
+
+    For systems of equations, whose solution is as many times less exact than their matrix as its condition says.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

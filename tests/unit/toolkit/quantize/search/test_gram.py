@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from toolkit.quantize.search import gram
-from toolkit.quantize.search.gram import Moments
+from toolkit.quantize.search.gram import Moments, exact_products
 from toolkit.quantize.search.scales import screen
 
 
@@ -31,3 +32,18 @@ def test_narrow_moments_and_losses_are_close_to_wide_ones() -> None:
 def test_a_cpu_multiplies_in_float32() -> None:
     assert not gram.takes_bfloat16(torch.device("cpu"))
     assert gram._products_agree(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_products_are_exact_in_the_block_alone(allowed: bool) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        with exact_products():
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cuda.matmul.allow_tf32 is allowed
+        with pytest.raises(ZeroDivisionError), exact_products():
+            raise ZeroDivisionError
+        assert torch.backends.cuda.matmul.allow_tf32 is allowed
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
