@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -87,3 +91,38 @@ def test_rows_can_be_gone_over_in_parts() -> None:
     part = QuantizedLinear(rounded.values[:20], rounded.zeros[:20], rounded.scales[:20])
     found = descend(half, part, coupling, rounds=1, sweeps=1)
     assert float((found.values == whole.values[:20]).float().mean()) > 0.99
+
+
+AGREE = """
+import sys
+import torch
+from tests.unit.toolkit.quantize.search.test_descent import TOKENS, problem
+from toolkit.formats.packing import QuantizedLinear
+from toolkit.quantize.search import compensate as module
+from toolkit.quantize.search.compensate import factor
+from toolkit.quantize.search.descent import Objective, couple, descend
+from toolkit.quantize.search.kernels import compensate as kernel
+
+def on(device, width, rounder):
+    module._rounder = lambda _: (width, rounder)
+    there = Objective(objective.weight.to(device), objective.moments.to(device), objective.damping.to(device))
+    begun = QuantizedLinear(*(part.to(device) for part in (rounded.values, rounded.zeros, rounded.scales)))
+    found = descend(there, begun, couple(there.moments, factor(there.moments, TOKENS)), rounds=1, sweeps=2)
+    return float(there.losses(found).sum())
+
+for rows, columns, group_size in ((70, 320, 64), (5, 96, -1)):
+    objective, rounded = problem(rows, columns, group_size, 0)
+    ours = on("cpu", module.BLOCK, module.round_block)
+    theirs = on(sys.argv[1], kernel.BLOCK, kernel.round_block)
+    assert abs(theirs / ours - 1) < 0.01, (rows, columns, theirs / ours)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_kernel_descends_as_far(device: str) -> None:
+    pytest.importorskip("triton")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    subprocess.run([sys.executable, "-c", AGREE, device], env={**os.environ, **interpreted}, check=True, timeout=240)
