@@ -49,7 +49,7 @@ def _measure(settings: RealLmSettings) -> None:
     for way in ways:
         recipe_of(way)
     results = _Results(settings.out / "results.json")
-    todo = [(way, seed) for way in ways for seed in _seeds(way, settings.seeds) if not results.has(way, seed)]
+    todo = [(way, seed) for way in ways for seed in _seeds(way, settings.seeds) if not results.has(_name(way), seed)]
     if not todo:
         note("all is measured")
         return
@@ -65,7 +65,7 @@ def _measure(settings: RealLmSettings) -> None:
     results.describe(device, settings)
     took: dict[str, float] = {}
     for way, seed in todo:
-        kind = way.split("+")[0]
+        kind = _name(way).split("+")[0]
         spent = time.monotonic() - began
         if spent + took.get(kind, _GUESS) > 60 * settings.minutes:
             note(f"{way}, seed {seed} and what comes after it would take too long: call again to go on")
@@ -73,7 +73,7 @@ def _measure(settings: RealLmSettings) -> None:
         start = time.monotonic()
         measured = _one(pair, way, seed, settings)
         measured["scores"] = [asdict(pair.score(tokens)) for tokens in draws]
-        results.add(way, seed, measured)
+        results.add(_name(way), seed, measured)
         took[kind] = time.monotonic() - start
         kl = sum(sum(score["kl"]) / len(score["kl"]) for score in measured["scores"]) / len(draws)
         note(f"{way}, seed {seed}: KL {kl:.5f}, {took[kind]:.0f} s in all")
@@ -82,8 +82,13 @@ def _measure(settings: RealLmSettings) -> None:
 
 
 def _seeds(way: str, seeds: int) -> range:
-    """Return the calibration seeds that make a difference: rounding to nearest sees no samples."""
-    return range(1 if way.startswith(NEAREST) else seeds)
+    """Return the calibration seeds that make a difference: none does to rounding to nearest, or to what is made."""
+    return range(1 if way.startswith(NEAREST) or "=" in way else seeds)
+
+
+def _name(way: str) -> str:
+    """Return what a way is called in results.json."""
+    return way.partition("=")[0]
 
 
 def _one(pair: Pair, way: str, seed: int, settings: RealLmSettings) -> dict[str, Any]:
@@ -91,6 +96,9 @@ def _one(pair: Pair, way: str, seed: int, settings: RealLmSettings) -> dict[str,
     recipe = recipe_of(way)
     if way.startswith(NEAREST):
         pair.nearest(recipe.get("group_size", 128))
+        return {}
+    if "=" in way:
+        pair.take(Path(way.partition("=")[2]))
         return {}
     assert settings.model is not None
     out = settings.out / "checkpoint"

@@ -1,5 +1,7 @@
 """Ways of quantizing by name: ``best+g64+noclip`` is the best effort with groups of 64 and without clips.
 
+``peer=DIR`` is an AWQ checkpoint that something else made.
+
 What ``best`` is made of can be changed, a piece at a time, as no option of `qvl quantize` does: ``best+nodescent``.
 """
 
@@ -42,6 +44,8 @@ def recipe_of(way: str) -> dict[str, Any]:
     Raises:
         FormatError: the name is of no way.
     """
+    if "=" in way:
+        return {}
     base, *changes = way.split("+")
     found = dict(_BASES.get(base, {}))
     if base == "best":

@@ -108,7 +108,11 @@ def test_what_is_measured_is_not_measured_again(tmp_path: Path, played: list[tup
     study.run("measure", settings.replaced(ways="rtn,autoawq"))
     study.run("measure", settings)
     assert played == [("rtn", 0), ("autoawq", 0), ("autoawq", 1), ("best", 0), ("best", 1)]
+    study.run("measure", settings.replaced(ways="best,peer=/some/where"))
+    study.run("measure", settings.replaced(ways="peer=/some/where"))
+    assert played[5:] == [("peer=/some/where", 0)]
     page = (tmp_path / "README.md").read_text()
+    assert "| peer | 1 | " in page
     assert "| best | 2 | 0.06750 (0.06000 0.07500) |" in page
     assert "to autoawq, means" in page and "4 held-out sequences" in page
     (tmp_path / "README.md").unlink()
