@@ -69,6 +69,7 @@ class Pair:
     def nearest(self, group_size: int) -> None:
         """Give the other model the source's weights, its decoder's linears rounded to nearest."""
         for layer, true in zip(_layers(self.other), _layers(self.source), strict=True):
+            layer.load_state_dict(true.state_dict())  # norms and biases too, which another way may have changed
             for name in self.checkpoint.family.linears:
                 weight = true.get_submodule(name).weight.float()
                 rounded = dequantize(round_to_grid(weight, group_size), torch.float32)

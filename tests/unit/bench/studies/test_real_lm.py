@@ -12,13 +12,14 @@ import torch
 
 from bench.studies.real_lm import study
 from bench.studies.real_lm.page import ratio, write_page
-from bench.studies.real_lm.score import Score
+from bench.studies.real_lm.score import Pair, Score
 from bench.studies.real_lm.texts import read_held, write_texts
 from bench.studies.real_lm.ways import changed, recipe_of
 from bench.studies.settings import RealLmSettings
 from toolkit.calibration.manifest import read_manifest
 from toolkit.errors import FormatError, ManifestError
-from toolkit.quantize import Recipe
+from toolkit.paths import demo_checkpoint
+from toolkit.quantize import Recipe, quantize
 
 
 @pytest.fixture
@@ -120,3 +121,20 @@ def test_what_is_measured_is_not_measured_again(tmp_path: Path, played: list[tup
     assert (tmp_path / "README.md").read_text() == page
     with pytest.raises(FormatError, match="unknown way 'bets'"):
         study.run("measure", settings.replaced(ways="bets"))
+
+
+@pytest.mark.slow
+def test_what_is_scored_is_what_the_checkpoint_holds(tmp_path: Path) -> None:
+    """The embedded model: its source has no divergence, one way leaves nothing behind in the next."""
+    pair = Pair(demo_checkpoint(), torch.device("cpu"))
+    tokens = torch.randint(5, 900, (3, 512), generator=torch.Generator().manual_seed(0))
+    same = pair.score(tokens)
+    assert max(same.kl) < 1e-9 and same.top1 == 1 and same.loss == same.source_loss
+    pair.nearest(128)
+    nearest = pair.score(tokens)
+    assert min(nearest.kl) > 1e-5 and nearest.p99 > max(nearest.kl) and 0.5 < nearest.top1 < 1
+    out = quantize("demo", tmp_path / "awq", samples=2, search="autoawq")
+    pair.take(out)
+    assert pair.score(tokens).kl != nearest.kl
+    pair.nearest(128)
+    assert pair.score(tokens) == nearest
