@@ -47,3 +47,30 @@ from toolkit.compat import patch_torchvision
 print(patch_torchvision(), "torch" in sys.modules)
 """
     assert run(code) == "False False\n"
+
+
+@pytest.mark.parametrize(
+    ("torch", "torchaudio", "hidden"),
+    [("2.13.0+cpu", "2.11.0", True), ("2.13.0+cpu", "2.11.0+cpu", False), ("2.13.0", "2.11.0", False)],
+)
+def test_cuda_builds_that_nothing_needs_are_hidden_on_a_cpu(torch: str, torchaudio: str, hidden: bool) -> None:
+    code = f"""
+import importlib.metadata, importlib.util, sys
+versions = {{"torch": {torch!r}, "torchaudio": {torchaudio!r}}}
+def version(name):
+    if name not in versions:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return versions[name]
+importlib.metadata.version = version
+from toolkit.compat import hide_unusable
+print(hide_unusable(), hide_unusable(), "torchaudio" in sys.modules, "torch" in sys.modules)
+if "torchaudio" in sys.modules:
+    print(importlib.util.find_spec("torchaudio"))
+    try:
+        import torchaudio
+    except ImportError as error:
+        print(type(error).__name__)
+"""
+    shown = ["torchaudio"] if hidden else []
+    after = "None\nModuleNotFoundError\n" if hidden else ""
+    assert run(code) == f"{shown} {shown} {hidden} False\n{after}"
