@@ -1,5 +1,7 @@
 // The page's logic: images wait, a question is asked of one or two servers, their answers stream in.
-// All text from servers and files becomes text nodes, never markup.
+// All text from servers and files becomes text nodes, never markup; Markdown becomes elements made one by one.
+
+import { blocks } from "./markdown.js";
 
 const at = (id) => document.getElementById(id);
 const SAMPLE_QUESTION = "List the labels and values of the bars.";
@@ -10,6 +12,8 @@ const TOKEN_PIXELS = 28 * 28;
 // Tokens left free beside images, text and answer: marks of turns, and what rounding adds.
 const SPARE_TOKENS = 64;
 const KEY = "qvl-key";
+const EARLIER = "qvl-questions";
+const MOST_EARLIER = 30;
 
 const limits = await (await fetch("play/settings.json")).json();
 const sides = [side("v1/", "this server"), ...(limits.beside ? [side("play/beside/v1/", "second server")] : [])];
@@ -284,20 +288,60 @@ function figures({ first, total, usage }) {
   const written = usage?.completion_tokens;
   const speed = written > 1 && total > first ? `${((written - 1) / (total - first)).toFixed(1)}` : "–";
   const rows = [
-    ["First token", first === null ? "–" : seconds(first), ""],
-    ["Speed", speed, speed === "–" ? "" : " tokens/s"],
-    ["Total", seconds(total), ""],
-    ["Tokens", written ?? "–", usage ? ` (${usage.prompt_tokens})` : ""],
+    ["First token", "the wait for it", first === null ? "–" : seconds(first), ""],
+    ["Speed", "from then on", speed, speed === "–" ? "" : " tokens/s"],
+    ["Total", "from asking to the end", seconds(total), ""],
+    ["Tokens", "written (and read)", written ?? "–", usage ? ` (${usage.prompt_tokens})` : ""],
   ];
-  return make("dl", { className: "figures" }, ...rows.map(([term, value, unit]) =>
-    make("div", {}, make("dt", {}, term), make("dd", {}, String(value), make("span", {}, unit)))));
+  return make("dl", { className: "figures" }, ...rows.map(([term, meaning, value, unit]) => make("div", {},
+    make("dt", {}, term, make("small", {}, meaning)), make("dd", {}, String(value), make("span", {}, unit)))));
+}
+
+// Return a function that takes the next piece of an answer; what came is drawn once a frame.
+function drawing(place) {
+  let all = "";
+  let due = false;
+  return (piece) => {
+    all += piece;
+    if (due) return;
+    due = true;
+    requestAnimationFrame(() => {
+      due = false;
+      if (place.isConnected && place.parentElement.hasAttribute("aria-busy")) place.replaceChildren(...blocks(all));
+    });
+  };
+}
+
+function copying(text, server) {
+  const button = make("button", { type: "button", className: "quiet copy" }, "Copy");
+  button.setAttribute("aria-label", `Copy the answer of ${server.model}`);
+  button.addEventListener("click", async () => {
+    const done = await copied(text);
+    button.textContent = done ? "Copied" : "Copying is off here";
+    say(done ? "Copied." : "This browser does not let the page copy.");
+    setTimeout(() => { button.textContent = "Copy"; }, 2000);
+  });
+  return button;
+}
+
+async function copied(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch { /* no https, or not allowed: the old way */ }
+  const field = make("textarea", { value: text, className: "unseen" });
+  document.body.append(field);
+  field.select();
+  const done = document.execCommand("copy");
+  field.remove();
+  return done;
 }
 
 async function answerOf(turn, index, place, signal) {
   const server = sides[index];
   if (!server.model) await load(server);
   if (!server.model) return { text: "", problem: server.problem, status: server.status };
-  const text = make("p", { className: "text" });
+  const text = make("div", { className: "text" });
   place.append(text);
   place.setAttribute("aria-busy", "true");
   const body = {
@@ -308,9 +352,12 @@ async function answerOf(turn, index, place, signal) {
     stream: true,
     stream_options: { include_usage: true },
   };
-  const answer = await stream(server, body, signal, (piece) => text.append(piece));
+  const written = drawing(text);
+  const answer = await stream(server, body, signal, written);
+  text.replaceChildren(...blocks(answer.text));
   place.removeAttribute("aria-busy");
   if (!answer.text) text.remove();
+  else place.firstChild.append(copying(answer.text, server));
   if (answer.ended === "length") answer.note = "Ended at the longest answer allowed. Raise it under Settings.";
   if (answer.first !== null) place.append(figures(answer));
   return answer;
@@ -403,6 +450,7 @@ function conclude(turn, answers, article, asked) {
   say([...heard, verdict].join(" ").trim());
   if (answers.some((answer) => answer.text)) {
     turns.push(turn);
+    remember(turn.question);
   } else if (!answers.some((answer) => answer.problem === "Stopped.") || !at("question").value) {
     // nothing was answered: the question waits to be asked again
     if (!at("question").value) at("question").value = turn.question;
@@ -410,6 +458,43 @@ function conclude(turn, answers, article, asked) {
     showImages();
     if (answers.some((answer) => answer.status === 401)) complain("", at("key"));
   }
+}
+
+// ---- earlier questions -----------------------------------------------------------------------------------------
+
+const earlier = () => JSON.parse(sessionStorage.getItem(EARLIER) ?? "[]");
+let recalled = -1; // which earlier question the field shows, the latest being 0
+
+function remember(question) {
+  const all = [question, ...earlier().filter((each) => each !== question)].slice(0, MOST_EARLIER);
+  sessionStorage.setItem(EARLIER, JSON.stringify(all));
+  showEarlier();
+}
+
+function showEarlier() {
+  recalled = -1;
+  const all = earlier();
+  at("earlier").hidden = !all.length;
+  at("questions").replaceChildren(...all.map((question) => {
+    const button = make("button", { type: "button", className: "quiet" }, question);
+    button.addEventListener("click", () => {
+      at("question").value = question;
+      at("question").focus();
+    });
+    return make("li", {}, button);
+  }));
+}
+
+// Up and Down go through the earlier questions while the field holds none of one's own.
+function recall(step) {
+  const all = earlier();
+  const shown = recalled < 0 ? "" : all[recalled];
+  if (at("question").value !== shown) return false;
+  const next = Math.max(-1, Math.min(all.length - 1, recalled + step));
+  if (next === recalled) return false;
+  recalled = next;
+  at("question").value = next < 0 ? "" : all[next];
+  return true;
 }
 
 // ---- what the user does ---------------------------------------------------------------------------------------
@@ -420,16 +505,38 @@ at("form").addEventListener("submit", (event) => {
   else if (performance.now() - startedAt > 500) running.abort(); // not the second half of a double click
 });
 at("question").addEventListener("keydown", (event) => {
+  if (event.key === "ArrowUp" || event.key === "ArrowDown") {
+    if (!event.shiftKey && recall(event.key === "ArrowUp" ? 1 : -1)) event.preventDefault();
+    return;
+  }
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   if (!running) ask();
 });
 at("choose").addEventListener("click", () => at("file").click());
-at("file").addEventListener("change", async () => {
-  const files = [...at("file").files];
-  at("file").value = "";
-  await add(files);
+for (const id of ["file", "photo"]) {
+  at(id).addEventListener("change", async () => {
+    const files = [...at(id).files];
+    at(id).value = "";
+    await add(files);
+  });
+}
+at("camera").addEventListener("click", () => at("photo").click());
+at("camera").hidden = !matchMedia("(pointer: coarse)").matches;
+at("forget").addEventListener("click", () => {
+  sessionStorage.removeItem(EARLIER);
+  showEarlier();
+  at("question").focus();
+  say("Forgotten.");
 });
+for (const details of document.querySelectorAll("details")) {
+  const shut = () => {
+    details.open = false;
+    details.querySelector("summary").focus();
+  };
+  details.querySelector(".close")?.addEventListener("click", shut);
+  details.addEventListener("keydown", (event) => { if (event.key === "Escape" && details.open) shut(); });
+}
 at("sample").addEventListener("click", async () => {
   const image = await (await fetch("play/sample.png")).blob();
   await add([new File([image], "Sample chart", { type: "image/png" })]);
@@ -482,4 +589,5 @@ at("key").value = sessionStorage.getItem(KEY) ?? "";
 at("max-tokens").value = Math.min(256, limits.max_tokens);
 at("max-tokens").max = limits.max_tokens;
 at("order-field").hidden = sides.length < 2;
+showEarlier();
 await loadAll();

@@ -218,8 +218,9 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(setting: Setting, tmp_path
     ask(tab, "say hello")
     assert texts(tab) == ["hello"] * 2
     assert {dict(scope["headers"])[b"authorization"] for scope, _ in first.asked + second.asked} == {b"Bearer right"}
-    stored = "JSON.stringify([Object.entries(localStorage), document.cookie, Object.entries(sessionStorage)])"
-    assert json.loads(tab.evaluate(stored)) == [[], "", [["qvl-key", "right"]]]
+    stored = "JSON.stringify([Object.entries(localStorage), document.cookie, Object.entries(sessionStorage).sort()])"
+    kept = [["qvl-key", "right"], ["qvl-questions", '["say hello"]']]
+    assert json.loads(tab.evaluate(stored)) == [[], "", kept]
     assert all("right" not in url for url in tab.requests)
     tab.page.reload()
     tab.wait("document.querySelector('#sides').textContent === 'demo-awqdemo'")
@@ -387,6 +388,156 @@ def test_a_screen_reader_hears_each_answer_once(setting: Setting) -> None:
     assert sorted(tab.evaluate(live)) == ["problem", "status"]
 
 
+MARKDOWN = """# Totals
+
+The **sum** is *not* `1 * 2`:
+
+1. first
+2. second
+   - inner _one_
+   - snake_case_name
+
+| item | price |
+|---|---:|
+| tea \\| milk | 2.50 |
+
+> quoted
+> twice
+
+```python
+print("<b>")
+```
+[a link](https://example.com/x) ![an image](https://example.com/y.png)
+<img src=x onerror=alert(1)>"""
+
+
+def test_markdown_becomes_elements_and_html_stays_text(setting: Setting) -> None:
+    first, _, tab = setting(beside=False)
+    ask(tab, f"say {MARKDOWN}")
+    shape = tab.evaluate(
+        """() => {
+            const inner = (e) => e.children.length ? `(${[...e.children].map(shown).join(' ')})` : '';
+            const shown = (e) => e.localName + inner(e);
+            return [...document.querySelector('.text').children].map(shown);
+        }"""
+    )
+    assert shape == [
+        "h4",
+        "p(strong em code)",
+        "ol(li li(ul(li(em) li)))",
+        "div(table(thead(tr(th th)) tbody(tr(td td))))",
+        "blockquote(p)",
+        "pre(code)",
+        "p",
+    ]
+    text = tab.evaluate("document.querySelector('.text').textContent")
+    assert 'print("<b>")' in text and "<img src=x onerror=alert(1)>" in text and "snake_case_name" in text
+    assert "tea | milk" in text and "[a link](https://example.com/x)" in text
+    assert tab.accessibility_violations() == [] and tab.problems == []
+    base = tab.page.url.removesuffix("play")
+    assert all(url.startswith(base) for url in tab.requests)
+    ask(tab, "say And now?")
+    assert first.asked[-1][1]["messages"][1]["content"] == MARKDOWN  # the model gets back what it wrote
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "*" * 4000,
+        "`" * 4001,
+        "> " * 2000 + "x",
+        "| " * 2000,
+        "**a *b __c ~~d " * 300,
+        "- " * 900 + "x",
+        "# " + " " * 9000,
+    ],
+    ids=["stars", "ticks", "quotes", "pipes", "open marks", "lists", "blanks"],
+)
+def test_no_answer_takes_the_page_s_time(setting: Setting, text: str) -> None:
+    _, _, tab = setting(beside=False)
+    took = tab.evaluate(
+        """async (text) => {
+            const { blocks } = await import(new URL("play/markdown.js", document.baseURI).href);
+            const began = performance.now();
+            const made = blocks(text);
+            return [performance.now() - began, made.map((e) => e.textContent).join("").length];
+        }""",
+        text,
+    )
+    assert took[0] < 5000 and took[1] > 0
+
+
+def test_an_answer_is_copied_as_it_was_written(setting: Setting) -> None:
+    _, _, tab = setting(beside=False)
+    tab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    ask(tab, "say **bold** and `code`")
+    tab.page.get_by_role("button", name="Copy the answer of demo-awq").click()
+    tab.wait("document.querySelector('.copy').textContent === 'Copied'")
+    assert tab.evaluate("navigator.clipboard.readText()") == "**bold** and `code`"
+    assert tab.evaluate("document.querySelector('#status').textContent") == "Copied."
+
+
+def test_earlier_questions_come_back(setting: Setting) -> None:
+    _, _, tab = setting(beside=False)
+    field = tab.page.get_by_label("Question", exact=True)
+    assert not tab.page.get_by_text("Earlier questions").is_visible()
+    for question in ("say one", "say two", "say one"):
+        ask(tab, question)
+    ask(tab, "refuse 400 no")
+    field.fill("")
+    for key, shown in [
+        ("ArrowUp", "say one"),
+        ("ArrowUp", "say two"),
+        ("ArrowUp", "say two"),
+        ("ArrowDown", "say one"),
+    ]:
+        field.press(key)
+        assert field.input_value() == shown
+    field.press("ArrowDown")
+    assert field.input_value() == ""
+    field.fill("my own")
+    field.press("ArrowUp")
+    assert field.input_value() == "my own"
+    tab.page.reload()
+    tab.wait("document.querySelector('#questions li')")
+    tab.page.get_by_text("Earlier questions", exact=True).click()
+    assert tab.page.locator("#questions li").all_inner_texts() == ["say one", "say two"]
+    tab.page.get_by_role("button", name="say two").click()
+    assert field.input_value() == "say two" and tab.evaluate("document.activeElement.id") == "question"
+    tab.page.get_by_role("button", name="Forget them").click()
+    assert not tab.page.get_by_text("Earlier questions", exact=True).is_visible()
+    assert tab.evaluate("sessionStorage.length") == 0
+
+
+def test_settings_close_by_button_and_escape(setting: Setting) -> None:
+    _, _, tab = setting(beside=False)
+    for leave in ("button", "Escape"):
+        tab.page.get_by_text("Settings", exact=True).click()
+        tab.page.get_by_label("Temperature").focus()
+        if leave == "button":
+            tab.page.get_by_role("button", name="Close settings").click()
+        else:
+            tab.page.keyboard.press(leave)
+        assert tab.evaluate("[document.querySelector('#settings').open, document.activeElement.localName]") == [
+            False,
+            "summary",
+        ]
+
+
+def test_a_phone_offers_its_camera(setting: Setting) -> None:
+    _, _, tab = setting(beside=False, width=390, phone=True)
+    with tab.page.expect_file_chooser() as opened:
+        tab.page.get_by_role("button", name="Take a photo").click()
+    assert opened.value.element.get_attribute("capture") == "environment"
+    opened.value.set_files({"name": "now.jpg", "mimeType": "image/jpeg", "buffer": encoded(40, 30, "JPEG")})
+    tab.wait("document.querySelectorAll('#images li').length === 1")
+
+
+def test_a_desktop_offers_no_camera(setting: Setting) -> None:
+    _, _, tab = setting(beside=False)
+    assert not tab.page.get_by_role("button", name="Take a photo").is_visible()
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [320, 390, 1280])
 def test_axe_finds_nothing_in_any_state_and_nothing_overflows(setting: Setting, width: int, dark: bool) -> None:
@@ -401,6 +552,7 @@ def test_axe_finds_nothing_in_any_state_and_nothing_overflows(setting: Setting, 
     tab.wait("document.querySelectorAll('#images li').length === 1")
     check()
     ask(tab, f"say {'x' * 300}")
+    ask(tab, f"say {MARKDOWN}")
     ask(tab, "refuse 400 " + "No. " * 40)
     for details in tab.page.locator("details").all():
         details.evaluate("e => { e.open = true; }")
@@ -412,7 +564,8 @@ def test_nothing_moves_for_those_who_ask_for_that(setting: Setting) -> None:
     tab.page.get_by_label("Question", exact=True).fill("slow")
     tab.page.keyboard.press("Enter")
     tab.wait("document.querySelector('.text')?.textContent.length > 4")
-    assert tab.evaluate("getComputedStyle(document.querySelector('.text'), '::after').animationName") == "none"
+    last = "getComputedStyle(document.querySelector('.text > :last-child'), '::after')"
+    assert tab.evaluate(f"[{last}.content !== 'none', {last}.animationName]") == [True, "none"]
     tab.page.get_by_role("button", name="Stop").click(delay=0)
 
 
