@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 @settings_as_options
 def serve(
-    model: Annotated[str, typer.Argument(help="A directory, a hub name, or demo (the embedded model).")],
+    model: Annotated[str, typer.Argument(help="Directory, hub id (org/name), or 'demo' for the embedded model.")],
     config: ServerConfig,
     vllm_flags: Annotated[
         list[str] | None, typer.Argument(metavar="[-- VLLM_FLAGS...]", help="Any further flags of `vllm serve`.")

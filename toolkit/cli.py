@@ -15,9 +15,10 @@ from bench.cli.verify import register as register_verify
 from bench.tune.cli import register as register_tune
 from serve.cli import register as register_serve
 from serve.plan.cli import register as register_plan
+from toolkit.help import Verbs
 from toolkit.verbs import register as register_toolkit
 
-app = typer.Typer(
+app = Verbs(
     name="qvl",
     help="Qwen2-VL from fp16 weights to a 4-bit AWQ server, with the report that says what it cost.",
     no_args_is_help=True,

@@ -19,6 +19,7 @@ from bench.roles import Role
 from bench.run import presets
 from bench.run.loads import SWEEP, WAVES, Load
 from toolkit.errors import BenchError, QvlError
+from toolkit.help import everyday
 from toolkit.options import Option, Settings
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ __all__ = ["DEMO", "NONE", "BenchConfig", "is_url", "parse_concurrencies"]
 DEMO = "demo"
 NONE = "none"
 
-_ACCURACY, _FIDELITY, _SPEED, _SERVERS = "Accuracy", "Fidelity", "Speed", "Servers"
+_ACCURACY, _FIDELITY, _SPEED, _SERVERS = everyday("Accuracy"), "Fidelity", "Speed", "Servers"
 #: What requests look like that are made.
 _MADE = ("preset", "image_sizes", "images_per_request", "prompt_tokens", "turns", "shared_prefix")
 _FULL, _QUICK = presets.load("full"), presets.load("quick")
@@ -169,7 +170,7 @@ class BenchConfig(Settings):
     ] = "paper"
     question_concurrency: Annotated[int, Option("Questions in flight.", panel=_ACCURACY)] = 4
     margin: Annotated[float, Option("Loss, in points, that would not matter.", panel=_ACCURACY, asked=_number)] = 1.0
-    seed: Annotated[int, Option("Of sampling questions and of resampling.", panel=_ACCURACY)] = 0
+    seed: Annotated[int, Option("Seed for drawing questions and for bootstraps.", panel=_ACCURACY)] = 0
 
     # What fidelity is measured on is in `asked` by its SHA-256.
     fidelity: Annotated[
@@ -185,9 +186,9 @@ class BenchConfig(Settings):
         Path | None,
         Option("Compare token by token on your images instead.", metavar="DIR", panel=_FIDELITY),
     ] = None
-    image_prompt: Annotated[str, Option("What is asked about each of them.", panel=_FIDELITY, asked=False)] = (
-        "Describe this picture."
-    )
+    image_prompt: Annotated[
+        str, Option("Question to ask about each of these images.", panel=_FIDELITY, asked=False)
+    ] = "Describe this picture."
 
     concurrencies: Annotated[
         tuple[int, ...],
@@ -252,18 +253,26 @@ class BenchConfig(Settings):
         ),
     ] = _FULL["sweep_concurrency"]
     requests: Annotated[
-        int, Option(f"Requests a point and system ({_by_preset('requests')}).", panel=_SPEED, show_default=False)
+        int,
+        Option(
+            f"Requests under each load, for each system ({_by_preset('requests')}).", panel=_SPEED, show_default=False
+        ),
     ] = _FULL["requests"]
     duration_s: Annotated[
         float | None,
-        Option("Seconds a point is measured in each turn, instead of --requests.", name="--duration", panel=_SPEED),
+        Option("Seconds to measure each load for in a round, instead of --requests.", name="--duration", panel=_SPEED),
     ] = None
     ramp_s: Annotated[
         float,
         Option("Seconds in which a load grows before it is measured.", name="--ramp", panel=_SPEED, asked=_number),
     ] = 0.0
     rounds: Annotated[
-        int, Option(f"Turns a point is measured in ({_by_preset('rounds')}).", panel=_SPEED, show_default=False)
+        int,
+        Option(
+            f"Rounds in which both systems take turns under each load ({_by_preset('rounds')}).",
+            panel=_SPEED,
+            show_default=False,
+        ),
     ] = _FULL["rounds"]
     slos: Annotated[
         tuple[Slo, ...],

@@ -82,7 +82,7 @@ async def _measure(end: Endpoint, config: TuneConfig, concurrency: int) -> dict[
         measured = await block("load", config.requests_at(concurrency), concurrency)
     found = summarise(measured.traces, measured.wall_s, loop_lag=measured.loop_lag)
     if found.output_tokens_per_s is None or found.ttft is None or found.tpot is None:
-        raise BenchError("the server does not count its tokens: nothing to compare by")
+        raise BenchError("the server does not report how many tokens it wrote, so there is no speed to compare")
     return {
         "output_tokens_per_s": found.output_tokens_per_s,
         "tpot_ms": 1000 * found.tpot.p50,

@@ -54,7 +54,7 @@ def parse(body: bytes, limits: Limits) -> dict[str, Any]:
         raise Refusal(400, "body_json", f"The body is not JSON: {error.msg} at {where}.") from None
     except ValueError as error:
         shown = str(error) if len(str(error)) < 60 else "a number is too large"
-        raise Refusal(400, "body_json", f"The body is not JSON that is taken: {shown}.") from None
+        raise Refusal(400, "body_json", f"The body is JSON that this server does not take: {shown}.") from None
     if not isinstance(parsed, dict):
         raise Refusal(400, "body_json", "The body must be a JSON object.")
     return parsed

@@ -19,13 +19,14 @@ from serve.settings.backend import Backend, choose
 from serve.settings.engine import EngineSettings
 from serve.settings.environment import API_KEY, VLLM_API_KEY
 from serve.settings.flags import check_flag
-from serve.settings.limits import Limits
+from serve.settings.limits import KEYS, Limits
 from serve.settings.lora import Lora
 from serve.settings.parallel import Parallel
 from serve.settings.profiles import Mode, as_mode
 from serve.settings.recording import Recording
 from serve.settings.tls import Tls
 from toolkit.errors import QvlError, ServerError
+from toolkit.help import everyday
 from toolkit.options import Option, Settings
 from toolkit.paths import demo_checkpoint
 
@@ -46,8 +47,8 @@ _MAX_MODEL_LEN: dict[Backend, int] = {"cpu": 4096, "gpu": 16384}
 #: "!!!!". Small models do not, and keep float16's three more bits of precision.
 _BFLOAT16_FROM_HIDDEN_SIZE = 1024
 
-_guard, _operation, _page, _speed = (
-    functools.partial(Option, panel=panel) for panel in ("Guard", "Operation", "Page", "Speed")
+_keys, _operation, _page, _speed = (
+    functools.partial(Option, panel=panel) for panel in (KEYS, "Operation", everyday("Page"), everyday("Speed"))
 )
 
 
@@ -119,7 +120,7 @@ class ServerConfig(Settings):
     backend: Annotated[
         Backend | None,
         BeforeValidator(lambda value: value if value is None else choose(value)),
-        Option("cpu or gpu (QVL_BACKEND, else what is installed and found)."),
+        Option("cpu or gpu; without it QVL_BACKEND, or what is installed and found."),
     ] = None
     timeout: Annotated[float, Option("Seconds until it must be ready.")] = 600.0
     #: Slower to start, faster to answer. None: on a GPU only.
@@ -135,19 +136,19 @@ class ServerConfig(Settings):
     profile: Annotated[
         Mode,
         BeforeValidator(as_mode),
-        _speed("auto, latency or throughput: settings that were measured here; off."),
+        _speed("Settings measured to be fast: auto, latency, throughput; or off."),
     ] = "auto"
     parallel: Parallel = Parallel()
     play: Annotated[bool, _page("Serve a page to try it, at /play.")] = False
     play_beside: Annotated[str | None, _page("Another server, which the page asks side by side.", metavar="URL")] = None
-    drain: Annotated[_Seconds, _operation("How long requests under way may take when it is stopped.", type=str)] = (
-        Field(default="30s", validate_default=True)
+    drain: Annotated[_Seconds, _operation("Time that requests under way have when it is stopped.", type=str)] = Field(
+        default="30s", validate_default=True
     )
     restarts: Annotated[int, _operation("Restarts of a dead server within 10 minutes; 0 never does.", least=0)] = 5
-    probe_every: Annotated[
-        _Seconds, _operation("Longest time until it is asked whether it still answers.", type=str)
-    ] = Field(default="15s", validate_default=True)
-    probe_timeout: Annotated[_Seconds, _operation("Within this it must have answered.", type=str)] = Field(
+    probe_every: Annotated[_Seconds, _operation("Ask it about an image after so long without an answer.", type=str)] = (
+        Field(default="15s", validate_default=True)
+    )
+    probe_timeout: Annotated[_Seconds, _operation("Time it has to answer that question.", type=str)] = Field(
         default="20s", validate_default=True
     )
     log_format: Annotated[
@@ -157,11 +158,11 @@ class ServerConfig(Settings):
     ] = "text"
     tls: Tls = Tls()
     recording: Recording = Recording()
-    insecure: Annotated[bool, _guard("Listen where others reach it, without a key.")] = False
+    insecure: Annotated[bool, _keys("Let others reach the server without a key.")] = False
     #: Without a guard: of requests to /v1. None: VLLM_API_KEY from the environment, if any.
     api_key: Annotated[
         str | None,
-        _guard(
+        _keys(
             "Key that requests must bring. Set the variable or give --api-key-file: ps shows a command line.",
             envvar=API_KEY,
             instead=f"the environment variable {API_KEY}, or a file with --api-key-file,",

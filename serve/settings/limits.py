@@ -11,9 +11,10 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, ValidationError, model_validator
 
 from toolkit.errors import QvlError, ServerError
+from toolkit.help import everyday
 from toolkit.options import Option, Settings
 
-__all__ = ["MORE_ROUTES", "REASONS", "SPECIAL_TOKENS", "Limits"]
+__all__ = ["KEYS", "MORE_ROUTES", "REASONS", "SPECIAL_TOKENS", "Limits"]
 
 #: Why a request was refused: the values of the label `reason` of `qvl_refusals_total`.
 REASONS = (
@@ -81,6 +82,8 @@ MORE_ROUTES = (
 
 
 _guard = functools.partial(Option, panel="Guard")
+#: Heading of the options that say who may ask.
+KEYS = everyday("Keys")
 
 
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
@@ -101,8 +104,9 @@ class Limits(Settings):
     #: See `serve.guard.keyfile`. Blank lines and lines that start with # are skipped.
     api_key_file: Annotated[
         str | None,
-        _guard(
-            "File of API keys, one a line: KEY [name= expires= scope= tokens-per-day=]. Read again when it changes."
+        Option(
+            "File of API keys, one a line: KEY [name= expires= scope= tokens-per-day=]. Read again when it changes.",
+            panel=KEYS,
         ),
     ] = None
     #: One more key. With neither, everyone who reaches the server may use it. The option is the server's.

@@ -16,6 +16,7 @@ from pydantic import model_validator
 
 from serve.settings.backend import Backend, find_gpus
 from toolkit.errors import QvlError, ServerError
+from toolkit.help import everyday
 from toolkit.options import Option, Settings
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Parallel", "visible_gpus"]
 
 
-_speed = functools.partial(Option, panel="Speed")
+_speed = functools.partial(Option, panel=everyday("Speed"))
 
 
 class Parallel(Settings):

@@ -39,7 +39,7 @@ __all__ = [
 _LAYER_0 = re.compile(r"^(.*\.)?layers\.0\.(self_attn|mlp)\.")
 
 #: Ends a refusal of what is no model.
-WHAT_TO_GIVE = "Give a directory that holds a Qwen2-VL model, a hub name such as Qwen/Qwen2-VL-2B-Instruct, or demo."
+WHAT_TO_GIVE = "Give a directory that holds a Qwen2-VL model, a hub id such as Qwen/Qwen2-VL-2B-Instruct, or demo."
 
 
 @dataclass

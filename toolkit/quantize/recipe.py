@@ -47,7 +47,7 @@ class Recipe(Settings):
 
     format: Annotated[str, Option("gemm or compressed-tensors (vLLM runs both), or gemv.")] = "gemm"
     group_size: Annotated[int, Option("Inputs that share a scale: 32, 64, 128, or -1 for all.")] = 128
-    bits: Annotated[int, Option("Width of a weight; the formats hold 4.")] = 4
+    bits: Annotated[int, Option("Bits of a weight: 4, all that the formats hold.")] = 4
     calib: Annotated[str, Option("JSONL manifest of chats with images, or 'demo'.")] = "demo"
     #: 512 with the best effort, where no other number is given.
     samples: Annotated[
@@ -90,13 +90,13 @@ class Recipe(Settings):
     from_report: Annotated[Path | None, Option("A layers' report: leave in 16 bits what hurts most.", panel=_MIXED)] = (
         None
     )
-    budget: Annotated[float, Option("Extra size allowed for that, as a share.", panel=_MIXED)] = 0.1
-    max_tokens: Annotated[int, Option("Longer calibration samples are left out.")] = 4096
+    budget: Annotated[float, Option("How much larger that may make it: 0.1 is 10%.", panel=_MIXED)] = 0.1
+    max_tokens: Annotated[int, Option("Leave out calibration samples with more tokens.")] = 4096
     #: None, for which 0 may be given: the processor's own.
     max_pixels: Annotated[
-        int | None, Option("Bound on the pixels of a calibration image; 0 is the processor's own.")
+        int | None, Option("Scale calibration images down to so many pixels; 0: as the processor does.")
     ] = 1280 * 28 * 28
-    seed: Annotated[int, Option("Of the draw of samples.")] = 0
+    seed: Annotated[int, Option("Seed of the draw of samples.")] = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -179,5 +179,5 @@ class RunOptions(Settings):
     ] = None
     devices: Annotated[str, Option("auto, cpu, cuda, or several GPUs: 0,1.")] = "auto"
     force: Annotated[bool, Option("Replace an existing OUT.")] = False
-    restart: Annotated[bool, Option("Discard what a stopped run has finished.")] = False
-    dry_run: Annotated[bool, Option("Only say what memory and time it needs.")] = False
+    restart: Annotated[bool, Option("Begin anew: discard the layers that a stopped run finished.")] = False
+    dry_run: Annotated[bool, Option("Say what memory, disk and time it takes, and stop.")] = False

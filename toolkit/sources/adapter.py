@@ -78,7 +78,9 @@ def merge(checkpoint: Checkpoint, adapter: Path, out: Path, force: bool = False)
         if checkpoint.tied_lm_head and not _equal(head, embeddings):
             config = _untied(config)
             changed += 1
-            note("the adapter trains the head and the embeddings apart: lm_head.weight is written, tied no more")
+            note(
+                "the adapter trained lm_head apart from the embeddings: it becomes a tensor of its own, no longer tied"
+            )
             if "lm_head.weight" not in checkpoint.tensors:
                 writer.add("lm_head.weight", head)
         if not changed:
@@ -115,7 +117,7 @@ def with_side_files(checkpoint: Checkpoint, adapter: Path | None) -> Iterator[Pa
                 shutil.copy(adapter / name, place / name)
         note("with the adapter: " + "; ".join(f"{name}, {what}" for name, what in own.items()))
         if blind:
-            note("its chat template shows no images: the base's is kept")
+            note("the adapter's chat template leaves images out: the base's is kept")
         yield place
 
 
