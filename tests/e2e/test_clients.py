@@ -84,6 +84,14 @@ def test_each_example_of_the_guide_prints_what_it_says(guarded: Guarded, number:
     assert (ran.stdout, ran.returncode) == (expected, 0), ran.stderr
 
 
+def test_the_example_script_asks_with_openai_s_client(guarded: Guarded) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    environment |= {"OPENAI_BASE_URL": f"{guarded.url}/v1", "OPENAI_API_KEY": guarded.key}
+    command = [sys.executable, "examples/ask.py", str(SHAPES), HOW_MANY]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+    assert re.fullmatch(r"5\ndemo-awq: \d+ tokens in, \d+ out\n", ran.stdout), ran.stdout + ran.stderr
+
+
 def test_the_guide_shows_every_client() -> None:
     shown = "".join(code for _, code, _ in examples())
     assert len(examples()) >= 9
