@@ -33,7 +33,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 .DEFAULT_GOAL := help
 .PHONY: help setup demo quantize convert inspect serve stop status ask bench compare test test-all other-vllm coverage lint format microbench \
         microbench-compare gpu-bench card-bench tune-bench quant-bench guard-cost cold-start soak serve-faults \
-        seeded-faults support-matrix demo-model deploy-files image clean
+        seeded-faults support-matrix demo-model deploy-files image docs dist clean
 
 help: ## show this
 	@printf 'Targets:\n'; sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 20
@@ -139,6 +139,13 @@ deploy-files: setup ## the dashboard and the operator's alerts anew, from deploy
 
 image: ## the server's image from deploy/Dockerfile (docs/operating.md)
 	docker build -f deploy/Dockerfile -t qvl:$(VERSION) .
+
+docs: setup ## the docs site into out/site; fails on a link that leads nowhere
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo 'out/site/index.html, or with search: $(PY) -m http.server --bind 127.0.0.1 --directory out/site 8080'
+
+dist: setup ## the wheel and the source distribution into out/dist
+	$(PY) -m build --outdir out/dist .
 
 clean: ## remove out/ and caches of tools (.venv stays)
 	rm -rf out build .mypy_cache .ruff_cache .pytest_cache .benchmarks *.egg-info

@@ -210,7 +210,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Refusals": (
         Panel(
             "Refusals by reason",
-            "Requests that the guard refused, a second. docs/operating.md says what each reason means.",
+            "Requests that the guard refused, a second. docs/operating/runbook.md says what each reason means.",
             ((_rate("qvl_refusals_total", "reason"), "{{reason}}"),),
             unit="reqps",
             width=16,

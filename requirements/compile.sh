@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 common="--quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate
-        --no-emit-find-links --no-emit-index-url --constraint requirements/constraints.txt --extra dev pyproject.toml"
+        --no-emit-find-links --no-emit-index-url --constraint requirements/constraints.txt --extra dev --extra docs pyproject.toml"
 torch="${WHEELS:+--find-links $WHEELS}"
 [ -n "$torch" ] || torch="--extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match"
 # torch and torchvision are install.sh's to choose on a CPU; the rest of these are left out there

@@ -22,8 +22,7 @@ from toolkit.demo.cli import app as demo
 
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "docs/adr").glob("*.md")),
+    *sorted(p for p in (ROOT / "docs").rglob("*.md") if "results" not in p.parts),
 ]
 ISSUE_TARGETS = [
     "setup",

@@ -25,6 +25,7 @@ from tests.unit.deploy.conftest import (
     tool,
 )
 
+RUNBOOK = ROOT / "docs" / "operating" / "runbook.md"
 PROMETHEUS = DEPLOY / "prometheus"
 ALERTS = [rule["alert"] for rule in alert_rules()]
 
@@ -68,14 +69,14 @@ def test_each_alert_says_what_a_woken_person_needs(rule: dict[str, dict[str, str
     assert rule["annotations"]["summary"] and rule["annotations"]["description"]
     page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
     text = (ROOT / page).read_text()
-    section = re.search(rf"^### {rule['alert']}$(.*?)(?=^##)", text, re.M | re.S)
+    section = re.search(rf"^### {rule['alert']}$(.*?)(?=^##|\Z)", text, re.M | re.S)
     assert anchor == str(rule["alert"]).lower() and section is not None, "the runbook has no such section"
     for part in ("**Means**", "**Clients see**", "**Look**", "**Do**", "**Escalate**"):
         assert part in section[1], f"the runbook does not say {part}"
 
 
 def test_the_runbook_has_no_section_for_an_alert_that_is_gone() -> None:
-    assert sorted(re.findall(r"^### (Qvl\w+)$", (ROOT / "docs" / "operating.md").read_text(), re.M)) == sorted(ALERTS)
+    assert sorted(re.findall(r"^### (Qvl\w+)$", RUNBOOK.read_text(), re.M)) == sorted(ALERTS)
 
 
 @pytest.mark.parametrize("query", [*panel_queries(), *(rule["expr"] for rule in alert_rules()), *scaling_queries()])
@@ -96,7 +97,7 @@ def test_reasons_of_refusal_are_the_guards() -> None:
 
 
 def test_the_runbook_explains_every_reason() -> None:
-    text = (ROOT / "docs" / "operating.md").read_text()
+    text = RUNBOOK.read_text()
     table = text[text.index("| reason of a refusal") : text.index("## Alerts")]
     assert set(REASONS) <= set(re.findall(r"`(\w+)`", table))
 
