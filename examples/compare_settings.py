@@ -41,7 +41,7 @@ def main() -> None:
         layers = json.loads((out / "qvl.json").read_text())["layers"]
         error = sum(layer["relative_error"] for layer in layers)
         size = inspect(out).nbytes / 1e6
-        print(f"| {name} | {size:.1f} | {error:.4f} | {time.monotonic() - began:.0f} |")
+        print(f"| {name} | {size:.2f} | {error:.4f} | {time.monotonic() - began:.0f} |")
 
 
 if __name__ == "__main__":
