@@ -52,6 +52,17 @@ def capacity_check(
     run(models, settings)
 
 
+@app.command()
+def chart(
+    results: Annotated[Path, typer.Option(help="Directory of the reports.")] = Path("docs/results"),
+    out: Annotated[Path, typer.Option(help="SVG to write.")] = Path("docs/images/speed.svg"),
+) -> None:
+    """Draw README's chart, time per token and memory in 16 bits and four, from reports that are there."""
+    from bench.studies.chart import REPORTS, draw
+
+    draw([(name, results / report) for name, report in REPORTS], out)
+
+
 @app.command("cold-start")
 @settings_as_options
 def cold_start(settings: ColdStartSettings) -> None:
