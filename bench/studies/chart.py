@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.report.render import json_file
 from bench.report.schema import Report
@@ -25,7 +26,7 @@ _NAMES = {"baseline": "bf16", "candidate": "AWQ"}
 
 @dataclass(frozen=True)
 class Pair:
-    """What a report says of its two systems: TPOT (p50) with one request in flight, in ms; weights on the GPU, in GB."""
+    """What a report says of its two systems: TPOT (p50) with one request in flight, in ms; weights, in GB."""
 
     name: str
     machine: str
@@ -70,7 +71,7 @@ def draw(reports: Sequence[tuple[str, Path]], out: Path) -> None:
 
     pairs = [pair(name, json_file.read(path)) for name, path in reports]
     units = ("ms", "GB")
-    style = {"svg.fonttype": "none", "svg.hashsalt": "qvl", "font.family": "sans-serif", "font.size": 11}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "qvl", "font.family": "sans-serif", "font.size": 11}
     with matplotlib.rc_context(style):
         figure, axes = pyplot.subplots(1, 2, figsize=(9, 0.95 * len(pairs) + 1.1), layout="constrained")
         for panel, title, unit in zip(
