@@ -74,9 +74,7 @@ def draw(reports: Sequence[tuple[str, Path]], out: Path) -> None:
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "qvl", "font.family": "sans-serif", "font.size": 11}
     with matplotlib.rc_context(style):
         figure, axes = pyplot.subplots(1, 2, figsize=(9, 0.95 * len(pairs) + 1.1), layout="constrained")
-        for panel, title, unit in zip(
-            axes, ("Time per token, one request", "Weights on the GPU"), ("ms", "GB"), strict=True
-        ):
+        for panel, title, unit in zip(axes, ("Time per token, one request", "Weights on the GPU"), units, strict=True):
             for row, each in enumerate(pairs):
                 values = each.ms if unit == "ms" else each.gb
                 for place, role in enumerate(ROLES):
