@@ -77,8 +77,17 @@ def test_every_command_shown_is_one_that_qvl_takes(page: Path) -> None:
         command.make_context(verb, list(words))  # raises on an unknown option or a missing one
 
 
-def test_the_readme_shows_commands() -> None:
+def test_the_readme_shows_commands_and_fits_120_lines() -> None:
     assert len(commands(PAGES[0])) >= 4
+    assert len(PAGES[0].read_text().splitlines()) <= 120
+
+
+def test_the_readme_s_first_screen_says_what_how_fast_and_where_to_start() -> None:
+    lines = PAGES[0].read_text().splitlines()
+    first = "\n".join(lines[:24])
+    for part in ("4-bit", "docs/images/speed.svg", "make setup", "pip install", "make demo"):
+        assert part in first, part
+    assert any("slower" in line for line in lines[:10]), "a loss stands beside the gain"
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "docs/results/README.md"], ids=lambda p: p.name)
