@@ -411,13 +411,14 @@ def doubts(found: Sequence[SpeedPoint], measured: Measurements, config: BenchCon
             notes.append(f"{name}: {sum(point.errors.values())} of {point.requests} requests failed ({kinds})")
         notes += [f"{name}: stopped: {reason}" for reason in point.stopped]
         notes += _load_notes(point, name)
-        server = point.server
+        server = None if _shares(config) else point.server
         if server and (server.image_cache_share or 0.0) > CACHED_IMAGES:
             notes.append(f"{name}: the server had {server.image_cache_share:.0%} of the images in its cache")
         if server and (server.prefix_cache_share or 0.0) > CACHED_TOKENS:
             notes.append(f"{name}: the server had {server.prefix_cache_share:.0%} of the prompts' tokens in its cache")
-        if server and server.finished is not None and server.finished > _sent(measured, point):
-            notes.append(f"{name}: the server answered others meanwhile ({server.finished} requests ended there)")
+        ended = point.server.finished if point.server else None
+        if ended is not None and ended > _sent(measured, point):
+            notes.append(f"{name}: the server answered others meanwhile ({ended} requests ended there)")
     notes += _untried(found, config)
     fewest = min((point.completed for point in found), default=FEW)
     if fewest < FEW:
@@ -427,6 +428,11 @@ def doubts(found: Sequence[SpeedPoint], measured: Measurements, config: BenchCon
             "one round: speed has no intervals" if config.rounds == 1 else "two rounds: the intervals of speed are wide"
         )
     return notes
+
+
+def _shares(config: BenchConfig) -> bool:
+    """Whether requests share something on purpose, which the server's caches are to know."""
+    return config.traffic is not None or config.turns > 1 or config.shared_prefix > 0
 
 
 def _sent(measured: Measurements, point: SpeedPoint) -> int:

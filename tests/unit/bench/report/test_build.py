@@ -477,6 +477,10 @@ def test_what_the_server_counted_is_added_up_over_the_rounds() -> None:
     assert point.server.queue_mean_ms == pytest.approx(5.0)
     assert point.energy_j_per_token == pytest.approx(12.0 / 40) and other.energy_j_per_token is None
     assert any("25% of the images in its cache" in warning for warning in out.warnings)
+    # What requests share on purpose a cache is to have.
+    shared = built(found, config.replaced(shared_prefix=500))
+    assert not any("in its cache" in warning for warning in shared.warnings)
+    assert shared.point("candidate", load.name) == point
 
 
 def test_an_interrupted_run_keeps_what_it_has_and_judges_nothing_over_all() -> None:

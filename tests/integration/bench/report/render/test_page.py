@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,11 @@ from bench import report as reports
 from bench.load.loops import Block
 from bench.machine.server_metrics import ServerPoint
 from bench.report import words
+from bench.report.compare import history_view
+from bench.report.compare import html_file as compare_html
+from bench.report.compare.comparison import compare_all
+from bench.report.compare.figures import Side
+from bench.report.compare.history import tracks
 from bench.report.render.json_file import read
 from bench.report.schema import Drift, Fidelity, FidelityItem, Load, Report, Share, SpeedFigure
 from bench.roles import ROLES, Role
@@ -156,6 +162,26 @@ def test_it_fits_its_width(tab: Tab) -> None:
 def test_it_is_accessible(tab: Tab, dark: bool) -> None:
     tab.dark(dark)
     assert tab.accessibility_violations() == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("name", ["compare", "history"])
+def test_pages_over_several_reports_fit_and_are_accessible(
+    browser: Browser, tmp_path: Path, name: str, dark: bool
+) -> None:
+    first = full()
+    later = first.model_copy(update={"created": first.created + timedelta(days=1)})
+    if name == "compare":
+        text = compare_html.render(compare_all([Side(first, "baseline"), Side(first, "candidate")]))
+    else:
+        text = history_view.render(tracks([Side(first, "candidate"), Side(later, "candidate")]), [])
+    (tmp_path / "page.html").write_text(text)
+    for width in WIDTHS:
+        with browser.tab(width, 844, phone=width < 600) as opened:
+            opened.dark(dark)
+            opened.open(tmp_path / "page.html")
+            assert opened.problems == [] and opened.accessibility_violations() == []
+            assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_the_first_screen_answers_the_question(tab: Tab, page: Path) -> None:
