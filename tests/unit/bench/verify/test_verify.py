@@ -78,6 +78,7 @@ def messages(found: Verified) -> str:
     return "\n".join(cause.message for sample in found.samples for cause in sample.causes)
 
 
+@pytest.mark.slow
 def test_a_server_that_answers_alike(checkpoint: Checkpoint, chats: list[Asked], server: Played) -> None:
     server.rounded(torch.float16)
     found = compared(checkpoint, chats, server)
@@ -92,6 +93,7 @@ def test_a_server_that_answers_alike(checkpoint: Checkpoint, chats: list[Asked],
     json.dumps(found.to_dict())
 
 
+@pytest.mark.slow
 def test_images_that_are_resized_otherwise(checkpoint: Checkpoint, chats: list[Asked], server: Played) -> None:
     size = {"shortest_edge": 28 * 28, "longest_edge": 4 * 28 * 28}
     processor = server.processor.image_processor
@@ -104,6 +106,7 @@ def test_images_that_are_resized_otherwise(checkpoint: Checkpoint, chats: list[A
     assert found.samples[0].first_token is None
 
 
+@pytest.mark.slow
 def test_another_chat_template(checkpoint: Checkpoint, chats: list[Asked], server: Played) -> None:
     template = server.processor.chat_template
     assert isinstance(template, str)
@@ -115,6 +118,7 @@ def test_another_chat_template(checkpoint: Checkpoint, chats: list[Asked], serve
     assert all(sample.first_token is not None and sample.first_token < 0.01 for sample in found.samples)
 
 
+@pytest.mark.slow
 def test_a_server_in_bfloat16(checkpoint: Checkpoint, chats: list[Asked], server: Played) -> None:
     server.rounded(torch.bfloat16)
     found = compared(checkpoint, chats, server)
@@ -123,6 +127,7 @@ def test_a_server_in_bfloat16(checkpoint: Checkpoint, chats: list[Asked], server
     assert compared(checkpoint, chats, server, "bfloat16").same
 
 
+@pytest.mark.slow
 def test_other_weights(checkpoint: Checkpoint, chats: list[Asked], server: Played) -> None:
     with torch.no_grad():
         for layer in server.model.model.language_model.layers:
@@ -131,6 +136,7 @@ def test_other_weights(checkpoint: Checkpoint, chats: list[Asked], server: Playe
     assert not found.same and "kernel or weights" in kinds(found)
 
 
+@pytest.mark.slow
 def test_other_sampling_by_default(checkpoint: Checkpoint, chats: list[Asked], server: Played) -> None:
     server.default_penalty = 5.0
     found = compared(checkpoint, chats, server)
@@ -138,6 +144,7 @@ def test_other_sampling_by_default(checkpoint: Checkpoint, chats: list[Asked], s
     assert "--generation-config" in messages(found)
 
 
+@pytest.mark.slow
 def test_what_may_be_read_in_two_ways_is_said(
     checkpoint: Checkpoint, chats: list[Asked], server: Played, tmp_path: Path
 ) -> None:
@@ -278,6 +285,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["verify", "demo", "--samples", "3", "--tokens", str(LENGTH), *arguments])
 
 
+@pytest.mark.slow
 def test_the_verb(url: tuple[str, dict[str, Any]]) -> None:
     root, answers = url
     result = run("--url", root, "--device", "cpu")
@@ -294,6 +302,7 @@ def test_the_verb(url: tuple[str, dict[str, Any]]) -> None:
     assert result.exit_code == 1 and "kernel or weights" in result.stdout
 
 
+@pytest.mark.slow
 def test_without_an_address_a_server_is_started_and_stopped(
     url: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +319,7 @@ def test_without_an_address_a_server_is_started_and_stopped(
     assert said == ["demo in float16", "stopped"]
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(url: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     root, answers = url
     answers.clear()
