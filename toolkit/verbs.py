@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
 @settings_as_options
 def quantize(model: ModelOption, out: OutOption, recipe: Recipe, options: RunOptions) -> None:
-    """Make an AWQ checkpoint of a Qwen2-VL, calibrated on images and text."""
+    """Make an AWQ checkpoint, calibrated on images and text."""
     from toolkit.console import out as stdout
     from toolkit.quantize.run import run
 
@@ -131,7 +131,7 @@ def demo_model(
 
 
 def random_model(
-    shape: Annotated[str, typer.Option(help="2b, 7b or 72b.")],
+    shape: Annotated[str, typer.Option(help="2b, 7b, 72b, qwen2.5-vl-3b, ...: any published size; qwen2.5-vl-tiny.")],
     out: OutOption,
     layers: Annotated[int | None, typer.Option(help="Decoder layers, if not the shape's own number.")] = None,
     tokenizer: Annotated[
@@ -140,7 +140,7 @@ def random_model(
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
     device: Annotated[str, typer.Option(help="Where the numbers are drawn: cpu or cuda.")] = "cpu",
 ) -> None:
-    """Make a Qwen2-VL of a real shape with random weights: for measuring time and memory without a hub."""
+    """Make a model of a real shape with random weights: for measuring time and memory without a hub."""
     from toolkit.console import out as stdout
     from toolkit.sources.random_model import write_random_model
 

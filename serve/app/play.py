@@ -81,7 +81,7 @@ class Play(Middleware):
             for entry in resources.files("serve").joinpath("page").iterdir()
         }
         self._files["/play"] = self._files.pop("/play/index.html")
-        self._files["/play/settings.json"] = _file("settings.json", _settings(self._beside, limits))
+        self._files["/play/settings.json"] = _file("settings.json", _settings(options, limits))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or pass it on."""
@@ -194,10 +194,11 @@ class Beside(Middleware):
                 await _bad_gateway(send, f"The second server can't be reached ({type(error).__name__}).")
 
 
-def _settings(beside: bool, limits: Limits) -> bytes:
+def _settings(options: PlayOptions, limits: Limits) -> bytes:
     """Return what the page must know before it asks anything; everybody may read it."""
     settings = {
-        "beside": beside,
+        "beside": options.beside is not None,
+        "token_pixels": options.token_pixels,
         "key": limits.needs_key,
         "images": limits.max_images,
         "image_pixels": limits.max_image_pixels,

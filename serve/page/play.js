@@ -7,8 +7,6 @@ const at = (id) => document.getElementById(id);
 const SAMPLE_QUESTION = "List the labels and values of the bars.";
 // What servers decode as it is. Everything else that the browser can show is sent as PNG.
 const SENT_AS_IS = new Set(["image/png", "image/jpeg", "image/webp"]);
-// Qwen2-VL makes one token of 28 x 28 pixels.
-const TOKEN_PIXELS = 28 * 28;
 // Tokens left free beside images, text and answer: marks of turns, and what rounding adds.
 const SPARE_TOKENS = 64;
 const KEY = "qvl-key";
@@ -132,7 +130,7 @@ function pixelBudget() {
   const room = Math.min(...sides.map((server) => server.length ?? Infinity));
   const tokens = (room - used - Number(at("max-tokens").value) - texts / 2 - SPARE_TOKENS) / waiting.length;
   const shared = (limits.request_pixels - sent().reduce((sum, image) => sum + image.pixels, 0)) / waiting.length;
-  return Math.floor(Math.min(limits.image_pixels, shared, tokens * TOKEN_PIXELS * 0.95));
+  return Math.floor(Math.min(limits.image_pixels, shared, tokens * limits.token_pixels * 0.95));
 }
 
 function scaled(image, budget) {
@@ -390,7 +388,7 @@ function unusable(question) {
   if (!(number("temperature") >= 0 && number("temperature") <= 2)) {
     return ["The temperature is a number from 0 to 2.", at("temperature")];
   }
-  if (waiting.length && pixelBudget() < TOKEN_PIXELS) {
+  if (waiting.length && pixelBudget() < limits.token_pixels) {
     return ["The model has no room left for images: start a new conversation, or shorten the longest answer.", at("question")];
   }
   return null;

@@ -6,7 +6,8 @@ graphs, and gives what is left to the KV cache (``determine_available_memory`` i
     weights      packed tensors as they are, all others in the compute dtype's 2 bytes, tied matrices once, and what
                  vLLM 0.25.1 reported beyond them on an H100
     encoder      the widest moment of a vision block (in, two norms' worth of copies, MLP before and after its
-                 activation) over the patches of the largest image, and that image's pixels
+                 activation, which has two inputs where it is gated) over the patches of the largest image, and that
+                 image's pixels
     step         the widest moment of a decoder layer over ``max_num_batched_tokens``: residual, norm, gate and up,
                  their product
     sampler      logits of ``max_num_seqs`` sequences in 16 bits, in float32, and two sorted or summed copies
@@ -23,17 +24,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from serve.plan.load import Load
 from serve.settings.config import kv_bytes_per_token
-from toolkit.checkpoint.anatomy import expected_tensors
 from toolkit.checkpoint.checkpoint import Checkpoint, QuantizationInfo
+from toolkit.checkpoint.published import header, without_files
 from toolkit.checkpoint.weights import TensorInfo
-from toolkit.errors import FormatError, ResourceError
-from toolkit.models.qwen2_vl import QWEN2_VL
-from toolkit.sources.random_model import SHAPES, VISION
+from toolkit.errors import ResourceError
+from toolkit.models.families import size_named
 
 __all__ = [
     "Capacity",
@@ -127,35 +126,27 @@ class Capacity:
 
 
 def shape(name: str, quantized: bool) -> Checkpoint:
-    """Return a published size as a checkpoint of headers without files: "2b", "7b" or "72b", bfloat16 or AWQ.
+    """Return a published size as a checkpoint of headers without files, bfloat16 or AWQ: "7b", "qwen2.5-vl-3b", ...
 
     Raises FormatError for another name.
     """
-    if name not in SHAPES:
-        raise FormatError(f"unknown shape {name!r}: choose {', '.join(SHAPES)}, or give a directory.")
-    family = QWEN2_VL
-    text = {**SHAPES[name], "max_position_embeddings": family.max_positions}
-    vision = {**VISION, "hidden_size": text["hidden_size"]}
-    config = {"architectures": [family.architecture], "model_type": family.model_type, **text, "vision_config": vision}
-    bare = Checkpoint(Path(name), family, config, text, vision, {}, None, family.hub.layers)
+    family, size = size_named(name)
+    bare = without_files(name, family, family.config(size))
+    if not quantized:
+        return bare
     tensors: dict[str, TensorInfo] = {}
-    for expected in expected_tensors(bare):
-        if quantized and expected.linear and expected.name.removesuffix(".weight").endswith(family.linears):
-            outputs, inputs = expected.shape
-            module, groups = expected.name.removesuffix(".weight"), inputs // _GROUP_SIZE
+    for tensor in bare.tensors.values():
+        module = tensor.name.removesuffix(".weight")
+        if module.endswith(family.linears) and module.startswith(bare.layers_prefix):
+            outputs, inputs = tensor.shape
+            groups = inputs // _GROUP_SIZE
             packed = {"qweight": ("I32", (inputs, outputs // 8)), "qzeros": ("I32", (groups, outputs // 8))}
             packed["scales"] = ("F16", (groups, outputs))
-            for part, (dtype, size) in packed.items():
-                tensors[f"{module}.{part}"] = _tensor(f"{module}.{part}", dtype, size)
+            for part, (dtype, shape) in packed.items():
+                tensors[f"{module}.{part}"] = header(f"{module}.{part}", dtype, shape)
         else:
-            tensors[expected.name] = _tensor(expected.name, "BF16", expected.shape)
-    info = QuantizationInfo(4, _GROUP_SIZE, True, "gemm", ("visual",)) if quantized else None
-    return replace(bare, tensors=tensors, quantization=info)
-
-
-def _tensor(name: str, dtype: str, size: tuple[int, ...]) -> TensorInfo:
-    info = TensorInfo(name, dtype, size, 0, Path(), 0)
-    return replace(info, nbytes=info.numel * (4 if dtype == "I32" else 2))
+            tensors[tensor.name] = tensor
+    return replace(bare, tensors=tensors, quantization=QuantizationInfo(4, _GROUP_SIZE, True, "gemm", ("visual",)))
 
 
 def weight_bytes(checkpoint: Checkpoint, tp: int = 1) -> int:
@@ -178,7 +169,8 @@ def need(checkpoint: Checkpoint, card: int, load: Load) -> Need:
     # the encoder runs over as many of the largest images as the budget holds, at least one
     patches = max(image, tokens // image * image) * vision.merge**2
     pixels = patches * vision.channels * vision.frames * vision.patch**2 * _ELEMENT
-    encoder = pixels + patches * (3 * vision.width + 2 * vision.inner // load.tp) * _ELEMENT
+    copies = checkpoint.family.tower.copies
+    encoder = pixels + patches * (3 * vision.width + copies * vision.inner // load.tp) * _ELEMENT
     cached = max(image, tokens) * hidden * _ELEMENT
     step = tokens * (3 * hidden + 3 * inner // load.tp) * _ELEMENT
     sampler = sequences * vocab * (_ELEMENT + 3 * 4)

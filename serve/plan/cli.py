@@ -31,7 +31,10 @@ def register(app: typer.Typer) -> None:
 @settings_as_options
 def plan(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help="2b, 7b, 72b or directories (all three sizes).")
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...", help="Sizes (2b, qwen2.5-vl-7b, ...) or directories; if not given, 2b, 7b and 72b."
+        ),
     ] = None,
     gpu_memory: Annotated[
         str, typer.Option(metavar="GIB", help="Memory of the card in GiB, or several: 16,24.")
@@ -78,10 +81,10 @@ def _rows(model: str, card: int, load: Load) -> list[tuple[Capacity, dict[str, A
     from serve.plan.capacity import capacity, shape
     from toolkit.checkpoint.checkpoint import Checkpoint
     from toolkit.errors import CheckpointError, FormatError
+    from toolkit.models.families import LISTED, SIZES
     from toolkit.sources.directory import resolve
-    from toolkit.sources.random_model import SHAPES
 
-    if model in SHAPES and not Path(model).exists():
+    if model in SIZES and not Path(model).exists():
         plain, packed = shape(model, False), shape(model, True)
         return [
             (capacity(plain, card, load, model), None),
@@ -92,7 +95,7 @@ def _rows(model: str, card: int, load: Load) -> list[tuple[Capacity, dict[str, A
     except CheckpointError as error:
         if "/" in model or Path(model).exists():
             raise
-        raise FormatError(f"{model} is neither one of {', '.join(SHAPES)} nor a directory.") from error
+        raise FormatError(f"{model} is neither one of {LISTED} nor a directory.") from error
     work = None if checkpoint.quantization else _quantizing(checkpoint, card)
     return [(capacity(checkpoint, card, load, model), work)]
 

@@ -31,7 +31,13 @@ _UNGUARDED = (
 
 
 def server_environment(
-    config: ServerConfig, base: Mapping[str, str], name: str, *, began: float | None = None, restarts: int = 0
+    config: ServerConfig,
+    base: Mapping[str, str],
+    name: str,
+    *,
+    token_pixels: int = 28 * 28,
+    began: float | None = None,
+    restarts: int = 0,
 ) -> dict[str, str]:
     """Return the environment for vLLM's process: `base`, and what it does not set already.
 
@@ -41,6 +47,7 @@ def server_environment(
         config: the server's settings.
         base: the environment to start from.
         name: the model's name on the server.
+        token_pixels: how many pixels of an image become one token of it.
         began: when the start was asked for, by time.monotonic().
         restarts: how often the server has been restarted.
     """
@@ -69,7 +76,7 @@ def server_environment(
     elif config.api_key is not None:
         environment[VLLM_API_KEY] = config.api_key
     if config.play:
-        environment[PLAY] = PlayOptions(beside=config.play_beside).dumps()
+        environment[PLAY] = PlayOptions(beside=config.play_beside, token_pixels=token_pixels).dumps()
     if config.log_format == "json":
         environment[LOG_FORMAT] = "json"
         environment["VLLM_LOGGING_CONFIG_PATH"] = str(write_config(cache_dir("servers", "logging.json")))

@@ -122,7 +122,11 @@ def start(
             _refuse_taken_port(config)
             log = _new_log(config.port, keep=restarts > 0)
             log_start = log.stat().st_size
-            environment = server_environment(config, os.environ, prepared.name, began=began, restarts=restarts)
+            served = prepared.served
+            token_pixels = served.family.token_pixels(served.vision)
+            environment = server_environment(
+                config, os.environ, prepared.name, token_pixels=token_pixels, began=began, restarts=restarts
+            )
             arguments = vllm_arguments(config, prepared.served, prepared.name)
             process = launch.spawn(arguments, environment, log, attached)
             running = _written_down(config, prepared, process.pid, log, supervised, restarts)

@@ -18,6 +18,8 @@ class PlayOptions:
 
     #: Address of the server to compare with, such as http://127.0.0.1:8001. None: the page shows one server.
     beside: str | None = None
+    #: Pixels of an image that become one token of the model: the page scales images to what it has room for.
+    token_pixels: int = 28 * 28
 
     def __post_init__(self) -> None:
         if self.beside is None:

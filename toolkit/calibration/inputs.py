@@ -26,6 +26,7 @@ __all__ = ["PreparedSample", "digest", "prepare"]
 
 _IMAGE = "<|image_pad|>"
 _MAX_VIDEO_FRAMES = 768  # qwen-vl-utils' own bound
+_SAMPLE_FPS = 2.0  # and its frames a second, where a list of frames says none
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class PreparedSample:
     """Model inputs of one sample.
 
     ``inputs``: what the processor returns, without the attention mask (there is no padding to mask): ``input_ids``
-    [1, T], ``mm_token_type_ids`` [1, T], ``pixel_values`` [patches, 1176], ``image_grid_thw`` [images, 3] and the like.
+    [1, T], ``mm_token_type_ids`` [1, T], ``pixel_values`` [patches, values of a patch],
+    ``image_grid_thw`` [images, 3] and the like.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -66,7 +68,7 @@ def _load_video(part: dict[str, Any], base: Path, where: str) -> dict[str, Any]:
         raise MediaError(f"{where}: no file at {path}")
     if any(key in part for key in ("fps", "nframes", "min_frames", "max_frames")):
         return _sampled(part, path, where)
-    wanted = float(part.get("sample_fps", 2.0))
+    wanted = float(part.get("sample_fps", _SAMPLE_FPS))
     reader = cv2.VideoCapture(str(path))
     try:
         native = reader.get(cv2.CAP_PROP_FPS) or wanted
@@ -173,7 +175,7 @@ def _images(
     for part in (part for message in messages for part in message["content"] if part["type"] == "image"):
         if "resized_height" in part:
             try:
-                image = fetch_image(part)
+                image = fetch_image(part, image_patch_size=processor.image_processor.patch_size)
             except (AssertionError, ValueError) as error:
                 raise MediaError(f"{where}: an image can't be brought to size: {error}") from None
             found.append(processor.image_processor([image], do_resize=False, return_tensors="pt"))
@@ -187,8 +189,13 @@ def _images(
     return inputs, [int(grid.prod()) // merged for grid in inputs["image_grid_thw"]]
 
 
-def _videos(messages: list[dict[str, Any]], where: str) -> tuple[list[Any] | None, dict[str, Any]]:
-    """Return a chat's videos at their final size, as the processor takes them, and what goes with them."""
+def _videos(
+    messages: list[dict[str, Any]], processor: Qwen2VLProcessor, where: str
+) -> tuple[list[Any] | None, dict[str, Any]]:
+    """Return a chat's videos at their final size, as the processor takes them, and what goes with them.
+
+    What goes with them is the time between frames that are shown: later families than Qwen2-VL read it.
+    """
     from qwen_vl_utils import process_vision_info
 
     parts = [part for message in messages for part in message["content"] if part["type"] == "video"]
@@ -196,12 +203,21 @@ def _videos(messages: list[dict[str, Any]], where: str) -> tuple[list[Any] | Non
         return None, {}
     try:
         _, videos, settings = process_vision_info(
-            [{"role": "user", "content": parts}], return_video_kwargs=True, return_video_metadata=True
+            [{"role": "user", "content": parts}],
+            return_video_kwargs=True,
+            return_video_metadata=True,
+            image_patch_size=processor.image_processor.patch_size,
         )
     except (AssertionError, ValueError) as error:  # bounds that no size satisfies
         raise MediaError(f"{where}: a video can't be brought to size: {error}") from None
-    frames, metadata = zip(*videos or [], strict=True)
-    return list(frames), {"video_metadata": list(metadata), **settings}
+    frames = [shown for shown, _ in videos or []]
+    # qwen-vl-utils counts the frames that it is given, and says the rate of the file that they were taken from
+    rates = [float(part.get("sample_fps", _SAMPLE_FPS)) for part in parts]
+    metadata = [
+        {"fps": rate, "frames_indices": list(range(len(shown))), "total_num_frames": len(shown)}
+        for shown, rate in zip(frames, rates, strict=True)
+    ]
+    return frames, {"video_metadata": metadata, **settings}
 
 
 def _with_tokens(text: str, counts: Sequence[int]) -> str:
@@ -224,7 +240,7 @@ def _refuse_unseen(text: str, messages: list[dict[str, Any]], where: str) -> Non
         if shown != kinds[kind]:
             raise CheckpointError(
                 f"{where}: the model's chat template shows {shown} of {kinds[kind]} {kind}s: it is a text model's, "
-                "perhaps; copy chat_template.json from the published Qwen2-VL beside the weights"
+                "perhaps; copy the chat template of the published model beside the weights"
             )
 
 
@@ -270,7 +286,7 @@ def prepare(
         )
         _refuse_unseen(text, messages, sample.where)
         images, counts = _images(messages, processor, sample.where)
-        videos, extra = _videos(messages, sample.where)
+        videos, extra = _videos(messages, processor, sample.where)
         inputs = dict(
             processor(text=[_with_tokens(text, counts)], videos=videos, return_tensors="pt", do_resize=False, **extra)
         )

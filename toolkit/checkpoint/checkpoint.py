@@ -1,4 +1,4 @@
-"""A Qwen2-VL checkpoint directory: its config, its tensors by name, how it is quantized, and whether it is whole.
+"""A checkpoint directory: its config, its tensors by name, how it is quantized, and whether it is whole.
 
 Opening one reads config.json and the headers of the weight files, nothing more, and needs no torch. Both shapes in
 circulation are read: the hub's (flat config, ``model.layers.*`` and ``visual.*``) and what transformers 5 saves
@@ -23,6 +23,7 @@ from toolkit.checkpoint.weights import TensorInfo, read_json, read_weights
 from toolkit.checkpoint.writer import CheckpointWriter
 from toolkit.errors import CheckpointError
 from toolkit.files import DIGEST_BYTES
+from toolkit.models.families import TITLES
 from toolkit.models.family import Family, Vision
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ __all__ = [
 _LAYER_0 = re.compile(r"^(.*\.)?layers\.0\.(self_attn|mlp)\.")
 
 #: Ends a refusal of what is no model.
-WHAT_TO_GIVE = "Give a directory that holds a Qwen2-VL model, a hub id such as Qwen/Qwen2-VL-2B-Instruct, or demo."
+WHAT_TO_GIVE = f"Give a directory that holds a {TITLES}, a hub id such as Qwen/Qwen2-VL-2B-Instruct, or demo."
 
 
 @dataclass
@@ -261,7 +262,7 @@ def _layers_prefix(path: Path, family: Family, tensors: dict[str, TensorInfo]) -
             return prefix
     raise CheckpointError(
         f"{path} holds no decoder layers (no tensor model.layers.0.self_attn.*; its first is {next(iter(tensors))}). "
-        "These are not a whole Qwen2-VL's weights: an adapter is merged first, a sharded save is collected first."
+        f"These are not a whole {family.title}'s weights: an adapter is merged first, a sharded save collected first."
     )
 
 

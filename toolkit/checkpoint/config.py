@@ -8,7 +8,7 @@ from typing import Any
 from toolkit.checkpoint.compressed import SUPPORTED, read_compressed_tensors
 from toolkit.checkpoint.quantization import QuantizationInfo
 from toolkit.errors import AlreadyQuantized, CheckpointError
-from toolkit.models.families import FAMILIES, architectures_of, family_of
+from toolkit.models.families import family_of, why_not
 from toolkit.models.family import Family
 
 __all__ = ["QuantizationInfo", "read_family", "read_quantization", "read_text_config"]
@@ -31,13 +31,7 @@ def read_family(path: Path, config: dict[str, Any]) -> Family:
     found = family_of(config)
     if found is not None:
         return found
-    what = ", ".join(str(a) for a in architectures_of(config)) or "no architecture"
-    titles = " or ".join(family.title for family in FAMILIES)
-    supported = " or ".join(f"{family.architecture} (model_type {family.model_type})" for family in FAMILIES)
-    raise CheckpointError(
-        f"{path} is not a {titles}: its config.json says {what} (model_type {config.get('model_type')}). "
-        f"Only {supported} is supported."
-    )
+    raise CheckpointError(f"{path} {why_not(config)}")
 
 
 def read_text_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:

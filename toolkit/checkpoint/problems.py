@@ -17,6 +17,7 @@ from toolkit.checkpoint.quantization import QuantizationInfo
 from toolkit.checkpoint.side_files import side_problems
 from toolkit.console import warn
 from toolkit.errors import CheckpointError, FormatError
+from toolkit.models.families import family_of_weights
 
 __all__ = ["Problem", "find_problems", "refuse_broken"]
 
@@ -35,6 +36,10 @@ class Problem:
 
 def find_problems(checkpoint: Checkpoint) -> list[Problem]:
     """Return all that is wrong with a checkpoint, from its config, headers and side files; errors come first."""
+    other = family_of_weights(checkpoint.tensors)
+    if other is not None and other is not checkpoint.family:
+        mixed = f"config.json is a {checkpoint.family.title}'s, and the weights are a {other.title}'s: "
+        return [Problem("error", mixed + "copy the config.json that belongs to them")]
     found = [
         *_config_problems(checkpoint),
         *_tensor_problems(checkpoint),

@@ -16,6 +16,7 @@ from toolkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.checkpoint import Checkpoint
+    from toolkit.models.family import Family
 
 __all__ = ["TEMPLATES", "chat_template", "image_settings", "side_problems", "tokens"]
 
@@ -24,6 +25,8 @@ Found = tuple[str, str]
 
 #: Files with a chat template and nothing else.
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
+#: Side of a patch in pixels where a file does not say it: the image processor's own.
+_PATCH = 14
 _IMAGES, _VIDEOS, _BOTH = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"
 
 
@@ -126,17 +129,18 @@ def _processor(checkpoint: Checkpoint) -> Iterator[Found]:
         yield "error", f"{name} is of a {kind}, and a {checkpoint.family.title} has a {known[0]}: copy its base's"
         return
     vision = checkpoint.vision
-    for key, size in (
-        ("patch_size", vision.patch),
-        ("merge_size", vision.merge),
-        ("temporal_patch_size", vision.frames),
+    for key, size, default in (
+        ("patch_size", vision.patch, _PATCH),
+        ("merge_size", vision.merge, vision.merge),
+        ("temporal_patch_size", vision.frames, vision.frames),
     ):
-        if found.get(key, size) != size:
-            yield "error", f"{name} has {key} {found[key]}, and the vision tower {size}: copy the file of its base"
-    yield from _bounds(name, found)
+        if found.get(key, default) != size:
+            said = f"has {key} {found[key]}" if key in found else f"does not say {key}, which is {default} then"
+            yield "error", f"{name} {said}, and the vision tower has {size}: copy the file of its base"
+    yield from _bounds(name, found, checkpoint.family)
 
 
-def _bounds(name: str, found: dict[str, Any]) -> Iterator[Found]:
+def _bounds(name: str, found: dict[str, Any], family: Family) -> Iterator[Found]:
     """Look at an image's bounds in pixels: min_pixels and max_pixels, or shortest_edge and longest_edge of ``size``."""
     size = found.get("size")
     given = dict(size) if isinstance(size, dict) else {} if size is None else {"shortest_edge": size}
@@ -148,7 +152,7 @@ def _bounds(name: str, found: dict[str, Any]) -> Iterator[Found]:
             yield (
                 "error",
                 f"{name} has a size without {edge}, which transformers and vLLM need: "
-                "write min_pixels and max_pixels instead (3136 and 12845056 as published)",
+                f"write min_pixels and max_pixels instead ({family.min_pixels} and {family.max_pixels} as published)",
             )
             return
         bounds.append(value)

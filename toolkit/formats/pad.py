@@ -46,7 +46,9 @@ def check_padding(checkpoint: Checkpoint, size: int) -> int:
     for name in checkpoint.tensors:
         part = _part(checkpoint, name)
         if part is not None and part[0] not in WIDENED:
-            raise FormatError(f"{checkpoint.path}: {name} is no part of a Qwen2-VL's MLP: how to pad it is not known.")
+            raise FormatError(
+                f"{checkpoint.path}: {name} is no part of a {checkpoint.family.title}'s MLP: how to pad it is unknown."
+            )
     return padded
 
 

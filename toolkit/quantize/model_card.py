@@ -23,8 +23,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def model_card(manifest: dict[str, Any]) -> str:
-    """Write a model card from qvl.json: what was done, with what."""
+def model_card(manifest: dict[str, Any], model_type: str) -> str:
+    """Write a model card from qvl.json: what was done, with what; ``model_type`` is config.json's."""
     recipe, calibration, source = manifest["recipe"], manifest["calibration"], manifest["source"]
     errors = [layer["relative_error"] for layer in manifest["layers"]]
     worst = max(manifest["layers"], key=lambda layer: layer["relative_error"])
@@ -45,7 +45,7 @@ def model_card(manifest: dict[str, Any]) -> str:
 base_model: {json.dumps(source["model"])}
 library_name: transformers
 pipeline_tag: image-text-to-text
-tags: [{layout.method}, 4-bit, qwen2_vl]
+tags: [{layout.method}, 4-bit, {model_type}]
 ---
 
 # {name}, AWQ 4 bits

@@ -201,31 +201,33 @@ class _Needs:
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, tokens: int, longest: int) -> None:
         text = checkpoint.text_config
-        hidden, inner = int(text["hidden_size"]), int(text["intermediate_size"])
+        widths, vision = checkpoint.family.widths(text), checkpoint.vision
+        hidden, inner, query = widths["hidden"], widths["inner"], widths["query"]
         shapes = checkpoint.linear_shapes()
         held = min(HELD_TOKENS + longest, tokens)
         chunk = min(max(CHUNK_TOKENS, longest), tokens)
         self.layer = sum(k * n for k, n in shapes.values()) * _FLOAT
-        self.states = tokens * hidden * _FLOAT
-        rope = 2 * tokens * (hidden // int(text["num_attention_heads"])) * _FLOAT
-        self.held = held * (5 * hidden + inner) * _FLOAT + rope
+        #: hidden states, and what is added to those of images behind the first layers
+        self.states = tokens * hidden * _FLOAT * (1 + len(vision.deepstack))
+        rope = 2 * tokens * widths["head"] * _FLOAT
+        self.held = held * (4 * hidden + query + inner) * _FLOAT + rope
         #: a unit's moments by its inputs
-        self.moments = (3 * hidden**2 + inner**2) * _FLOAT
-        self.passing = chunk * (4 * inner + 8 * hidden) * _FLOAT
+        self.moments = (2 * hidden**2 + query**2 + inner**2) * _FLOAT
+        self.passing = chunk * (4 * inner + 4 * hidden + 4 * query) * _FLOAT
         widest = hidden * inner * _FLOAT
         compensated = recipe.rounding == "compensated"
         #: rounding down_proj: scaled weight, values, error, beside all moments and the factor of its own
         self.down = self.moments + (inner**2 * _FLOAT if compensated else 0) + 5 * widest
         #: rounding gate and up together, when down_proj's moments are gone
-        self.gate_up = (3 + compensated) * hidden**2 * _FLOAT + 10 * widest + 2 * held * inner * _FLOAT
+        self.gate_up = ((2 + compensated) * hidden**2 + query**2) * _FLOAT + 10 * widest + 2 * held * inner * _FLOAT
         if recipe.effort == "best":
             self._on_two_ways(recipe, shapes, held, (hidden, inner))
         #: AutoAWQ's search keeps every linear's input and its modules' outputs
         self.features = tokens * (6 * hidden + inner) * _FLOAT if recipe.search == "autoawq" else 0
         visual = [t for name, t in checkpoint.tensors.items() if name.startswith(checkpoint.visual_prefix)]
         self.vision = sum(t.numel for t in visual) * _FLOAT
-        #: a vision block's widest activations: four patches a token, the MLP four times as wide as the block
-        self.seeing = 4 * longest * int(checkpoint.vision_config["embed_dim"]) * 16 * _FLOAT
+        #: a vision block's widest activations: four patches a token, the MLP four times as wide as the block or less
+        self.seeing = vision.merge**2 * longest * 4 * max(vision.inner, 4 * vision.width) * _FLOAT
 
     def _on_two_ways(
         self, recipe: Recipe, shapes: Mapping[str, tuple[int, int]], held: int, widths: tuple[int, int]
@@ -261,11 +263,11 @@ def _seconds(checkpoint: Checkpoint, recipe: Recipe, tokens: int, device: torch.
     from toolkit.quantize.search.gram import takes_bfloat16
 
     flops_rate, bytes_rate = _rates(device)
-    text = checkpoint.text_config
-    hidden, inner = int(text["hidden_size"]), int(text["intermediate_size"])
+    widths = checkpoint.family.widths(checkpoint.text_config)
+    hidden, inner, query = widths["hidden"], widths["inner"], widths["query"]
     shapes = checkpoint.linear_shapes()
     weights = sum(k * n for k, n in shapes.values())
-    squares = 3 * hidden**2 + inner**2
+    squares = 2 * hidden**2 + query**2 + inner**2
     held = min(HELD_TOKENS, tokens // 10 + 1)
     kernels = device.type == "cuda"  # Triton's, which read a weight once where torch reads it ten times
     narrow = 0.5 if recipe.search == "moments" and takes_bfloat16(device) else 1.0  # the rates are of float32
@@ -284,17 +286,17 @@ def _seconds(checkpoint: Checkpoint, recipe: Recipe, tokens: int, device: torch.
         traffic += 20 * _FLOAT * (6 * weights + 4 * tokens * inner)
     else:
         # 1.3 times as many rows as wanted, on average: a stride is a whole number
-        screened = [(1.3 * screen_rows(columns), columns) for columns in (hidden, hidden, hidden, inner)]
+        screened = [(1.3 * screen_rows(columns), columns) for columns in (hidden, query, hidden, inner)]
         flops += narrow * _CANDIDATES * 2 * sum(rows * columns**2 for rows, columns in screened)
         traffic += _CANDIDATES * 10 * _FLOAT * sum(rows * columns for rows, columns in screened)
-        flops += narrow * _FINALISTS * 2 * hidden * (hidden**2 + inner**2)  # of o and down, exactly
+        flops += narrow * _FINALISTS * 2 * hidden * (query**2 + inner**2)  # of o and down, exactly
         flops += (_FINALISTS + 4) * 2 * held * weights  # of the others; and what checks them
         traffic += 30 * _FLOAT * weights
     if recipe.clip:
         traffic += (2 if kernels else 100) * _FLOAT * weights
     if recipe.rounding == "compensated":
-        triangles = (3 * hidden**3 + inner**3) / 3
-        flops += 2 * (hidden * (weights - hidden * inner) + inner * hidden * inner)
+        triangles = (2 * hidden**3 + query**3 + inner**3) / 3
+        flops += 2 * (hidden * (weights - hidden * inner - query * hidden) + (query**2 + inner**2) * hidden)
         flops += triangles * (_CHOLESKY if kernels else 2)
         traffic += (8 if kernels else 40) * _FLOAT * weights
     ideal = flops / flops_rate + traffic / bytes_rate

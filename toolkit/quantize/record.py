@@ -29,7 +29,7 @@ def write_rest(journal: Journal, job: Job, made: Made, seconds: dict[str, float]
     journal.set_config(_config(job, made))
     journal.write_json("qvl.json", manifest)
     journal.write_json("qvl-run.json", _measured(job, made, seconds, len(journal.done)))
-    journal.write_text("README.md", model_card(manifest))
+    journal.write_text("README.md", model_card(manifest, job.source.checkpoint.family.model_type))
     if job.report is not None:
         from toolkit.quantize.report import write_report
 

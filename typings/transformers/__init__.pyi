@@ -101,6 +101,7 @@ class PreTrainedTokenizerBase:
 
 class Qwen2VLImageProcessor:
     size: Mapping[str, int]
+    patch_size: int
     merge_size: int
     def __call__(
         self,

@@ -166,7 +166,7 @@ def test_the_page_is_told_the_guard_s_limits_and_no_secret(start: Start, client:
     answer = client.get(f"{url}/play/settings.json")
     told = answer.json()
     assert told["key"] and told["beside"]
-    assert (told["images"], told["image_pixels"], told["max_tokens"]) == (3, 1000, 77)
+    assert (told["images"], told["image_pixels"], told["max_tokens"], told["token_pixels"]) == (3, 1000, 77, 28 * 28)
     assert "sekrit" not in answer.text and "127.0.0.1" not in answer.text
     assert client.get(f"{url}/play").status_code == 200  # open, as /health is
     assert client.get(f"{url}/v1/models").status_code == 401

@@ -16,7 +16,7 @@ from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.checkpoint.engines import tensor_parallel
 from toolkit.cli import app
 from toolkit.errors import FormatError, ResourceError
-from toolkit.sources.random_model import SHAPES
+from toolkit.models.families import SIZES
 
 GIB = 1 << 30
 
@@ -67,7 +67,7 @@ def test_the_sum() -> None:
     assert found.concurrency == found.kv_tokens // found.context
 
 
-@pytest.mark.parametrize("name", list(SHAPES))
+@pytest.mark.parametrize("name", list(SIZES))
 def test_more_is_never_less(name: str) -> None:
     model = shape(name, True)
     for small, large in zip((44, 48, 60), (48, 60, 80), strict=True):
@@ -133,7 +133,7 @@ class TestVerb:
             self.run("7b", "--gpu-memory", sizes)
 
     def test_no_model(self) -> None:
-        with pytest.raises(FormatError, match="9b is neither one of 2b, 7b, 72b nor a directory"):
+        with pytest.raises(FormatError, match=r"9b is neither one of 2b, 7b, 72b, qwen2.5-vl-3b, .* nor a directory"):
             self.run("9b")
         with pytest.raises(ResourceError, match="share"):
             self.run("7b", "--gpu-memory-utilization", "1.5")

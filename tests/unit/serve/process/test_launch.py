@@ -41,6 +41,11 @@ def test_the_guard_gets_the_keys_and_vllm_does_not() -> None:
     assert "secret" not in repr(options)
 
 
+def test_the_page_is_told_what_a_token_of_the_model_takes() -> None:
+    environment = server_environment(ServerConfig(backend="cpu", play=True), {}, "m", token_pixels=32 * 32)
+    assert json.loads(environment["QVL_PLAY"]) == {"beside": None, "token_pixels": 1024}
+
+
 def test_json_logs_have_a_configuration(tmp_path: Path) -> None:
     environment = server_environment(ServerConfig(backend="cpu", log_format="json"), {}, "m")
     config = json.loads(Path(environment["VLLM_LOGGING_CONFIG_PATH"]).read_text())

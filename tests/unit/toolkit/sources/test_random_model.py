@@ -9,7 +9,12 @@ import pytest
 
 from tests.support.paths import ROOT
 from toolkit.checkpoint.checkpoint import Checkpoint
+from toolkit.checkpoint.inspection import inspect_checkpoint
 from toolkit.errors import FormatError
+from toolkit.models import families
+from toolkit.models.family import Family, Size
+from toolkit.models.qwen2_vl import QWEN2_VL
+from toolkit.paths import demo_checkpoint
 from toolkit.sources import random_model
 
 LICENSE = ROOT / "LICENSE"
@@ -50,13 +55,10 @@ def test_a_shape_has_the_hubs_names_and_quantizable_layers(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the real shapes are gigabytes: the same code on a small one
-    monkeypatch.setitem(random_model.VISION, "depth", 1)
     small = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 1}
-    monkeypatch.setitem(
-        random_model.SHAPES,
-        "small",
-        {**small, "num_key_value_heads": 1, "vocab_size": 64, "tie_word_embeddings": False},
-    )
+    text = {**small, "num_key_value_heads": 1, "vocab_size": 64, "tie_word_embeddings": False}
+    size = (QWEN2_VL, Size(text, {"depth": 1}))
+    monkeypatch.setattr(families, "SIZES", {**families.SIZES, "small": size})
     out = random_model.write_random_model("small", tmp_path / "m", layers=1, tokenizer=tokenizer)
     checkpoint = Checkpoint.open(out)
     assert checkpoint.num_layers == 1 and "lm_head.weight" in checkpoint.tensors
@@ -69,3 +71,24 @@ def test_a_shape_has_the_hubs_names_and_quantizable_layers(
 def test_an_unknown_shape(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="unknown shape '3b': choose 2b, 7b, 72b"):
         random_model.write_random_model("3b", tmp_path / "m")
+
+
+@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.model_type)
+def test_a_tiny_model_of_each_family_is_whole(family: Family, tmp_path: Path) -> None:
+    name = f"{family.title.lower()}-tiny"
+    out = random_model.write_random_model(name, tmp_path / "m")
+    found = inspect_checkpoint(out)
+    assert (found.problems, found.architecture) == ([], family.architecture)
+    other = random_model.write_random_model(name, tmp_path / "n", layers=3, seed=1)
+    assert Checkpoint.open(other).num_layers == 3
+    with pytest.raises(FormatError, match="unknown shape"):
+        random_model.write_random_model("qwen2-tiny", tmp_path / "o")
+
+
+def test_a_tiny_models_token_ids_are_its_tokenizers() -> None:
+    added = json.loads((demo_checkpoint() / "tokenizer.json").read_text())["added_tokens"]
+    ids = {entry["content"]: entry["id"] for entry in added}
+    for family in families.FAMILIES:
+        text = random_model.TINY[family.model_type].text
+        assert {key: ids[token] for key, (token, _) in family.vision_tokens.items()}.items() <= text.items()
+        assert text["eos_token_id"] == ids["<|im_end|>"]
