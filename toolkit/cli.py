@@ -20,7 +20,7 @@ from toolkit.verbs import register as register_toolkit
 
 app = Verbs(
     name="qvl",
-    help="Qwen2-VL from fp16 weights to a 4-bit AWQ server, with the report that says what it cost.",
+    help="Qwen2-VL and its kin from fp16 weights to a 4-bit AWQ server, with the report that says what it cost.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     cls=TyperGroup,
