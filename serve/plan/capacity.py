@@ -9,7 +9,7 @@ graphs, and gives what is left to the KV cache (``determine_available_memory`` i
                  activation, which has two inputs where it is gated) over the patches of the largest image, and that
                  image's pixels
     step         the widest moment of a decoder layer over ``max_num_batched_tokens``: residual, norm, gate and up,
-                 their product
+                 their product, and what waits to be added behind the first layers (DeepStack)
     sampler      logits of ``max_num_seqs`` sequences in 16 bits, in float32, and two sorted or summed copies
     activations  the largest of the three, and the encoder's output, which waits beside the last two
     overhead     CUDA's context, cuBLAS and NCCL workspaces, the allocator's rounding, CUDA graphs
@@ -171,8 +171,9 @@ def need(checkpoint: Checkpoint, card: int, load: Load) -> Need:
     pixels = patches * vision.channels * vision.frames * vision.patch**2 * _ELEMENT
     copies = checkpoint.family.tower.copies
     encoder = pixels + patches * (3 * vision.width + copies * vision.inner // load.tp) * _ELEMENT
-    cached = max(image, tokens) * hidden * _ELEMENT
-    step = tokens * (3 * hidden + 3 * inner // load.tp) * _ELEMENT
+    levels = len(vision.deepstack)
+    cached = max(image, tokens) * hidden * (1 + levels) * _ELEMENT
+    step = tokens * ((3 + levels) * hidden + 3 * inner // load.tp) * _ELEMENT
     sampler = sequences * vocab * (_ELEMENT + 3 * 4)
     activations = max(encoder, cached + step, cached + sampler)
     overhead = _CONTEXT_BYTES + int(text["num_hidden_layers"]) * _GRAPH_BYTES_A_LAYER

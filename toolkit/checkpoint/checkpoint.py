@@ -23,7 +23,7 @@ from toolkit.checkpoint.weights import TensorInfo, read_json, read_weights
 from toolkit.checkpoint.writer import CheckpointWriter
 from toolkit.errors import CheckpointError
 from toolkit.files import DIGEST_BYTES
-from toolkit.models.families import TITLES
+from toolkit.models.families import TITLES, family_of_weights
 from toolkit.models.family import Family, Vision
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class Checkpoint:
         quantization = read_quantization(path, config)
         tensors = read_weights(path)
         _refuse_unfinished(path, tensors)
+        _refuse_mixed(path, family, tensors)
         prefix = _layers_prefix(path, family, tensors)
         checkpoint = cls(path, family, config, text_config, vision_config, tensors, quantization, prefix)
         checkpoint._check_quantized_tensors()
@@ -249,15 +250,24 @@ def _refuse_unfinished(path: Path, tensors: dict[str, TensorInfo]) -> None:
             )
 
 
+def _refuse_mixed(path: Path, family: Family, tensors: dict[str, TensorInfo]) -> None:
+    other = family_of_weights(tensors)
+    if other is not None and other is not family:
+        raise CheckpointError(
+            f"{path}: config.json is a {family.title}'s, and the weights are a {other.title}'s: "
+            "copy the config.json that belongs to them."
+        )
+
+
 def _layers_prefix(path: Path, family: Family, tensors: dict[str, TensorInfo]) -> str:
-    known = (family.hub.layers, family.transformers.layers)
+    known = tuple(dict.fromkeys((family.hub.layers, family.transformers.layers)))
     for name in tensors:
         if "visual" not in name and (match := _LAYER_0.match(name)):
             prefix = f"{match[1] or ''}layers."
             if prefix not in known:
                 raise CheckpointError(
                     f"{path} names its layers {prefix}*, which neither vLLM nor transformers loads: rename them "
-                    f"{known[0]}* or {known[1]}*, or save the whole model with save_pretrained()."
+                    f"{'* or '.join(known)}*, or save the whole model with save_pretrained()."
                 )
             return prefix
     raise CheckpointError(

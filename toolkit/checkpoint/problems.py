@@ -17,7 +17,6 @@ from toolkit.checkpoint.quantization import QuantizationInfo
 from toolkit.checkpoint.side_files import side_problems
 from toolkit.console import warn
 from toolkit.errors import CheckpointError, FormatError
-from toolkit.models.families import family_of_weights
 
 __all__ = ["Problem", "find_problems", "refuse_broken"]
 
@@ -36,10 +35,6 @@ class Problem:
 
 def find_problems(checkpoint: Checkpoint) -> list[Problem]:
     """Return all that is wrong with a checkpoint, from its config, headers and side files; errors come first."""
-    other = family_of_weights(checkpoint.tensors)
-    if other is not None and other is not checkpoint.family:
-        mixed = f"config.json is a {checkpoint.family.title}'s, and the weights are a {other.title}'s: "
-        return [Problem("error", mixed + "copy the config.json that belongs to them")]
     found = [
         *_config_problems(checkpoint),
         *_tensor_problems(checkpoint),
@@ -68,7 +63,7 @@ def _config_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     """Look for settings that engines refuse, or read differently from each other."""
     text, vision = checkpoint.text_config, checkpoint.vision
     heads, kv_heads = int(text["num_attention_heads"]), int(text["num_key_value_heads"])
-    width = "head_dim" not in text and int(text["hidden_size"]) % heads
+    width = not text.get("head_dim") and not checkpoint.family.head and int(text["hidden_size"]) % heads
     if width or heads % kv_heads:
         what = f"{kv_heads} key-value heads" if heads % kv_heads else f"hidden_size {text['hidden_size']}"
         yield Problem("error", f"config.json: {what} and {heads} attention heads don't divide")

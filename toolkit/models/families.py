@@ -11,6 +11,7 @@ from toolkit.errors import FormatError
 from toolkit.models.family import Family, Size
 from toolkit.models.qwen2_5_vl import QWEN2_5_VL
 from toolkit.models.qwen2_vl import QWEN2_VL
+from toolkit.models.qwen3_vl import QWEN3_VL
 
 __all__ = [
     "FAMILIES",
@@ -24,7 +25,7 @@ __all__ = [
     "why_not",
 ]
 
-FAMILIES = (QWEN2_VL, QWEN2_5_VL)
+FAMILIES = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL)
 #: "Qwen2-VL, Qwen2.5-VL or ..."
 TITLES = " or ".join(filter(None, (", ".join(family.title for family in FAMILIES[:-1]), FAMILIES[-1].title)))
 #: Every published size, as commands name it: "qwen2.5-vl-3b"; those of Qwen2-VL without the family as well.
@@ -36,7 +37,6 @@ SIZES = MappingProxyType(
 LISTED = ", ".join(name for name in SIZES if not name.startswith("qwen2-vl-"))
 #: Kinds of model that are near to those that are supported, and what they would take.
 _NEAR = {
-    "qwen3_vl": "its layers have norms on q and k, and it adds what its vision tower sees behind the first of them",
     "qwen3_vl_moe": "each expert would need scales of its own, from the tokens that its router sends there, and the "
     "router would stay in 16 bits",
     "qwen2_5_omni": "it hears and speaks: its thinker alone is a Qwen2.5-VL, under other names",

@@ -196,6 +196,8 @@ class Family:
     units: tuple[Unit, ...]
     #: Norms of a decoder layer, by name: the name of their width.
     norms: Mapping[str, str]
+    #: Size of a head where the config does not say it; 0: the hidden size over the heads.
+    head: int = 0
     #: Tensor names on the hub, in what transformers saves, and inside vLLM.
     hub: Names
     transformers: Names
@@ -252,10 +254,10 @@ class Family:
         """Return the widths that `Projection` and `norms` name, from a text config.
 
         "hidden", "inner" (the MLP's), "query" (heads x head size), "value" (key-value heads x head size) and "head".
-        A head's size is the config's ``head_dim``, else the hidden size over the heads.
+        A head's size is the config's ``head_dim``, else the family's, else the hidden size over the heads.
         """
         hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
-        head = int(text.get("head_dim") or hidden // heads)
+        head = int(text.get("head_dim") or self.head or hidden // heads)
         kv_heads, inner = int(text["num_key_value_heads"]), int(text["intermediate_size"])
         return {"hidden": hidden, "inner": inner, "query": heads * head, "value": kv_heads * head, "head": head}
 

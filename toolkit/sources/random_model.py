@@ -67,6 +67,21 @@ TINY = MappingProxyType(
                 "fullatt_block_indexes": [1, 3],
             },
         ),
+        "qwen3_vl": Size(
+            {
+                **_TINY_TEXT,
+                "head_dim": 32,
+                "rope_scaling": {"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"},
+            },
+            {
+                "depth": 4,
+                "hidden_size": 128,
+                "intermediate_size": 200,
+                "num_heads": 4,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0, 1, 2],
+            },
+        ),
     }
 )
 

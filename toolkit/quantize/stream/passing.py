@@ -86,6 +86,7 @@ class LayerStream:
         In bfloat16 where that was asked for, as the served model does, but for what is added up between layers.
         """
         self.pass_through(layer, self.calibration, take, narrow=self.narrow)
+        self.calibration.add()
 
     def peek(self, layer: nn.Module, take: Take) -> None:
         """Show what a layer is given, in float32, and leave the samples where they are."""
@@ -96,7 +97,8 @@ class LayerStream:
     def hold(self, layer: nn.Module) -> Held:
         """Run the held samples through a layer, in float32, keeping what it is given and what it makes of it.
 
-        They stand before the next layer afterwards; the one that is returned has their states from before.
+        They stand before the next layer afterwards; the one that is returned has their states from before, and as its
+        output the layer's own, without what a vision tower adds behind it.
         """
         inputs: dict[str, list[torch.Tensor]] = {unit: [] for unit in self.units}
 
@@ -107,12 +109,16 @@ class LayerStream:
         before = copy.copy(self.held)
         before.hidden = self.held.hidden.clone()
         output = self.pass_through(layer, self.held, take)
+        if self.held.added:
+            output = output.clone()
+            self.held.add()
         return Held(before, output, {unit: torch.cat(parts) for unit, parts in inputs.items()})
 
     def skip(self, layer: nn.Module) -> None:
         """Pass all samples through a layer that is not searched."""
         self.advance(layer)
         self.pass_through(layer, self.held)
+        self.held.add()
 
     @torch.no_grad()
     def pass_through(
@@ -188,6 +194,7 @@ class LayerStream:
         if self.calibration.hidden.device.type == "cpu":
             return False
         self.calibration.hidden = self.calibration.hidden.cpu()
+        self.calibration.added = tuple(level.cpu() for level in self.calibration.added)
         torch.cuda.empty_cache()
         self.on_note(f"{self.device} is out of memory: from here on hidden states wait in host memory")
         return True

@@ -37,14 +37,15 @@ class _Patches(nn.Module):
     PyTorch's float32 convolutions in three dimensions are slow, on GPUs by far.
     """
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        """Args: the convolution's weight [D, channels, frames, height, width]."""
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """Args: the convolution's weight [D, channels, frames, height, width], and its bias [D]."""
         super().__init__()
         self._weight = weight.flatten(1)
+        self._bias = bias
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """[T, channels x frames x height x width] -> [T, D]."""
-        return nn.functional.linear(patches.to(self._weight.dtype), self._weight)
+        return nn.functional.linear(patches.to(self._weight.dtype), self._weight, self._bias)
 
 
 class _Reached(Exception):
@@ -77,7 +78,8 @@ def load_shell(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, Any]:
     text_config = AutoConfig.from_pretrained(checkpoint.path).text_config
     config._attn_implementation = "sdpa"
     config.text_config.num_hidden_layers = 1
-    config.text_config.layer_types = list(text_config.layer_types)[:1]
+    if hasattr(text_config, "layer_types"):
+        config.text_config.layer_types = list(text_config.layer_types)[:1]
     with init_empty_weights(include_buffers=False):
         model = AutoModelForImageTextToText.from_config(config)
     inner = model.model
@@ -89,7 +91,7 @@ def load_shell(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, Any]:
         assign=True,
     )
     inner.visual.to(device)
-    inner.visual.patch_embed = _Patches(inner.visual.patch_embed.proj.weight)
+    inner.visual.patch_embed = _Patches(inner.visual.patch_embed.proj.weight, inner.visual.patch_embed.proj.bias)
     inner.language_model.rotary_emb.to(device)
     inner.language_model.layers = nn.ModuleList([_Stop()])
     inner.language_model.embed_tokens = _Rows(
@@ -117,6 +119,11 @@ def embed(
         on_sample: called with the number of samples done.
     """
     found: list[States] = []
+    levels = len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
+    given: dict[str, Any] = {}
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, __, settings: given.update(settings), with_kwargs=True
+    )
     for sample in samples:
         inputs = {name: value.to(device) for name, value in sample.inputs.items()}
         ids = inputs["input_ids"][0]
@@ -124,9 +131,12 @@ def embed(
         try:
             model.model(**inputs, use_cache=False)
         except _Reached as reached:
-            found.append(States(reached.hidden.to(store), reached.rope, [len(ids)], vision))
+            none = [reached.hidden.new_zeros(0, reached.hidden.shape[-1])] * levels
+            added = tuple(level.to(store) for level in given.get("deepstack_visual_embeds") or none)
+            found.append(States(reached.hidden.to(store), reached.rope, [len(ids)], vision, added))
         else:
             raise RuntimeError("the model never reached its decoder layers")
         if on_sample is not None:
             on_sample(len(found))
+    hook.remove()
     return found

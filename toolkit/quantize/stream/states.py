@@ -38,14 +38,16 @@ class States:
     """The calibration samples between two decoder layers, joined in one row of T tokens.
 
     ``hidden``: [1, T, D] float32. ``rope``: cosines and sines [..., 1, T, head]. ``lengths``: tokens of each sample.
-    ``vision``: [T] bool, true where a token is a piece of an image. ``hidden`` may wait in host memory, the others are
-    on the device.
+    ``vision``: [T] bool, true where a token is a piece of an image. ``added``: what is added to those tokens behind the
+    next layers, in turn, [vision tokens, D] each. ``hidden`` and ``added`` may wait in host memory, the others are on
+    the device.
     """
 
     hidden: torch.Tensor
     rope: tuple[torch.Tensor, torch.Tensor]
     lengths: list[int]
     vision: torch.Tensor
+    added: tuple[torch.Tensor, ...] = ()
 
     @classmethod
     def join(cls, samples: Sequence[States]) -> States:
@@ -56,7 +58,15 @@ class States:
             (cos, sin),
             [length for s in samples for length in s.lengths],
             torch.cat([s.vision for s in samples]),
+            tuple(torch.cat(level) for level in zip(*(s.added for s in samples), strict=True)),
         )
+
+    def add(self) -> None:
+        """Add to images' tokens what comes behind the layer that was passed last; nothing behind later ones."""
+        if self.added:
+            level, *rest = self.added
+            self.hidden[:, self.vision.to(self.hidden.device)] += level.to(self.hidden.device)
+            self.added = tuple(rest)
 
     def batch(self, first: int, tokens: int) -> Batch:
         """Return the micro-batch of whole samples from number ``first`` on; one above ``tokens`` goes alone."""

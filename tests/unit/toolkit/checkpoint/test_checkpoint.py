@@ -167,9 +167,14 @@ class TestBroken:
         self.expect(path, "holds a JSON list")
 
     def test_another_architecture(self, path: Path) -> None:
+        changes = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+        tiny.edit_json(path / "config.json", **changes)
+        self.expect(path, r"LlavaForConditionalGeneration \(model_type llava\).*What is supported: Qwen2VLForCond")
+
+    def test_the_config_of_another_family(self, path: Path) -> None:
         changes = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
         tiny.edit_json(path / "config.json", **changes)
-        self.expect(path, r"Qwen2_5_VLForConditionalGeneration \(model_type qwen2_5_vl\).*Only Qwen2VLForCond")
+        self.expect(path, r"config\.json is a Qwen2\.5-VL's, and the weights are a Qwen2-VL's")
 
     def test_a_part_of_the_architecture(self, path: Path) -> None:
         tiny.edit_json(path / "config.json", architectures=["Qwen2VLModel"])
