@@ -88,7 +88,18 @@ def commit() -> str | None:
     root = source_root()
     if not (root / ".git").exists() or not shutil.which("git"):
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    # --dirty may write the index anew: killed at the time limit, git would leave its lock behind
+    command = [
+        "git",
+        "--no-optional-locks",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--abbrev=12",
+        "--exclude=*",
+        "--dirty=+",
+    ]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):

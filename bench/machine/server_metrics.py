@@ -26,6 +26,8 @@ DEFINITIONS: dict[str, str] = {
     "later, by the server's counter over the point.",
     "queue_time": "Queue time = mean time that requests which ended during the point waited in the server before they "
     "were first scheduled.",
+    "drafts": "Guessed tokens = tokens that a draft guessed and the model took / all that it guessed, by the server's "
+    "counters over the point; behind it, tokens that a step of the model gave with them, 1 without a draft.",
     "kv_cache": "KV-cache room = tokens of all requests together that fit into the server's KV cache.",
 }
 
@@ -41,6 +43,9 @@ COUNTERS = {
     "finished": "vllm:request_success_total",
     "queued": "vllm:request_queue_time_seconds_count",
     "queue_s": "vllm:request_queue_time_seconds_sum",
+    "drafts": "vllm:spec_decode_num_drafts_total",
+    "guessed": "vllm:spec_decode_num_draft_tokens_total",
+    "accepted": "vllm:spec_decode_num_accepted_tokens_total",
     "probes": "qvl_probe_seconds_count",
 }
 CACHE = "vllm:cache_config_info"
@@ -61,6 +66,9 @@ class Snapshot:
         finished: requests that ended, for whatever reason.
         queued: requests whose time in the queue is in ``queue_s``.
         queue_s: seconds, summed over them.
+        drafts: steps of a request that a draft guessed tokens for.
+        guessed: tokens that it guessed.
+        accepted: those that the model took.
         probes: questions about one and the same image that `qvl serve` asked itself; those before count them too.
         kv_blocks: of the KV cache, all of them.
         kv_tokens: that fit into it.
@@ -76,6 +84,9 @@ class Snapshot:
     finished: float | None = None
     queued: float | None = None
     queue_s: float | None = None
+    drafts: float | None = None
+    guessed: float | None = None
+    accepted: float | None = None
     probes: float | None = None
     kv_blocks: int | None = None
     kv_tokens: int | None = None
@@ -97,6 +108,9 @@ class ServerPoint:
         queue_mean_s: mean seconds in the queue of those that ended; None when none did.
         kv_blocks: of the KV cache.
         kv_tokens: that fit into it.
+        drafts: steps of a request that a draft guessed tokens for.
+        guessed: tokens that it guessed.
+        accepted: those that the model took.
     """
 
     prefix_queries: int | None
@@ -110,6 +124,9 @@ class ServerPoint:
     queue_mean_s: float | None
     kv_blocks: int | None
     kv_tokens: int | None
+    drafts: int | None = None
+    guessed: int | None = None
+    accepted: int | None = None
 
     @classmethod
     def between(cls, before: Snapshot | None, after: Snapshot | None) -> ServerPoint | None:

@@ -132,6 +132,8 @@ class ServerCounters(Model):
         preemptions: of running requests.
         queue_mean_ms: mean time in the server's queue.
         finished: requests that ended there; more than ``SpeedPoint.requests``: others use the server too.
+        accepted_share: of the tokens that a draft guessed, those that the model took; None: there was no draft.
+        tokens_per_step: that a step gave a request with them: 1 + accepted / drafts.
     """
 
     prefix_cache_share: float | None = None
@@ -139,6 +141,8 @@ class ServerCounters(Model):
     preemptions: int | None = None
     queue_mean_ms: float | None = None
     finished: int | None = None
+    accepted_share: float | None = None
+    tokens_per_step: float | None = None
 
 
 class SpeedPoint(Model):

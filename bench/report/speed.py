@@ -340,6 +340,8 @@ def _server(seen: Sequence[ServerPoint | None]) -> ServerCounters | None:
         preemptions=_total([point.preemptions for point in known]),
         queue_mean_ms=1000.0 * queued / weight if weight else None,
         finished=_total([point.finished for point in known]),
+        accepted_share=share("accepted", "guessed"),
+        tokens_per_step=None if (each := share("accepted", "drafts")) is None else 1.0 + each,
     )
 
 

@@ -85,6 +85,8 @@ SHAPES = {
     for shape in (
         Shape("7b", "7b", None, ("bf16", "awq", _MARLIN), 4.0, 3.0, "4,12"),
         Shape("2b", "2b", None, ("bf16", "awq", _MARLIN), 2.0, 2.5, "8,24"),
+        Shape("qwen2.5-vl-3b", "qwen2.5-vl-3b", None, ("bf16", "awq", _MARLIN), 2.0, 2.5, "8,24"),
+        Shape("qwen3-vl-4b", "qwen3-vl-4b", None, ("bf16", "awq", _MARLIN), 4.0, 2.5, "8,24"),
         Shape("tiny", "2b", 2, ("bf16", "awq"), 0.5, 2.0, "1", "1,2", "text,112x112", _TINY_AGREEMENT),
     )
 }

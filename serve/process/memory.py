@@ -9,6 +9,7 @@ import psutil
 
 from serve.settings.backend import find_gpus, gpu_users
 from serve.settings.config import DEFAULT_GPU_SHARE, DTYPE_BYTES, ServerConfig
+from serve.settings.draft import draft_bytes
 from serve.settings.host import memory_limit
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ResourceError, ResourceInUse
@@ -47,6 +48,7 @@ def need(checkpoint: Checkpoint, config: ServerConfig) -> MemoryNeed:
     """Estimate the least memory that serving takes. Packed weights keep their size, others take the compute dtype's."""
     element = DTYPE_BYTES[config.dtype_for(checkpoint)]
     weights = sum(t.nbytes if t.dtype == "I32" else t.numel * element for t in checkpoint.tensors.values())
+    weights += draft_bytes(config.draft)
     cache, overhead = config.kv_bytes_for(checkpoint), _OVERHEAD["gpu" if config.on_gpu else "cpu"]
     spread = config.parallel
     if config.on_gpu:  # of each

@@ -6,6 +6,7 @@ import json
 import math
 
 from serve.settings.config import DEFAULT_GPU_SHARE, ServerConfig
+from serve.settings.draft import draft_arguments
 from serve.settings.lora import lora_arguments
 from toolkit.checkpoint.checkpoint import Checkpoint
 
@@ -29,6 +30,8 @@ def vllm_arguments(config: ServerConfig, checkpoint: Checkpoint, name: str) -> l
         arguments += ["--disable-fastapi-docs", "--disable-uvicorn-access-log", "--api-server-count", "1"]
     if config.loras:
         arguments += lora_arguments(config.loras)
+    if config.draft is not None:
+        arguments += draft_arguments(config.draft, config.draft_tokens, checkpoint, on_gpu=config.on_gpu)
     if (sequences := config.max_num_seqs_for()) is not None:
         arguments += ["--max-num-seqs", str(sequences)]
     arguments += _memory(config, checkpoint)

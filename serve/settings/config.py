@@ -41,7 +41,7 @@ DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 #: Share of GPU memory that vLLM may take unless told otherwise; vLLM's own default differs between releases.
 DEFAULT_GPU_SHARE = 0.9
 #: Longest sequence (prompt, images and answer, in tokens) unless told otherwise: an unbounded one reserves memory
-#: for 32,768 tokens. An image takes one token for every 28 x 28 pixels.
+#: for 32,768 tokens. An image takes one token for every 28 x 28 pixels, or 32 x 32.
 _MAX_MODEL_LEN: dict[Backend, int] = {"cpu": 4096, "gpu": 16384}
 #: Published Qwen2-VL models (hidden size 1536 and up) leave float16's range in a few activations and then answer
 #: "!!!!". Small models do not, and keep float16's three more bits of precision.
@@ -114,6 +114,11 @@ class ServerConfig(Settings):
             type=list[str],
         ),
     ] = ()
+    draft: Annotated[
+        str | None,
+        _speed("Guess tokens ahead: an EAGLE-3 head's directory, or ngram (from the prompt).", metavar="DIR|ngram"),
+    ] = None
+    draft_tokens: Annotated[int, _speed("Tokens that a draft guesses at once.", least=1)] = 3
     dtype: Annotated[
         str | None, Option("float16, bfloat16 or float32 to compute in (bfloat16; float16 for small models).")
     ] = None
@@ -191,6 +196,8 @@ class ServerConfig(Settings):
         self._check_numbers()
         for argument in self.extra:
             check_flag(argument, guarded=self.guard is not None)
+            speculates = argument.partition("=")[0].replace("_", "-") == "--speculative-config"
+            _require(self.draft is None or not speculates, "--speculative-config after -- : --draft says it already.")
         object.__setattr__(self, "backend", choose(self.backend))
         self._check_keys()
         if self.play_beside is not None:
@@ -270,7 +277,7 @@ class ServerConfig(Settings):
 
     def max_model_len_for(self, checkpoint: Checkpoint) -> int:
         """Return the longest sequence in tokens. Raises ServerError for more than the model's positions."""
-        positions = int(checkpoint.text_config.get("max_position_embeddings", 32768))
+        positions = int(checkpoint.text_config.get("max_position_embeddings", checkpoint.family.max_positions))
         if self.max_model_len is None:
             return min(positions, self.settings.max_model_len or _MAX_MODEL_LEN[self.device])
         if self.max_model_len > positions:
@@ -305,7 +312,7 @@ class ServerConfig(Settings):
 def kv_bytes_per_token(checkpoint: Checkpoint, dtype: str) -> int:
     """Return the bytes of keys and values that one token leaves behind: 2 x layers x KV heads x head size x element."""
     text = checkpoint.text_config
-    head_size = int(text.get("head_dim") or int(text["hidden_size"]) // int(text["num_attention_heads"]))
+    head_size = checkpoint.family.widths(text)["head"]
     return 2 * int(text["num_hidden_layers"]) * int(text["num_key_value_heads"]) * head_size * DTYPE_BYTES[dtype]
 
 

@@ -156,6 +156,11 @@ def counted(report: Report) -> Counted:
         "Cached tokens": lambda _, server: words.percent(server.prefix_cache_share),
         "Cached images": lambda _, server: words.percent(server.image_cache_share),
         "Preemptions": lambda _, server: words.count(server.preemptions),
+        "Guessed tokens taken": lambda _, server: (
+            NOTHING
+            if server.accepted_share is None or server.tokens_per_step is None
+            else f"{words.percent(server.accepted_share)}, {words.number(server.tokens_per_step)} a step"
+        ),
         "Queue, mean": lambda _, server: words.milliseconds(server.queue_mean_ms),
         "Cost of a million output tokens": lambda point, _: cost(point, report.workload.price),
         "Energy a token": lambda point, _: (

@@ -53,6 +53,22 @@ def test_a_point_is_the_difference_of_two_pages() -> None:
     )
 
 
+def test_a_drafts_guesses_are_counted() -> None:
+    """The names of vLLM's v1/spec_decode/metrics.py; the page of a server without a draft has none of them."""
+
+    def page(drafts: int, guessed: int, accepted: int) -> str:
+        counts = {"drafts": drafts, "draft_tokens": guessed, "accepted_tokens": accepted}
+        names = {f"vllm:spec_decode_num_{name}": count for name, count in counts.items()}
+        lines = [f'# TYPE {name} counter\n{name}_total{{engine="0"}} {count}\n' for name, count in names.items()]
+        return "".join(lines)
+
+    found = point(page(10, 30, 12), page(30, 90, 42))
+    assert found is not None
+    assert (found.drafts, found.guessed, found.accepted) == (20, 60, 30)
+    without = point(BEFORE, AFTER)
+    assert without is not None and without.drafts is without.guessed is without.accepted is None
+
+
 def test_nothing_asked_is_no_difference_and_no_queue_time() -> None:
     found = point(AFTER, AFTER)
     assert found is not None
@@ -74,7 +90,8 @@ def test_engines_are_summed() -> None:
     one = parse("\n".join(lines))
     assert both is not None and one is not None
     for field in dataclasses.fields(Snapshot):
-        assert getattr(both, field.name) == 2 * getattr(one, field.name), field.name
+        if field.name not in ("drafts", "guessed", "accepted"):  # of which this page has none
+            assert getattr(both, field.name) == 2 * getattr(one, field.name), field.name
 
 
 def test_a_server_that_started_anew_has_no_difference() -> None:
@@ -153,4 +170,4 @@ def test_no_page_is_none_and_no_error(response: httpx.Response | Exception) -> N
 
 
 def test_definitions_name_no_figure_that_is_not_there() -> None:
-    assert set(DEFINITIONS) == {"prefix_cache", "image_cache", "preemptions", "queue_time", "kv_cache"}
+    assert set(DEFINITIONS) == {"prefix_cache", "image_cache", "preemptions", "queue_time", "drafts", "kv_cache"}

@@ -483,6 +483,22 @@ def test_what_the_server_counted_is_added_up_over_the_rounds() -> None:
     assert shared.point("candidate", load.name) == point
 
 
+def test_a_drafts_guesses_are_told() -> None:
+    config = CONFIG.replaced(concurrencies=(1,))
+    load = config.loads[0]
+    found = measured(config, {"baseline": [1.0, 1.0], "candidate": [1.0, 1.0]})
+    for number in range(2):
+        for role, guesses in (("baseline", (None, None, None)), ("candidate", (20, 60, 30 * number))):
+            seen = ServerPoint(0, 0, 0, 0, 0, 100, 20, 1, None, 50, 800, *guesses)
+            found.units[role, load.name, number] = [(load, stretch(1.0, server=seen))]  # type: ignore[index]
+    out = built(found, config)
+    point, other = out.point("candidate", load.name), out.point("baseline", load.name)
+    assert point and other and point.server and other.server
+    assert (point.server.accepted_share, point.server.tokens_per_step) == (0.25, 1.75)
+    assert other.server.accepted_share is other.server.tokens_per_step is None
+    assert "25%, 1.75 a step" in html_file.render(out) and "Guessed tokens taken" in html_file.render(out)
+
+
 def test_an_interrupted_run_keeps_what_it_has_and_judges_nothing_over_all() -> None:
     config = CONFIG.replaced(concurrencies=(1,), rounds=2)
     asked = questions(10)
