@@ -13,6 +13,7 @@ from bench.studies.settings import (
     CapacitySettings,
     CardSettings,
     ColdStartSettings,
+    DraftSettings,
     FalseClaimsSettings,
     FaultSettings,
     FormatsSettings,
@@ -70,6 +71,15 @@ def cold_start(settings: ColdStartSettings) -> None:
     from bench.studies.cold_start import run
 
     run(settings)
+
+
+@app.command()
+@settings_as_options
+def drafts(model: Annotated[str, typer.Argument(help="Directory, hub id or demo.")], settings: DraftSettings) -> None:
+    """What does guessing tokens ahead bring? The same questions without a draft, with n-grams, with an EAGLE-3 head."""
+    from bench.studies.drafts import run
+
+    run(model, settings)
 
 
 @app.command("false-claims")

@@ -57,7 +57,7 @@ class CapacitySettings(Settings):
 class CardSettings(Settings):
     """Of `bench.studies.gpu_figures`."""
 
-    shapes: Annotated[str, Option("Of 7b, 2b, tiny, the most important first.")] = "7b,2b"
+    shapes: Annotated[str, Option("Of 7b, 2b, qwen2.5-vl-3b, qwen3-vl-4b, tiny, the most important first.")] = "7b,2b"
     work: Annotated[Path, Option("Directory of the checkpoints.")] = Path("out/card")
     out: Annotated[Path, Option("Directory of the reports.")] = Path("out/card/results")
     tokenizer: Annotated[Path | None, Option("Directory with a Qwen2 tokenizer.json.")] = None
@@ -85,6 +85,16 @@ class ColdStartSettings(Settings):
     model: Annotated[str, Option("Directory, hub id or demo.")] = "demo"
     repeat: Annotated[int, Option("First and second starts of each mode.")] = 3
     modes: Annotated[str, Option("Which to measure, with commas.")] = "not compiled,compiled"
+
+
+class DraftSettings(Settings):
+    """Of `bench.studies.drafts`."""
+
+    out: Annotated[Path, Option("Directory for drafts.json and a random head.")]
+    head: Annotated[Path | None, Option("A trained EAGLE-3 head's directory (random weights).")] = None
+    image: Annotated[str, Option("That half of the questions are about.")] = "docs/images/shapes.png"
+    questions: Annotated[int, Option("Of each server.", least=1)] = 12
+    output_tokens: Annotated[int, Option("Of each answer.", least=1)] = 64
 
 
 class FalseClaimsSettings(Settings):

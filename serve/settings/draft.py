@@ -22,7 +22,7 @@ __all__ = ["NGRAM", "draft_arguments", "draft_bytes"]
 
 #: Stands for n-grams instead of a directory.
 NGRAM = "ngram"
-#: Hidden states of three of the model's layers, side by side, are what an EAGLE-3 head sees.
+#: How many of the model's hidden states, side by side, an EAGLE-3 head sees where its config does not say.
 _AUXILIARY = 3
 
 
@@ -81,7 +81,8 @@ def _check(path: Path, checkpoint: Checkpoint) -> None:
     if not any("Eagle3" in name for name in names):
         what = ", ".join(names) or "of no architecture"
         raise ServerError(f"--draft {path}: its config.json is {what}, and no EAGLE-3 head.")
-    for key, wanted in (("hidden_size", int(text["hidden_size"])), ("vocab_size", vocabulary)):
+    seen = "target_hidden_size" if config.get("target_hidden_size") else "hidden_size"
+    for key, wanted in ((seen, int(text["hidden_size"])), ("vocab_size", vocabulary)):
         if config.get(key) != wanted:
             raise ServerError(
                 f"--draft {path}: a head of {key} {config.get(key)}, and {checkpoint.path} has {wanted}: it was "
@@ -92,13 +93,24 @@ def _check(path: Path, checkpoint: Checkpoint) -> None:
             found = read_weights(path)
         except CheckpointError as error:
             raise ServerError(f"--draft {path}: {error}") from error
-        wide = (int(text["hidden_size"]), _AUXILIARY * int(text["hidden_size"]))
-        shape = next((tensor.shape for name, tensor in found.items() if name.endswith("fc.weight")), None)
-        if shape != wide:
-            has = f"fc.weight {list(shape)}" if shape else "no fc.weight"
-            raise ServerError(f"--draft {path}: it has {has}, and an EAGLE-3 head for this model {list(wide)}.")
+        _check_weights(path, config, {name: tensor.shape for name, tensor in found.items()})
     elif not any(path.glob("*.bin")):
         raise ServerError(f"--draft {path}: no weights there (*.safetensors or *.bin). Copy them beside config.json.")
+
+
+def _check_weights(path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse weights that don't read the hidden states that the config says (vLLM's ``llama_eagle3.py``)."""
+    eagle = config.get("eagle_config") or {}
+    if eagle.get("use_aux_hidden_state") is False:
+        return
+    layers = eagle.get("eagle_aux_hidden_state_layer_ids") or ()
+    count = int(config.get("num_aux_hidden_states") or len(layers) or _AUXILIARY)
+    hidden = int(config["hidden_size"])
+    wide = (hidden, count * int(config.get("target_hidden_size") or hidden))
+    shape = next((shape for name, shape in shapes.items() if name.endswith("fc.weight")), None)
+    if shape != wide:
+        has = f"fc.weight {list(shape)}" if shape else "no fc.weight"
+        raise ServerError(f"--draft {path}: it has {has}, and an EAGLE-3 head for this model {list(wide)}.")
 
 
 def _no_draft(path: Path, title: str, config: dict[str, Any], vocabulary: int) -> str:

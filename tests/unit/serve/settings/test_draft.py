@@ -96,6 +96,18 @@ def test_a_head_of_something_else_is_refused(config: dict[str, Any], said: str, 
         draft_arguments(str(head(tmp_path / "head", **config)), 3, checkpoint, on_gpu=True)
 
 
+def test_a_head_of_more_hidden_states_is_taken(tmp_path: Path) -> None:
+    checkpoint = model(FAMILIES[1], tmp_path / "m")
+    for name, config, wide in (
+        ("four", {"num_aux_hidden_states": 4}, (256, 1024)),
+        ("listed", {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2]}}, (256, 512)),
+        ("narrower", {"hidden_size": 128, "target_hidden_size": 256}, (128, 768)),
+    ):
+        draft = head(tmp_path / name, **config)
+        save_file({"fc.weight": torch.ones(wide)}, draft / "model.safetensors")
+        assert draft_arguments(str(draft), 3, checkpoint, on_gpu=True)
+
+
 def test_a_head_without_its_weights_is_refused(tmp_path: Path) -> None:
     checkpoint, draft = model(FAMILIES[1], tmp_path / "m"), head(tmp_path / "head")
 
