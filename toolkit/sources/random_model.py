@@ -27,6 +27,8 @@ __all__ = ["TINY", "write_random_model", "write_tokenizer"]
 _SPREAD = 0.02
 #: A tiny model's gain of a linear: what its inputs' spread becomes. With this it tells images apart.
 _GAIN = 1.2
+#: And its norms of q and k: with 1 attention is so even that all images look alike to it.
+_SHARP = 2.0
 #: The embedded model's tokens, which a tiny one has too.
 _DEMO_TOKENS = {
     "vocab_size": 1024,
@@ -155,7 +157,8 @@ def write_random_model(
             writer.write_json(name, dict(settings))
         for tensor in checkpoint.tensors.values():
             if "norm" in tensor.name or ".ln_q." in tensor.name:
-                made = torch.full(tensor.shape, float(tensor.name.endswith("weight")))
+                sharp = _SHARP if tiny and "self_attn" in tensor.name else 1.0
+                made = torch.full(tensor.shape, sharp * tensor.name.endswith("weight"))
             else:
                 spread = _GAIN / math.sqrt(math.prod(tensor.shape[1:])) if tiny else _SPREAD
                 made = torch.empty(tensor.shape, device=device).normal_(0.0, spread, generator=rng)
