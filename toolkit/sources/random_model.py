@@ -28,7 +28,7 @@ _SPREAD = 0.02
 #: A tiny model's gain of a linear: what its inputs' spread becomes. With this it tells images apart.
 _GAIN = 1.2
 #: And its norms of q and k: with 1 attention is so even that all images look alike to it.
-_SHARP = 2.0
+_SHARP = 1.3
 #: The embedded model's tokens, which a tiny one has too.
 _DEMO_TOKENS = {
     "vocab_size": 1024,
