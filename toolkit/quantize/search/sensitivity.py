@@ -170,6 +170,8 @@ class _Pass:
         output = torch.empty_like(self.states.hidden)
         for batch in self.states.batches(_TOKENS):
             output[:, batch.start : batch.stop] = layer(**self.states.inputs(batch, self.device))
+        if index < len(self.states.added):
+            output[:, self.states.vision.to(output.device)] += self.states.added[index].to(output.device)
         self.states.hidden = output
 
     def _backward(self, index: int, gradient: torch.Tensor) -> None:

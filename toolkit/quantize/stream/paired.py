@@ -84,6 +84,8 @@ class PairedStream:
         """Pass the samples through a layer that is quantized whole."""
         self.source.pass_through(quantized, self.calibration, narrow=self.source.narrow)
         self.source.pass_through(quantized, self.held)
+        self.calibration.add()
+        self.held.add()
 
     def make_room(self) -> bool:
         """Let hidden states wait in host memory; returns False when all do already."""
@@ -91,6 +93,7 @@ class PairedStream:
         if self.calibration.hidden.device.type == "cpu":
             return freed
         self.calibration.hidden = self.calibration.hidden.cpu()
+        self.calibration.added = tuple(level.cpu() for level in self.calibration.added)
         torch.cuda.empty_cache()
         return True
 

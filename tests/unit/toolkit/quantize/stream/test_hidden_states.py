@@ -11,9 +11,12 @@ import torch
 from tests.support import chats, reference
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.models.families import FAMILIES
+from toolkit.quantize.search.sensitivity import _Pass
 from toolkit.quantize.stream.layers import StreamedLayers
+from toolkit.quantize.stream.paired import PairedStream
 from toolkit.quantize.stream.passing import LayerStream
-from toolkit.quantize.stream.shell import load_shell
+from toolkit.quantize.stream.shell import embed, load_shell
+from toolkit.quantize.stream.states import States
 from toolkit.sources.random_model import write_random_model
 
 CPU = torch.device("cpu")
@@ -61,6 +64,32 @@ def test_hidden_states_of_each_layer_are_those_of_transformers(model: Path, samp
         torch.testing.assert_close(rows(found), rows([each[index] for each in expected]), rtol=1e-4, atol=1e-4)
         if index < checkpoint.num_layers:
             stream.skip(layers.load(index))
+
+
+@pytest.mark.slow
+def test_other_ways_through_the_layers_are_the_same(model: Path, samples: list[Any]) -> None:
+    """Behind quantized layers, were they exact; and where the sensitivity to layers is measured."""
+    checkpoint = Checkpoint.open(model)
+    shell, text = load_shell(checkpoint, CPU)
+    layers = StreamedLayers(checkpoint, text, CPU)
+    stream = LayerStream(checkpoint.family.fused, layers.widths, CPU, CPU)
+    stream.capture(shell, samples)
+    paired = PairedStream(stream)
+    alone = _Pass(layers, States.join(embed(shell, samples[1:], CPU, CPU)), CPU, None)
+    for index in range(checkpoint.num_layers):
+        layer = layers.load(index)
+        before = stream.held.hidden.clone()
+        held = stream.hold(layer)
+        stream.advance(layer)
+        paired.advance(layer)
+        alone._forward(index)
+        for found in (paired.calibration, alone.states):
+            torch.testing.assert_close(found.hidden, stream.calibration.hidden, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(paired.held.hidden, stream.held.hidden, rtol=1e-4, atol=1e-4)
+        # what a search is judged by is the layer's own output
+        assert torch.equal(held.states.hidden, before)
+        batch = held.states.batch(0, 10**6)
+        torch.testing.assert_close(held.output, layer(**held.states.inputs(batch, CPU)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
