@@ -49,7 +49,7 @@ def test_merged_weights_answer_as_the_adapter_does(family: Family, tmp_path: Pat
     before = answer(reference.load(base.path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = LoraConfig(r=4, lora_alpha=1, target_modules=TARGETS, init_lora_weights=False)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False)
         model = get_peft_model(reference.load(base.path), config).eval()
         model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     expected = answer(model)
@@ -57,4 +57,4 @@ def test_merged_weights_answer_as_the_adapter_does(family: Family, tmp_path: Pat
     assert list(merged.tensors) == list(base.tensors) and find_problems(merged) == []
     found = answer(reference.load(merged.path))
     assert float((found - before).abs().max()) > 0.1
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=5e-3)
