@@ -89,6 +89,8 @@ def answered(server: Server, image: Path, question: str) -> list[int]:
     return tokens
 
 
+@pytest.mark.supports("qwen2_5_vl", "gemm", "vllm", "CPU")
+@pytest.mark.supports("qwen2_5_vl", "gemm", "transformers", "CPU")
 def test_answers_are_those_of_transformers_token_by_token(pair: tuple[Path, Path], tmp_path: Path) -> None:
     _, made = pair
     model = reference.load(made)
