@@ -167,6 +167,8 @@ def _vllm_cpu(checkpoint: Checkpoint) -> Engine:
 
 def _autoawq(checkpoint: Checkpoint) -> Engine:
     info, name = checkpoint.quantization, "AutoAWQ 0.2.9"
+    if not checkpoint.family.autoawq:
+        return Engine(name, "no", f"it is older than {checkpoint.family.title}")
     if info is None:
         return Engine(name, "no", "it runs quantized weights only")
     if info.layout.method != "awq":

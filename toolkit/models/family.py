@@ -227,8 +227,9 @@ class Family:
     vision_out: str
     #: Files beside the published weights that are the family's own: preprocessor_config.json and the like.
     processor_files: Mapping[str, Mapping[str, Any]]
-    #: Whether vLLM drafts with EAGLE heads for it.
+    #: Whether vLLM drafts with EAGLE heads for it, and whether AutoAWQ 0.2.9 runs it.
     eagle: bool
+    autoawq: bool
 
     @cached_property
     def projections(self) -> tuple[Projection, ...]:

@@ -140,4 +140,5 @@ QWEN2_5_VL = Family(
         }
     ),
     eagle=True,
+    autoawq=True,
 )

@@ -208,4 +208,5 @@ QWEN2_VL = Family(
         }
     ),
     eagle=False,
+    autoawq=True,
 )

@@ -190,4 +190,5 @@ QWEN3_VL = Family(
         }
     ),
     eagle=True,
+    autoawq=False,
 )

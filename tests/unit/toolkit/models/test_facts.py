@@ -123,6 +123,19 @@ def test_processors_are_those_of_transformers(family: Family) -> None:
 
 
 @each_family
+def test_autoawq_runs_what_it_has_a_class_for(family: Family) -> None:
+    """It is read, not imported: its imports take seconds."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("awq")
+    assert spec is not None and spec.submodule_search_locations
+    from pathlib import Path
+
+    listed = (Path(spec.submodule_search_locations[0]) / "models" / "base.py").read_text()
+    assert family.autoawq == (f'"{family.model_type}"' in listed)
+
+
+@each_family
 def test_units_are_all_linears_and_what_precedes_them_is_in_the_layer(family: Family) -> None:
     assert tuple(name for unit in family.units for name in unit.linears) == family.linears
     assert set(family.before) == set(family.fused)
