@@ -6,6 +6,7 @@ that went to the wrong place. A question counts where transformers is sure of ea
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from tests.e2e.conftest import free_port, once
 from tests.support import chats, reference
 from tests.support.short import calibration
 from toolkit.compat import patch_torchvision
-from toolkit.models.families import FAMILIES
+from toolkit.models.qwen2_5_vl import QWEN2_5_VL
+from toolkit.models.qwen3_vl import QWEN3_VL
 from toolkit.quantize import quantize
 from toolkit.sources.random_model import write_random_model
 
@@ -34,7 +36,12 @@ SIZES = ((32, 32), (84, 112), (224, 308), (400, 90))
 WORDS = ("What is it?", "Count the blue squares.", "Read the sign", "And now?")
 
 
-@pytest.fixture(scope="module", params=[f for f in FAMILIES if f.model_type != "qwen2_vl"], ids=lambda f: f.model_type)
+#: Run once with QVL_TRY_QWEN3_VL set before it goes into `make test`: its boot was not tried on vLLM's CPU build yet.
+_TRIED = pytest.mark.skipif("QVL_TRY_QWEN3_VL" not in os.environ, reason="set QVL_TRY_QWEN3_VL to try it")
+SERVED = [pytest.param(QWEN2_5_VL, id="qwen2_5_vl"), pytest.param(QWEN3_VL, id="qwen3_vl", marks=_TRIED)]
+
+
+@pytest.fixture(scope="module", params=SERVED)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny random model of a family and its AWQ checkpoint."""
     title = request.param.title.lower()
