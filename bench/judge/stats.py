@@ -40,6 +40,7 @@ RESAMPLES = 10_000
 ASSUMED_FLIPS = 4
 
 Floats = npt.NDArray[np.float64]
+Truths = npt.NDArray[np.bool_]
 Clusters = Sequence[Hashable] | npt.NDArray[np.intp] | None
 
 
@@ -67,10 +68,12 @@ class Flips:
     n: int
 
 
-def flips(before: Sequence[bool], after: Sequence[bool]) -> Flips:
+def flips(before: Sequence[bool] | Truths, after: Sequence[bool] | Truths) -> Flips:
     """Count the items that changed between right and wrong; both lists are in the same order."""
-    pairs = list(zip(before, after, strict=True))
-    return Flips(lost=sum(b and not a for b, a in pairs), won=sum(a and not b for b, a in pairs), n=len(pairs))
+    was, now = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
+    if was.shape != now.shape:
+        raise ValueError(f"{was.size} and {now.size} answers are not pairs")
+    return Flips(lost=int((was & ~now).sum()), won=int((now & ~was).sum()), n=was.size)
 
 
 def wilson(right: float, n: float, confidence: float = CONFIDENCE) -> Interval:
@@ -132,8 +135,11 @@ def _exact_sign_flip(sums: npt.NDArray[np.int64]) -> float:
     reach = int(sizes.sum())
     chance: Floats = np.zeros(2 * reach + 1)  # of each total from -reach to reach
     chance[reach] = 1.0
-    for size in sizes:
-        chance = (np.roll(chance, size) + np.roll(chance, -size)) / 2.0
+    for size in sizes:  # up or down by as much; nothing has reached the ends before the last one
+        moved = np.zeros_like(chance)
+        moved[size:] = chance[:-size]
+        moved[:-size] += chance[size:]
+        chance = moved / 2.0
     total = abs(int(sums.sum()))
     return min(1.0, float(chance[np.abs(np.arange(-reach, reach + 1)) >= total].sum()))
 

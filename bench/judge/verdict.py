@@ -16,7 +16,18 @@ from bench.judge import stats
 from bench.judge.stats import CONFIDENCE, RESAMPLES, Clusters, Flips, Floats, Interval
 from bench.questions.scoring import RIGHT
 
-__all__ = ["MARGIN", "Comparison", "Judgement", "Verdict", "accuracy", "compare", "judge", "judge_tasks", "power"]
+__all__ = [
+    "MARGIN",
+    "Comparison",
+    "Judgement",
+    "Verdict",
+    "accuracy",
+    "compare",
+    "judge",
+    "judge_tasks",
+    "judgement",
+    "power",
+]
 
 #: A loss of accuracy that would not matter, as a fraction of 1: a point.
 MARGIN = 0.01
@@ -100,7 +111,7 @@ def compare(
         clusters = stats.codes(clusters, base.size)  # once for all that follows
     effect = stats.design_effect(differences, clusters)
     effective = base.size / effect
-    flips = stats.flips([bool(s) for s in base >= RIGHT], [bool(s) for s in new >= RIGHT])
+    flips = stats.flips(base >= RIGHT, new >= RIGHT)
     binary = _binary(base) and _binary(new)
     if binary:
         tango = stats.paired_proportions(flips.lost / effect, flips.won / effect, effective)
@@ -153,14 +164,20 @@ def judge(found: Comparison, margin: float = MARGIN, *, p_value: float | None = 
     Args:
         p_value: in place of the comparison's own, when it is one of several (see `judge_tasks`).
     """
+    p = found.p_value if p_value is None else p_value
+    said = judgement(found, margin, p)
+    return Verdict(said, margin, p, _items_needed(found, margin) if said == "can't tell" else None)
+
+
+def judgement(found: Comparison, margin: float, p_value: float) -> Judgement:
+    """Return what `judge` says, without how many items it would take, which is most of its work."""
     if not 0.0 < margin < 1.0:
         raise ValueError(f"a margin is a fraction between 0 and 1, not {margin}")
-    p = found.p_value if p_value is None else p_value
     if found.difference.low > -margin:
-        return Verdict("no worse", margin, p, None)
-    if found.difference.high < 0.0 and p < 1.0 - CONFIDENCE:
-        return Verdict("worse", margin, p, None)
-    return Verdict("can't tell", margin, p, _items_needed(found, margin))
+        return "no worse"
+    if found.difference.high < 0.0 and p_value < 1.0 - CONFIDENCE:
+        return "worse"
+    return "can't tell"
 
 
 def judge_tasks(found: Mapping[str, Comparison], margin: float = MARGIN) -> dict[str, Verdict]:

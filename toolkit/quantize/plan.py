@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -304,24 +305,33 @@ def _seconds(checkpoint: Checkpoint, recipe: Recipe, tokens: int, device: torch.
 
 
 def _rates(device: torch.device) -> tuple[float, float]:
-    """Measure a device: operations a second of a float32 product as the search does it, bytes a second of a copy."""
+    """Return a device's rates: operations a second of a float32 product as the search does it, bytes a second of a
+    copy. Measured once a process, for as many threads as torch has."""
+    import torch
+
+    return _measured_rates(device, torch.get_num_threads())
+
+
+@lru_cache
+def _measured_rates(device: torch.device, threads: int) -> tuple[float, float]:
     import torch
 
     cuda = device.type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = True
-    size = 8192 if cuda else 1024
+    # A GPU is asked for several calls at once, so that starting them does not count; on a CPU a call takes long enough.
+    size, calls = (8192, 10) if cuda else (1024, 1)
     a = torch.randn(size, size, device=device)
     b = torch.empty_like(a)
 
     def rate(work: float, call: Callable[[], object]) -> float:
         best = 0.0
-        for _ in range(3):
+        for _ in range(4):  # the first warms up
             began = time.perf_counter()
-            for _ in range(10):
+            for _ in range(calls):
                 call()
             if cuda:
                 torch.cuda.synchronize(device)
-            best = max(best, 10 * work / (time.perf_counter() - began))
+            best = max(best, calls * work / (time.perf_counter() - began))
         return best
 
     return rate(2.0 * size**3, lambda: torch.mm(a, a, out=b)), rate(8.0 * size**2, lambda: b.copy_(a))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.judge import stats
-from bench.judge.verdict import MARGIN, Comparison, compare, judge, judge_tasks, power
+from bench.judge.verdict import MARGIN, Comparison, compare, judge, judge_tasks, judgement, power
 
 Array = np.ndarray
 
@@ -38,8 +38,13 @@ def shares(rng: np.random.Generator, draws: int, margin: float, **of: float) -> 
     found = []
     for seed in range(draws):
         before, after = scores_of(binary(rng, n, each=each, **of))
-        found.append(judge(compare(before, after, seed=seed, clusters=clusters, resamples=1), margin).judgement)
+        found.append(said(compare(before, after, seed=seed, clusters=clusters, resamples=1), margin))
     return found.count("no worse") / draws, found.count("worse") / draws
+
+
+def said(found: Comparison, margin: float = MARGIN) -> str:
+    """The judgement alone: a simulation has no use for how many items it would take."""
+    return judgement(found, margin, found.p_value)
 
 
 def at_most(nominal: float, draws: int) -> float:
@@ -115,6 +120,7 @@ def test_every_comparison_has_a_verdict(pairs: list[tuple[float, float]]) -> Non
     assert -1.0 <= found.difference.low <= found.difference.value <= found.difference.high <= 1.0
     assert 0.0 < found.p_value <= 1.0
     verdict = judge(found)
+    assert verdict.judgement == said(found)
     assert (verdict.items_needed is not None) == (verdict.judgement == "can't tell")
     assert verdict.items_needed is None or verdict.items_needed > found.n
 
@@ -217,7 +223,7 @@ def test_not_knowing_of_shared_images_would_be_wrong() -> None:
     rng, worse = np.random.default_rng(4), 0
     for seed in range(200):
         before, after = scores_of(binary(rng, 1000, 0.04, 0.04, each=10, together=1.0))
-        worse += judge(compare(before, after, seed=seed, resamples=1), 0.001).judgement == "worse"
+        worse += said(compare(before, after, seed=seed, resamples=1), 0.001) == "worse"
     assert worse / 200 > 0.1
 
 
@@ -238,7 +244,7 @@ def test_graded_scores_keep_both_errors_nominal(n: int, each: int) -> None:
     for seed in range(draws):
         for mean, margin in ((0.0, 0.0001), (-0.01, MARGIN)):
             before, after, clusters = graded(rng, n, mean, each)
-            found = judge(compare(before, after, seed=seed, clusters=clusters, resamples=400), margin).judgement
+            found = said(compare(before, after, seed=seed, clusters=clusters, resamples=400), margin)
             worse += mean == 0.0 and found == "worse"
             fine += mean < 0.0 and found == "no worse"
     assert worse / draws <= at_most(0.025, draws)
@@ -250,7 +256,7 @@ def test_a_rare_total_loss_among_graded_scores_is_rarely_called_no_worse() -> No
     for seed in range(150):
         before = np.full(300, 0.9)
         after = np.where(rng.random(300) < 0.012, 0.0, before)
-        fine += judge(compare(list(before), list(after), seed=seed, resamples=100)).judgement == "no worse"
+        fine += said(compare(list(before), list(after), seed=seed, resamples=100)) == "no worse"
     assert fine / 150 <= at_most(0.025, 150)
 
 
