@@ -10,17 +10,15 @@ can't read answers still has its own compared; `Fidelity.missing` says what coul
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import norm, t
 
 from bench.judge.stats import CONFIDENCE, Interval, wilson
-from bench.load.endpoint import Endpoint
 from bench.questions.observe import (
     IMAGE_PROMPT,
     Answer,
@@ -49,7 +47,6 @@ __all__ = [
     "items_from_images",
     "items_from_questions",
     "observe",
-    "probe",
     "truncated_kl",
 ]
 
@@ -60,13 +57,6 @@ RESAMPLES = 2000
 TAIL_FLOOR = 1e-6
 
 Floats = npt.NDArray[np.float64]
-#: Called with the items done and their total, over all passes.
-OnDone = Callable[[int, int], None]
-
-
-def _silent(done: int, total: int) -> None:
-    pass
-
 
 # --- measures ---------------------------------------------------------------------------------------------------------
 
@@ -222,52 +212,6 @@ class Fidelity:
     missing: tuple[str, ...]
     failed: int
     prompts_differ: int
-
-
-async def probe(
-    baseline: Endpoint,
-    candidate: Endpoint,
-    items: Sequence[Item],
-    *,
-    top_k: int = 20,
-    max_tokens: int = 64,
-    concurrency: int = 4,
-    timeout_s: float = 120.0,
-    seed: int = 0,
-    on_done: OnDone = _silent,
-    transport: httpx.AsyncBaseTransport | None = None,
-) -> Fidelity:
-    """Observe the baseline, the baseline again and the candidate, one after the other, and compare them.
-
-    Two requests an item and pass: six an item. Where both servers can't run at once, call `observe` while each is up,
-    with the baseline's result as the candidate's ``reference``, then `compare`.
-
-    Raises:
-        BenchError: a setting that makes no sense.
-    """
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        on_done(done, 3 * len(items))
-
-    async def look(endpoint: Endpoint, reference: Observed | None) -> Observed:
-        return await observe(
-            endpoint,
-            items,
-            reference=reference,
-            top_k=top_k,
-            max_tokens=max_tokens,
-            concurrency=concurrency,
-            timeout_s=timeout_s,
-            on_done=tick,
-            transport=transport,
-        )
-
-    first = await look(baseline, None)
-    again = await look(baseline, first)
-    return compare(items, first, await look(candidate, first), again, top_k=top_k, seed=seed)
 
 
 def compare(

@@ -28,6 +28,7 @@ __all__ = [
     "Item",
     "Observation",
     "Observed",
+    "Observing",
     "Position",
     "digest",
     "items_from_images",
@@ -173,15 +174,29 @@ class Observed:
     missing: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observing:
+    """How items are observed.
+
+    Attributes:
+        top_k: likeliest tokens per position; vLLM allows 20 unless started with ``--max-logprobs``.
+        max_tokens: longest answer, in tokens.
+        concurrency: requests in flight.
+        timeout_s: seconds that a request may take.
+    """
+
+    top_k: int = 20
+    max_tokens: int = 64
+    concurrency: int = 4
+    timeout_s: float = 120.0
+
+
 async def observe(
     endpoint: Endpoint,
     items: Sequence[Item],
+    how: Observing,
     *,
     reference: Observed | None = None,
-    top_k: int = 20,
-    max_tokens: int = 64,
-    concurrency: int = 4,
-    timeout_s: float = 120.0,
     on_done: Callable[[], None] = lambda: None,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> Observed:
@@ -192,21 +207,18 @@ async def observe(
 
     Args:
         reference: the baseline; None reads the system's own answers.
-        top_k: likeliest tokens per position; vLLM allows 20 unless started with ``--max-logprobs``.
-        max_tokens: longest answer, in tokens.
-        concurrency: requests in flight.
         on_done: called after each item, those left out included.
 
     Raises:
         BenchError: a setting that makes no sense.
     """
-    _check(items, top_k, max_tokens, concurrency)
+    _check(items, how)
     found: dict[str, Observation] = {}
     waiting = iter(items)
     async with http_client(
-        endpoint.url, endpoint.api_key, timeout_s=timeout_s, connections=concurrency, transport=transport
+        endpoint.url, endpoint.api_key, timeout_s=how.timeout_s, connections=how.concurrency, transport=transport
     ) as http:
-        reader = await _meet(http, endpoint.model, top_k, max_tokens)
+        reader = await _meet(http, endpoint.model, how.top_k, how.max_tokens)
 
         async def work() -> None:
             for item in waiting:
@@ -215,16 +227,16 @@ async def observe(
                     found[item.id] = await reader.observe(item, before.answer if before else None)
                 on_done()
 
-        await asyncio.gather(*(work() for _ in range(min(concurrency, len(items)))))
+        await asyncio.gather(*(work() for _ in range(min(how.concurrency, len(items)))))
     return Observed(found, reader.missing)
 
 
-def _check(items: Sequence[Item], top_k: int, max_tokens: int, concurrency: int) -> None:
+def _check(items: Sequence[Item], how: Observing) -> None:
     if not items:
         raise BenchError("nothing to ask: give images or questions")
     if len({item.id for item in items}) < len(items):
         raise BenchError("two items have the same id; ids are unique")
-    for name, value in {"top_k": top_k, "max_tokens": max_tokens, "concurrency": concurrency}.items():
+    for name, value in (("top_k", how.top_k), ("max_tokens", how.max_tokens), ("concurrency", how.concurrency)):
         if value < 1:
             raise BenchError(f"{name} {value}: must be at least 1")
 

@@ -9,7 +9,7 @@ import httpx
 
 from bench.load.client import ChatRequest, Trace, ask_again
 from bench.load.loops import closed_loop
-from bench.questions.observe import Item, observe
+from bench.questions.observe import Item, Observing, observe
 from bench.questions.tasks import Question
 from bench.run.measured import Observer
 from bench.run.running import Running
@@ -62,17 +62,20 @@ async def observe_items(run: Running, items: Sequence[Item], transport: httpx.As
     for system in sorted(run.systems, key=lambda system: system.role):  # the baseline's answers come first
         observers: tuple[Observer, ...] = ("baseline", "again") if system.role == "baseline" else ("candidate",)
         passes += [(system, who) for who in observers if who not in observed]
+    how = Observing(
+        top_k=config.top_k,
+        max_tokens=config.fidelity_tokens,
+        concurrency=config.question_concurrency,
+        timeout_s=config.timeout_s,
+    )
     run.live.begin("fidelity", len(passes) * len(items))
     for system, who in passes:
         run.live.doing(who if who != "again" else "baseline, asked again")
         observed[who] = await observe(
             system.endpoint,
             items,
+            how,
             reference=None if who == "baseline" else observed["baseline"],
-            top_k=config.top_k,
-            max_tokens=config.fidelity_tokens,
-            concurrency=config.question_concurrency,
-            timeout_s=config.timeout_s,
             on_done=run.live.tick,
             transport=transport,
         )

@@ -35,9 +35,9 @@ from serve.http.errors import Headers, Refusal
 from serve.http.metrics import refusals
 from serve.http.middleware import Middleware
 from serve.settings.environment import GUARD
-from serve.settings.host import memory_limit
 from serve.settings.limits import Limits
 from toolkit.errors import ServerError
+from toolkit.host import memory_limit
 
 __all__ = ["Guard"]
 

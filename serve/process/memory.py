@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-
-import psutil
 
 from serve.settings.backend import find_gpus, gpu_users
 from serve.settings.config import DEFAULT_GPU_SHARE, DTYPE_BYTES, ServerConfig
 from serve.settings.draft import draft_bytes
-from serve.settings.host import memory_limit
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ResourceError, ResourceInUse
+from toolkit.host import available_memory, memory_limit
 
-__all__ = ["MemoryNeed", "available_host_memory", "check", "need"]
+__all__ = ["MemoryNeed", "check", "need"]
 
 _GIB = 1 << 30
 #: What vLLM takes beside weights and KV cache. CPU: measured, two processes with torch and transformers loaded, no
@@ -57,25 +54,6 @@ def need(checkpoint: Checkpoint, config: ServerConfig) -> MemoryNeed:
     return MemoryNeed(weights * spread.dp, cache * spread.dp, overhead + (spread.gpus - 1) * _PROCESS)
 
 
-_CGROUP = Path("/sys/fs/cgroup")
-
-
-def available_host_memory() -> int:
-    """Return the bytes this process may still take: what the machine has free, or less where a cgroup limits it."""
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-        inactive = next(
-            int(line.split()[1])
-            for line in (_CGROUP / "memory.stat").read_text().splitlines()
-            if line.startswith("inactive_file ")  # page cache, given back under pressure
-        )
-    except (OSError, ValueError, StopIteration):
-        return available
-    return min(available, max(0, limit - used + inactive))
-
-
 def check(checkpoint: Checkpoint, config: ServerConfig) -> None:
     """Raise ResourceError, with the figures, when the model can't fit; ResourceInUse when it could, were others gone.
 
@@ -83,7 +61,7 @@ def check(checkpoint: Checkpoint, config: ServerConfig) -> None:
     """
     least = need(checkpoint, config)
     if not config.on_gpu:
-        available = available_host_memory()
+        available = available_memory()
         if least.total > available:
             others = least.total <= memory_limit()
             kind, stop = (ResourceInUse, "Stop what else takes memory, or: ") if others else (ResourceError, "")

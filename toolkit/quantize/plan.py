@@ -14,6 +14,7 @@ from toolkit.checkpoint.layouts import LAYOUTS, layouts_in_words
 from toolkit.checkpoint.values import nbytes_in_16_bits
 from toolkit.errors import FormatError, ResourceError
 from toolkit.files import free_bytes
+from toolkit.host import available_memory
 from toolkit.quantize.search.sizes import REFIT_NUMBERS, REFIT_WEIGHTS, packed_bytes, screen_rows
 from toolkit.quantize.stream.sizes import CHUNK_TOKENS, HELD_TOKENS
 
@@ -81,12 +82,10 @@ class Plan:
         Raises:
             ResourceError: something will not fit; the message has the figures and what to change.
         """
-        import psutil
-
         parent = next(p for p in out.absolute().parents if p.exists())
         rows = [
             ("disk", self.disk, free_bytes(parent), f"free space at {parent} or choose another --out"),
-            ("host memory", self.host, _available_host(psutil.virtual_memory().available), "use fewer --samples"),
+            ("host memory", self.host, available_memory(), "use fewer --samples"),
         ]
         if device.type == "cuda":
             import torch
@@ -335,17 +334,3 @@ def _measured_rates(device: torch.device, threads: int) -> tuple[float, float]:
         return best
 
     return rate(2.0 * size**3, lambda: torch.mm(a, a, out=b)), rate(8.0 * size**2, lambda: b.copy_(a))
-
-
-def _available_host(available: int, group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return free host memory in bytes, bounded by the control group's limit where one is set (containers).
-
-    Files in the page cache count as used there, but give way when memory is asked for.
-    """
-    try:
-        limit = int((group / "memory.max").read_text())  # "max" where there is no limit: a ValueError
-        used = int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return min(available, limit - used + int(stat["inactive_file"]) + int(stat["active_file"]))
-    except (OSError, ValueError, KeyError):
-        return available

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,8 +17,9 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.process import launch, lifecycle, state
+from serve.process import launch, lifecycle, memory, state
 from serve.process.status import known_server, known_servers, readiness
+from serve.process.supervisor import Policy, Supervised, supervisor
 from serve.settings.config import ServerConfig
 from serve.settings.limits import Limits
 from tests.support.serve import Start
@@ -146,6 +150,53 @@ def test_an_interrupt_before_anybody_heard_that_it_is_ready(
     assert raised.type is expected
     assert (tmp_path / "ended").exists() == (said == "ready")
     assert state.load_all() == [] and state.port_holder("127.0.0.1", free) is None
+
+
+def test_a_restart_waits_for_memory_that_others_hold(
+    free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others have all memory for a while, says the machine. With vLLM: tests/e2e/test_serve_faults.py."""
+    spawned: list[subprocess.Popen[bytes]] = []
+
+    def spawn(*arguments: Any) -> subprocess.Popen[bytes]:
+        spawned.append(start_saying(free, "ready", tmp_path / "ended"))
+        return spawned[-1]
+
+    monkeypatch.setattr(launch, "spawn", spawn)
+    held = itertools.count()
+    available = memory.available_memory
+    taken: list[bool] = []
+
+    def what_is_left() -> int:
+        if taken and next(held) < 10:
+            return 0
+        return available()
+
+    monkeypatch.setattr(memory, "available_memory", what_is_left)
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "the server is back" in text:
+            raise KeyboardInterrupt
+
+    def up(server: Supervised) -> None:
+        taken.append(True)
+        os.kill(server.pid, signal.SIGKILL)
+
+    policy = Policy(restarts=1, wait=0.01, wait_for_others=0.01, window=90)  # one death is all it may have
+    own = supervisor("demo", ServerConfig(port=free, timeout=120), policy, say, None)
+    own.up = up
+    with pytest.raises(KeyboardInterrupt):
+        own.run()
+    assert own.restarts == 1 and next(held) >= 10
+    known = state.require(free)
+    assert known.supervised and known.restarts == 1 and known.alive
+    state.end_group(known, grace=0)
+    assert [process.wait() for process in spawned] == [-signal.SIGKILL] * 2
+    down, waits, back = said
+    assert "the server is down: vLLM was killed (SIGKILL)" in down and "is back" in back
+    assert "Stop what" in waits and "looking again every 0.01 s for 90 s" in waits
 
 
 def test_stop_drains_what_only_clients_know_to_be_ready(start: Start, free: int, tmp_path: Path) -> None:

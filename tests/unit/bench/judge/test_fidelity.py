@@ -21,14 +21,17 @@ from bench.judge.fidelity import (
     Drift,
     Fidelity,
     Item,
+    Observed,
     _Clusters,
+    compare,
     first_divergence,
     items_from_images,
     items_from_questions,
-    probe,
+    observe,
     truncated_kl,
 )
 from bench.load.endpoint import Endpoint
+from bench.questions.observe import Observing
 from bench.questions.tasks import ImageData, load_questions
 from toolkit.errors import BenchError, MediaError
 
@@ -118,12 +121,32 @@ def sure(p: float) -> Callable[[str, int, int], Chances]:
     return lambda prompt, place, token: {token: p, 1: 1.0 - p}
 
 
-def run(baseline: Toy, candidate: Toy, items: Sequence[Item], **settings: Any) -> Fidelity:
+def run(
+    baseline: Toy,
+    candidate: Toy,
+    items: Sequence[Item],
+    *,
+    seed: int = 0,
+    on_done: Callable[[], None] = lambda: None,
+    **settings: Any,
+) -> Fidelity:
+    """Observe the baseline, the baseline again and the candidate, and compare them."""
+
     async def handle(request: httpx.Request) -> httpx.Response:
         return await (baseline if request.url.host == "before" else candidate)(request)
 
-    ends = Endpoint("http://before", "m"), Endpoint("http://after", "m")
-    return asyncio.run(probe(*ends, items, transport=httpx.MockTransport(handle), **settings))
+    how = Observing(**settings)
+
+    async def look(host: str, reference: Observed | None) -> Observed:
+        end, transport = Endpoint(f"http://{host}", "m"), httpx.MockTransport(handle)
+        return await observe(end, items, how, reference=reference, on_done=on_done, transport=transport)
+
+    async def main() -> Fidelity:
+        first = await look("before", None)
+        again = await look("before", first)
+        return compare(items, first, await look("after", first), again, top_k=how.top_k, seed=seed)
+
+    return asyncio.run(main())
 
 
 def asks(count: int) -> list[Item]:
@@ -188,7 +211,7 @@ def test_first_divergence() -> None:
     assert first_divergence([], []) is None
 
 
-# --- the whole probe --------------------------------------------------------------------------------------------------
+# --- all passes -------------------------------------------------------------------------------------------------------
 
 
 def test_known_distributions_give_known_measures() -> None:
@@ -251,11 +274,9 @@ def test_a_baseline_that_would_not_say_again_what_it_said_is_seen() -> None:
 
 def test_what_is_asked() -> None:
     baseline, candidate = Toy(lambda prompt: "abcdef", sure(0.9)), Toy(lambda prompt: "xyz", sure(0.9))
-    steps: list[tuple[int, int]] = []
-    found = run(
-        baseline, candidate, asks(9), top_k=7, max_tokens=4, concurrency=2, on_done=lambda *step: steps.append(step)
-    )
-    assert steps[-1] == (27, 27) and len(steps) == 27
+    steps: list[None] = []
+    found = run(baseline, candidate, asks(9), top_k=7, max_tokens=4, concurrency=2, on_done=lambda: steps.append(None))
+    assert len(steps) == 27  # three passes
     assert 1 < max(baseline.most_in_flight, candidate.most_in_flight) <= 2
     asked = [body for body in candidate.bodies if body["messages"][0]["content"] != "Hello"]
     assert len(asked) == 18  # two an item

@@ -376,18 +376,6 @@ def test_a_plan_that_does_not_fit_has_the_figures(source: Path, tmp_path: Path) 
         huge.check(tmp_path / "o", cpu)
 
 
-def test_a_containers_limit_bounds_host_memory(tmp_path: Path) -> None:
-    from toolkit.quantize.plan import _available_host
-
-    assert _available_host(100, tmp_path) == 100  # no control group
-    (tmp_path / "memory.max").write_text("max\n")
-    assert _available_host(100, tmp_path) == 100
-    (tmp_path / "memory.max").write_text("80\n")
-    (tmp_path / "memory.current").write_text("60\n")
-    (tmp_path / "memory.stat").write_text("anon 20\ninactive_file 15\nactive_file 5\n")
-    assert _available_host(100, tmp_path) == 40
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_is_told_before_the_work(tmp_path: Path, source: Path, manifest: Path) -> None:
     disk = tmp_path / "small"
