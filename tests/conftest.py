@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+from tests.support.limit import at_most
 
 if TYPE_CHECKING:
     from _pytest.terminal import TerminalReporter
@@ -28,6 +31,11 @@ settings.load_profile("qvl")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+#: Seconds after which the setup, the call or the teardown of a test has failed: they wait for conditions, and one that
+#: never comes must not hold up the rest. Far beyond what any takes, on a loaded machine too.
+LIMIT, RELEASE_LIMIT = 900.0, 3600.0
+#: Groups of files that share servers, the longest first.
+SHARED = ("served", "guarded", "public")
 #: Lines that tests want to be read at the end.
 TOLD = pytest.StashKey[list[str]]()
 
@@ -45,17 +53,49 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # A worker takes a group at a time: a file, or several that share servers.
+    group: dict[pytest.Item, str] = {}
     for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+        marker = item.get_closest_marker("xdist_group")
+        group[item] = item.nodeid.partition("::")[0] if marker is None else marker.args[0]
+        if marker is None:
+            item.add_marker(pytest.mark.xdist_group(group[item]))
     # Groups go to workers in this order: the long ones first, so that none is left at the end with one worker on it.
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    e2e = {item.path for item in items if item.get_closest_marker("e2e")}
-    items.sort(key=lambda item: (item.path not in e2e, -slow[item.path] if item.path not in e2e else 0))
+    slow = Counter(group[item] for item in items if item.get_closest_marker("slow"))
+    e2e = {group[item] for item in items if item.get_closest_marker("e2e")}
+
+    def rank(item: pytest.Item) -> tuple[int, int]:
+        name = group[item]
+        if name in SHARED:
+            return SHARED.index(name), 0
+        return (len(SHARED), 0) if name in e2e else (len(SHARED) + 1, -slow[name])
+
+    items.sort(key=rank)
     if config.getoption("--endpoint"):
         wanted = [item for item in items if "endpoint" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
         items[:] = wanted
+
+
+def _limit(item: pytest.Item) -> float:
+    return RELEASE_LIMIT if item.get_closest_marker("release") else LIMIT
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    with at_most(_limit(item)):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with at_most(_limit(item)):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    with at_most(_limit(item)):
+        yield
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -7,6 +7,7 @@ worker that goes on with other tests stops its servers first.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -24,17 +25,29 @@ from serve.process import launch
 from serve.process.lifecycle import Server, start
 from serve.settings.config import ServerConfig
 from serve.settings.limits import Limits
+from tests.conftest import TOLD
+from tests.support.leftovers import Leftovers
 from tests.support.zygote import Zygote
 from toolkit.formats.convert import convert
 from toolkit.quantize import quantize
 from toolkit.tasks.manifests import write_tasks
+
+#: Longest that a boot may take: on an idle machine a few seconds, beside much else minutes.
+BOOT_SECONDS = 600.0
 
 #: Boots a model, or returns the server that was booted before.
 Served = Callable[[Path | str], Server]
 
 
 @pytest.fixture(scope="package", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def leftovers() -> Iterator[Leftovers]:
+    """Ends what these tests have started, when they are killed."""
+    with Leftovers() as watched:
+        yield watched
+
+
+@pytest.fixture(scope="package", autouse=True)
+def cache(leftovers: Leftovers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache of their own, for these tests and the commands they run."""
     directory = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
@@ -43,11 +56,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="package", autouse=True)
-def zygote(cache: Path) -> Iterator[Zygote]:
+def zygote(cache: Path, pytestconfig: pytest.Config) -> Iterator[Zygote]:
     """Imports vLLM once for all servers that are started in this process."""
     with Zygote() as started, pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "spawn", started.spawn(launch.spawn))
         yield started
+    if started.differed:
+        names = ", ".join(sorted(started.differed))
+        pytestconfig.stash[TOLD].append(f"servers were booted the slow way, which takes 15 s more: {names} differed")
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -69,6 +85,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@contextlib.contextmanager
+def booted(model: Path | str, config: ServerConfig) -> Iterator[Server]:
+    """A server that is killed at the end, which saves the seconds of a drain; test_ready.py has servers drain."""
+    server = start(str(model), config)
+    try:
+        yield server
+    finally:
+        server.stop(drain=False)
+
+
 @pytest.fixture(scope="package")
 def awq_gemm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model in AWQ, GEMM layout; whichever worker needs it first makes it for all."""
@@ -88,7 +114,7 @@ def served() -> Iterator[Served]:
 
     def boot(model: Path | str) -> Server:
         if str(model) not in servers:
-            servers[str(model)] = start(str(model), ServerConfig(port=free_port(), timeout=180))
+            servers[str(model)] = start(str(model), ServerConfig(port=free_port(), timeout=BOOT_SECONDS))
         return servers[str(model)]
 
     yield boot
@@ -112,18 +138,47 @@ def guarded(awq_gemm: Path) -> Iterator[Guarded]:
     """The embedded model in AWQ and in fp16, as `qvl serve --play --play-beside` has them."""
     ends = Guarded(*(f"http://127.0.0.1:{free_port()}" for _ in range(2)))
     beside = ServerConfig(
-        port=int(ends.narrow_url.rpartition(":")[2]), timeout=180, guard=Limits(api_key=ends.key, max_concurrency=2)
+        port=int(ends.narrow_url.rpartition(":")[2]),
+        timeout=BOOT_SECONDS,
+        guard=Limits(api_key=ends.key, max_concurrency=2),
     )
     options = ServerConfig(
         port=int(ends.url.rpartition(":")[2]),
-        timeout=180,
+        timeout=BOOT_SECONDS,
         guard=Limits(api_key=ends.key),
         play=True,
         play_beside=ends.narrow_url,
         extra=("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     )
-    with start("demo", beside), start(str(awq_gemm), options):
+    with booted("demo", beside), booted(awq_gemm, options):
         yield ends
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a server says to the held-out questions, and with what probability it begins to say it."""
+
+    answers: list[str]
+    #: Of every fourth question: the log-probabilities of the likeliest first tokens.
+    first: list[dict[str, float]]
+
+
+def said(server: Server, questions: list[Question]) -> Said:
+    """Ask it all questions, one after the other: answers depend on what is computed together."""
+    answers = [str(chat(server, question)["message"]["content"]) for question in questions]
+    return Said(answers, [top_logprobs(server, question) for question in questions[::4]])
+
+
+def top_logprobs(server: Server, question: Question, **settings: Any) -> dict[str, float]:
+    """The likeliest first tokens and their log-probabilities."""
+    first = chat(server, question, max_tokens=1, logprobs=True, top_logprobs=5, **settings)["logprobs"]["content"][0]
+    return {entry["token"]: entry["logprob"] for entry in first["top_logprobs"]}
+
+
+@pytest.fixture(scope="package")
+def ours(served: Served, awq_gemm: Path, questions: list[Question]) -> Said:
+    """What the embedded model in AWQ says."""
+    return said(served(awq_gemm), questions)
 
 
 #: Limits of the server that is attacked, in seconds.
@@ -154,7 +209,7 @@ def public(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Public]:
         image_hosts=("localhost",),
         max_decoded_pixels=100_000_000,
     )
-    with start("demo", ServerConfig(port=free_port(), timeout=180, guard=limits)) as server:
+    with booted("demo", ServerConfig(port=free_port(), timeout=BOOT_SECONDS, guard=limits)) as server:
         yield Public(server.url, server.pid, server.log, key_file, keys)
 
 

@@ -15,19 +15,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 import openai
 import pytest
-from langchain_core.messages import HumanMessage
-from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
 from tests.e2e.conftest import Guarded, Question
 from tests.support.paths import ROOT
 from toolkit.paths import demo_checkpoint
+
+if TYPE_CHECKING:
+    from langchain_openai import ChatOpenAI
 
 #: On one worker with the others that need these two servers.
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("guarded")]
@@ -353,6 +354,8 @@ def test_too_many_at_once_are_told_so_and_try_again_by_themselves(guarded: Guard
 
 @pytest.fixture
 def chain(guarded: Guarded) -> ChatOpenAI:
+    from langchain_openai import ChatOpenAI  # some seconds of imports
+
     return ChatOpenAI(
         model=MODEL,
         base_url=f"{guarded.url}/v1",
@@ -366,6 +369,8 @@ def chain(guarded: Guarded) -> ChatOpenAI:
 
 @pytest.mark.parametrize("shape", ["image_url", "image"])
 def test_langchain_s_image_messages(chain: ChatOpenAI, shape: str) -> None:
+    from langchain_core.messages import HumanMessage
+
     encoded = base64.b64encode(SHAPES.read_bytes()).decode()
     image: dict[str, Any] = {
         "image_url": {"type": "image_url", "image_url": {"url": data_url(SHAPES), "detail": "auto"}},
@@ -378,6 +383,8 @@ def test_langchain_s_image_messages(chain: ChatOpenAI, shape: str) -> None:
 
 
 def test_langchain_s_structured_output_and_tools(chain: ChatOpenAI) -> None:
+    from langchain_core.messages import HumanMessage
+
     message = HumanMessage(content=asking("What is in the picture?", SHAPES)[0]["content"])
     assert isinstance(chain.with_structured_output(Shape, method="json_schema").invoke([message]), Shape)
     (call, *_) = chain.bind_tools([TOOL], tool_choice="paint", strict=True).invoke([message]).tool_calls  # type: ignore[attr-defined]

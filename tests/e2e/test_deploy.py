@@ -21,16 +21,16 @@ import yaml
 
 from serve.http.images import sample_image
 from serve.process.launch import server_environment
-from serve.process.lifecycle import Server, start
+from serve.process.lifecycle import Server
 from serve.settings.arguments import vllm_arguments
 from serve.settings.config import ServerConfig
 from serve.settings.limits import Limits
-from tests.e2e.conftest import free_port
+from tests.e2e.conftest import BOOT_SECONDS, Public, booted, free_port
 from tests.unit.deploy.conftest import AT_REST, DEPLOY, UNDER_LOAD, alert_rules, load, panel_queries, scaling_queries
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.paths import demo_checkpoint
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("public")]
 KEY = "0123456789abcdef"
 
 
@@ -46,8 +46,11 @@ class Client:
     """Asks one server, with a key."""
 
     url: str
+    key: str = KEY
 
-    def get(self, path: str, key: str | None = KEY) -> httpx.Response:
+    def get(self, path: str, key: str | None = "") -> httpx.Response:
+        """Get a path with a key; "": this one's own, None: without."""
+        key = self.key if key == "" else key
         headers = {"authorization": f"Bearer {key}"} if key else {}
         return httpx.get(self.url + path, headers=headers, timeout=30, trust_env=False)
 
@@ -55,35 +58,36 @@ class Client:
         image = {"type": "image_url", "image_url": {"url": sample_image()}}
         content = [image, {"type": "text", "text": "What colour is the circle?"}]
         body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 8, **settings}
-        headers = {"authorization": f"Bearer {KEY}"}
+        headers = {"authorization": f"Bearer {self.key}"}
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, headers=headers, timeout=60, trust_env=False)
 
     def metrics(self) -> set[str]:
         return set(re.findall(r"^([a-zA-Z_:][\w:]*)[{ ]", self.get("/metrics").text, re.M))
 
 
-@pytest.fixture(scope="module")
-def guarded(key_file: Path) -> Iterator[Server]:
-    """A server as compose, Kubernetes and systemd run it."""
-    options = ServerConfig(port=free_port(), timeout=180, guard=Limits(api_key_file=str(key_file)))
-    with start("demo", options) as server:
-        yield server
-
-
-def test_a_real_server_has_the_metrics_that_deploy_reads(guarded: Server) -> None:
-    client = Client(guarded.url)
+def test_a_real_server_has_the_metrics_that_deploy_reads(public: Public) -> None:
+    client = Client(public.url, public.keys[0])
     assert client.get("/ready", key=None).status_code == 200
-    assert client.ask(guarded.model_name).status_code == 200
+    assert client.ask("demo").status_code == 200
     assert client.get("/v1/models", key="wrong").status_code == 401
     assert (AT_REST | UNDER_LOAD) - client.metrics() == set()
+
+
+@pytest.fixture
+def guarded(key_file: Path) -> Iterator[Server]:
+    """A server as compose, Kubernetes and systemd run it, that has not been asked anything before."""
+    if shutil.which("prometheus") is None:
+        pytest.skip("prometheus is not installed")
+    options = ServerConfig(port=free_port(), timeout=BOOT_SECONDS, guard=Limits(api_key_file=str(key_file)))
+    with booted("demo", options) as server:
+        yield server
 
 
 @contextlib.contextmanager
 def prometheus(directory: Path, server: str, key_file: Path) -> Iterator[str]:
     """A real Prometheus with the configuration of deploy/, that scrapes this server every second."""
     program = shutil.which("prometheus")
-    if program is None:
-        pytest.skip("prometheus is not installed")
+    assert program is not None
     (directory / "metrics-key").write_text(key_file.read_text().strip())
     (directory / "alerts.yml").write_text((DEPLOY / "prometheus" / "alerts.yml").read_text())
     settings = load(DEPLOY / "prometheus" / "prometheus.yml")
@@ -160,7 +164,7 @@ def stacked(key_file: Path, tmp_path: Path) -> Iterator[tuple[Client, subprocess
     limits = Limits.loads(environment["QVL_GUARD"])
     environment["QVL_GUARD"] = environment["QVL_GUARD"].replace(str(limits.api_key_file), str(key_file))
     port = free_port()
-    plain = ServerConfig(port=port, timeout=180)
+    plain = ServerConfig(port=port, timeout=BOOT_SECONDS)
     for_a_cpu = {k: v for k, v in server_environment(plain, os.environ, "demo").items() if not k.startswith("QVL_")}
     ours = vllm_arguments(plain, Checkpoint.open(demo_checkpoint()), "demo")
     model, rest = ours[1], ours[ours.index("--dtype") :]
@@ -177,7 +181,7 @@ def stacked(key_file: Path, tmp_path: Path) -> Iterator[tuple[Client, subprocess
         )
     client = Client(f"http://127.0.0.1:{port}")
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + BOOT_SECONDS
         while True:
             with contextlib.suppress(httpx.HTTPError):
                 if client.get("/ready", key=None).status_code == 200:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from bench.judge.fidelity import Drift, Item, Observed, compare, items_from_questions, observe
 from bench.load.endpoint import discover
+from bench.questions.observe import Observing
 from bench.questions.tasks import load_questions
-from serve.process.lifecycle import Server, start
+from serve.process.lifecycle import Server
 from serve.settings.config import ServerConfig
-from tests.e2e.conftest import Served, free_port
+from tests.e2e.conftest import BOOT_SECONDS, Served, booted, free_port
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.tasks.manifests import write_tasks
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("served")]
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]
 
@@ -52,12 +54,15 @@ def unscaled(layer: str) -> Change:
 
 def look(server: Server, items: list[Item], reference: Observed | None = None) -> Observed:
     async def run() -> Observed:
-        return await observe(await discover(server.url), items, reference=reference, max_tokens=16)
+        return await observe(await discover(server.url), items, Observing(max_tokens=16), reference=reference)
 
     return asyncio.run(run())
 
 
-def test_drift_ranks_checkpoints_by_their_damage(served: Served, awq_gemm: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("faults", [("unscaled",), pytest.param(("louder", "unscaled"), marks=pytest.mark.release)])
+def test_drift_ranks_checkpoints_by_their_damage(
+    faults: tuple[str, ...], served: Served, awq_gemm: Path, tmp_path: Path
+) -> None:
     items = items_from_questions(load_questions(write_tasks(tmp_path / "tasks", per_task=5)))
     server = served("demo")
     baseline = look(server, items)
@@ -82,15 +87,19 @@ def test_drift_ranks_checkpoints_by_their_damage(served: Served, awq_gemm: Path,
     again = drift(look(server, items, baseline))
     awq = drift(look(served(awq_gemm), items, baseline))
     prefix = Checkpoint.open(awq_gemm).layer_prefix
+    changes = {"louder": louder(prefix(0)), "unscaled": unscaled(prefix(1))}
     faulty = []
-    for name, change in (("louder", louder(prefix(0))), ("unscaled", unscaled(prefix(1)))):
-        with start(str(damaged(awq_gemm, tmp_path / name, change)), ServerConfig(port=free_port(), timeout=180)) as bad:
+    for name in faults:
+        change = changes[name]
+        with booted(
+            damaged(awq_gemm, tmp_path / name, change), ServerConfig(port=free_port(), timeout=BOOT_SECONDS)
+        ) as bad:
             faulty.append(drift(look(bad, items, baseline)))
 
     means = [each.mean_kl.value for each in (again, awq, *faulty) if each.mean_kl]
-    assert means == sorted(means) and len(means) == 4
+    assert means == sorted(means) and len(means) == 2 + len(faults)
     assert means[0] < 1e-5 < means[1] < 5e-3
-    assert means[2] > 1.5 * means[1] and means[3] > 1.5 * means[2]
+    assert all(worse > 1.5 * better for better, worse in itertools.pairwise(means[1:]))
     assert again.identical and again.identical.value > 0.98
     assert again.top1_agreement and again.top1_agreement.value > 0.98
     assert again.perplexity_ratio and again.perplexity_ratio.value == pytest.approx(1, abs=1e-4)

@@ -23,7 +23,7 @@ from bench.load.workload import ImageSize
 from bench.machine.server_metrics import ServerPoint, read
 from tests.conftest import TOLD
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("served")]
 
 TOKENS = 16
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Question, Served
-from tests.e2e.test_serve import answers, share_right, top_logprobs
+from serve.process import state
+from tests.e2e.conftest import Question, Served, top_logprobs
+from tests.e2e.test_serve import answers, share_right
 from tests.support import rounded
+from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.checkpoint.inspection import inspect_checkpoint
 from toolkit.models.qwen2_vl import QWEN2_VL
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("served")]
 
 #: A whole layer, and each unit of a layer alone; every unit is packed in some other layer.
 LEFT = frozenset(
@@ -46,12 +48,19 @@ def first_tokens(checkpoint: Path, questions: list[Question]) -> list[dict[str, 
     return found
 
 
-def test_vllm_runs_what_is_left_in_16_bits(served: Served, questions: list[Question], tmp_path: Path) -> None:
+def test_vllm_runs_what_is_left_in_16_bits(
+    served: Served, questions: list[Question], tmp_path: Path, cache: Path
+) -> None:
     # GEMV, so that the repacking of `qvl serve` is on the way.
     mixed = rounded.write(tmp_path / "mixed", LEFT, version="gemv")
     assert inspect_checkpoint(mixed).problems == []
     packed = rounded.write(tmp_path / "packed", frozenset(), version="gemv")
     server = served(mixed)
+    # It was repacked into the cache, under its own name (as the same numbers: tests/unit/serve/process/test_repack.py).
+    assert server.model_name == "mixed" and server.checkpoint == mixed
+    known = state.load(server.port)
+    assert known is not None and Path(known.served).parent == cache / "gemm"
+    assert Checkpoint.open(known.served).quantization != Checkpoint.open(mixed).quantization
     assert share_right(questions, answers(server, questions)) >= 0.75
     sample = questions[::4]
     apart = []

@@ -13,20 +13,21 @@ import pytest
 from serve.process.lifecycle import Server, start
 from serve.settings.config import ServerConfig
 from serve.settings.parallel import Parallel
-from tests.e2e.conftest import Question, Served, chat, free_port
-from tests.e2e.test_serve import top_logprobs
+from tests.e2e.conftest import BOOT_SECONDS, Question, Served, booted, chat, free_port, top_logprobs
 from tests.support import rounded
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import ServerError
 from toolkit.formats.convert import convert
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("served")]
 
 
 @contextmanager
 def spread(model: Path | str, parallel: Parallel) -> Iterator[Server]:
-    options = ServerConfig(port=free_port(), timeout=300, parallel=parallel, max_model_len=1024, max_num_seqs=4)
-    with start(str(model), options) as server:
+    options = ServerConfig(
+        port=free_port(), timeout=BOOT_SECONDS, parallel=parallel, max_model_len=1024, max_num_seqs=4
+    )
+    with booted(model, options) as server:
         yield server
 
 

@@ -44,7 +44,7 @@ from serve.process import memory, state
 from serve.process.supervisor import GaveUp, Policy, Supervised, supervisor
 from serve.settings.config import ServerConfig
 from serve.settings.limits import Limits
-from tests.e2e.conftest import free_port
+from tests.e2e.conftest import BOOT_SECONDS, free_port
 from toolkit.paths import demo_checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -70,7 +70,7 @@ def supervised(cache: Path, monkeypatch: pytest.MonkeyPatch, policy: Policy, sai
     server = Watched(free_port(), cache, cache / "keys")
     server.keys.write_text(f"{KEY}\n")
     limits = Limits(api_key_file=str(server.keys))
-    options = ServerConfig(port=server.port, timeout=180, guard=limits, probe_every=2, probe_timeout=5)
+    options = ServerConfig(port=server.port, timeout=BOOT_SECONDS, guard=limits, probe_every=1, probe_timeout=5)
     own = supervisor("demo", options, policy, said.append, None)
     up = threading.Event()
     own.up = lambda booted: up.set()
@@ -81,7 +81,7 @@ def supervised(cache: Path, monkeypatch: pytest.MonkeyPatch, policy: Policy, sai
                 assert not ended.done(), ended.exception()
             yield server
             with pytest.raises(GaveUp):
-                ended.result(timeout=60)
+                ended.result(timeout=180)
         finally:
             own.policy = replace(policy, restarts=0)
             if own.server is not None and not ended.done():
@@ -127,7 +127,7 @@ def gives_up(server: Watched) -> None:
     known = server.known
     assert known.supervisor is not None
     os.kill(known.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while psutil.pid_exists(known.supervisor):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -139,19 +139,23 @@ def gives_up(server: Watched) -> None:
     assert told.returncode == 0 and "dead" in told.stdout
 
 
+@pytest.mark.release
 def test_a_restart_waits_for_memory_that_others_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real server, on a machine that says for a while that others have taken all memory."""
+    """The real server, on a machine that says for a while that others have taken all memory.
+
+    With a server that only says that it is ready: tests/integration/serve/process/test_lifecycle.py.
+    """
     monkeypatch.setenv("QVL_CACHE", str(tmp_path))
     held = threading.Event()
     looks = itertools.count(1)
-    available, gpus = memory.available_host_memory, memory.find_gpus
+    available, gpus = memory.available_memory, memory.find_gpus
 
     def taken() -> bool:
         if held.is_set() and next(looks) > 10:
             held.clear()
         return held.is_set()
 
-    monkeypatch.setattr(memory, "available_host_memory", lambda: 0 if taken() else available())
+    monkeypatch.setattr(memory, "available_memory", lambda: 0 if taken() else available())
     monkeypatch.setattr(memory, "find_gpus", lambda: [replace(gpu, free=0) for gpu in gpus()] if taken() else gpus())
     said: list[str] = []
 

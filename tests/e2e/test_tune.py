@@ -21,7 +21,7 @@ from tests.e2e.conftest import Served, free_port
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.paths import cache_dir, demo_checkpoint
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("served")]
 
 COMMAND = [sys.executable, "-m", "toolkit.cli", "tune", "demo", "--concurrency", "1,2", "--requests", "4"]
 COMMAND += ["--output-tokens", "6", "--image-sizes", "112x112", "--only", "vllm,few-sequences", "--boot-timeout", "240"]

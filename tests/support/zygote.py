@@ -10,7 +10,8 @@ is its child, in its process group.
         monkeypatch.setattr(launch, "spawn", zygote.spawn(launch.spawn))
 
 - A server is forked twice, so that it is left to the tests' process, which is its parent then (a subreaper for that
-  moment): waiting, signals, /proc and the kernel's "die with your parent" are as with a child from Popen.
+  moment): waiting, signals, /proc and the kernel's "die with your parent" are as with a child from Popen. It dies with
+  them even where the product would let it live on.
 - Nothing is forked that has threads. What vLLM spawns is forked early too: each server has children at hand from its
   beginning, which wait until vLLM spawns a process, and become that one with all that a spawned process is sent.
 - vLLM, torch and others read some variables while they are imported. A server that is asked for with another
@@ -85,14 +86,22 @@ MODULES = """
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-#: Variables that make no other server: vLLM reads the first when it starts an engine; scikit-learn sets the others for
-#: an OpenMP that torch does not use, wherever it is imported.
-_READ_LATE = {"VLLM_ENABLE_V1_MULTIPROCESSING", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "PYTEST_CURRENT_TEST"}
+#: Variables that make no other server: vLLM reads the first when it starts an engine, the second is that of kernels for
+#: GPUs, and another one wherever a test has a cache of its own.
+_READ_LATE = {"VLLM_ENABLE_V1_MULTIPROCESSING", "HUMMING_CACHE_DIR", "PYTEST_CURRENT_TEST"}
+#: Variables that scikit-learn, OpenCV and torch set when they are imported, in the tests' process as in a server.
+_SET_AT_IMPORT = {
+    "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
+    "LD_LIBRARY_PATH",
+    "NVPL_BLAS_DEBUG_CPU_TYPE",
+    "TORCHINDUCTOR_CACHE_DIR",
+}
 
 
 def _read_late(name: str) -> bool:
     """Whether this variable means nothing to a server while it is imported. Ours are all read when it runs."""
-    return name.startswith("QVL_") or name in _READ_LATE
+    return name.startswith("QVL_") or name in _READ_LATE | _SET_AT_IMPORT
 
 
 def _given_at_import(environment: Mapping[str, str]) -> dict[str, str]:
@@ -121,6 +130,8 @@ class Zygote:
         self._process: subprocess.Popen[bytes] | None = None
         self._environment: dict[str, str] = {}
         self._lock = threading.Lock()
+        #: Variables for which servers were started the real way.
+        self.differed: set[str] = set()
         #: What it prints.
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
 
@@ -130,8 +141,8 @@ class Zygote:
         def spawn(arguments: list[str], environment: dict[str, str], log: Path, attached: bool) -> Any:
             with self._lock:
                 if sys.platform == "linux" and self._suits(environment):
-                    if attached:
-                        environment = {**environment, DIE_WITH: str(os.getpid())}
+                    # Attached or not: no test's server is to outlive the tests.
+                    environment = {**environment, DIE_WITH: str(os.getpid())}
                     return self._fork(arguments, environment, log)
             return really(arguments, environment, log, attached)
 
@@ -151,7 +162,9 @@ class Zygote:
                     stderr=self._said,
                     start_new_session=True,
                 )
-        return _given_at_import(environment) == self._environment
+        given = _given_at_import(environment)
+        self.differed |= {name for name in given | self._environment if given.get(name) != self._environment.get(name)}
+        return given == self._environment
 
     def _fork(self, arguments: list[str], environment: dict[str, str], log: Path) -> Forked:
         asked = {

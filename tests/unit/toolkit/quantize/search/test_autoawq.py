@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from toolkit.errors import ResourceError
 from toolkit.models.qwen2_vl import QWEN2_VL
-from toolkit.quantize.search.autoawq import Qwen2VLAwqQuantizer, _copied_state
 from toolkit.quantize.search.strategy import SearchSettings
 from toolkit.quantize.stream.passing import LayerStream
+
+if TYPE_CHECKING:
+    from toolkit.quantize.search.autoawq import Qwen2VLAwqQuantizer
 
 
 class Hungry(torch.nn.Linear):
@@ -26,6 +28,8 @@ class Hungry(torch.nn.Linear):
 
 
 def quantizer_of(notes: list[str], **settings: Any) -> Qwen2VLAwqQuantizer:
+    from toolkit.quantize.search.autoawq import Qwen2VLAwqQuantizer  # some seconds of imports
+
     cpu = torch.device("cpu")
     stream = LayerStream(QWEN2_VL.fused, (8, 16), cpu, cpu, on_note=notes.append)
     stream.chunk_tokens = 512
@@ -60,6 +64,8 @@ def test_the_scale_search_leaves_the_weights_as_they_were(duo: bool) -> None:
     )
     assert torch.equal(linear.weight, before)
     assert bool(torch.isfinite(scales).all()) and not hasattr(linear.state_dict, "__wrapped__")
+    from toolkit.quantize.search.autoawq import _copied_state
+
     with _copied_state(linear):
         linear.state_dict()["weight"].zero_()
     assert torch.equal(linear.weight, before)
