@@ -15,11 +15,12 @@ import pytest
 from tests.support.leftovers import MARK, Leftovers
 from tests.support.paths import ROOT
 
-#: A run of tests: what it starts is in a session of its own, as a detached server, and starts another one.
+#: A run of tests: what it starts is in a session of its own, as a detached server, and starts another one, which has no
+#: mark, as an engine whose title stands where its environment was.
 _RUN = """
 import subprocess, sys, time
 from tests.support.leftovers import Leftovers
-child = "import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True); time.sleep(600)"
+child = "import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], env={}).pid, flush=True); time.sleep(600)"
 with Leftovers():
     started = subprocess.Popen([sys.executable, "-c", child], start_new_session=True, stdout=subprocess.PIPE, text=True)
     print(started.pid, started.stdout.readline(), flush=True)

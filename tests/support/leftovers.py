@@ -60,6 +60,15 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+def end(pid: int) -> None:
+    """Kill a process; of one that leads a group all that is in it: an engine writes its title over the mark."""
+    with contextlib.suppress(OSError):
+        if os.getpgid(pid) == pid:
+            os.killpg(pid, signal.SIGKILL)
+        else:
+            os.kill(pid, signal.SIGKILL)
+
+
 def main(mark: str) -> None:
     """Wait until standard input closes, then kill what has the mark until nothing has it any more."""
     sys.stdin.read()
@@ -67,8 +76,7 @@ def main(mark: str) -> None:
     while time.monotonic() - quiet_since < _SETTLES:
         for pid in marked(mark):
             quiet_since = time.monotonic()
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+            end(pid)
         time.sleep(0.05)
 
 
