@@ -36,3 +36,23 @@ def test_a_checkpoint_says_its_own_bounds(tmp_path: Path) -> None:
     assert rule_of(tmp_path / "nowhere") is None
     (tmp_path / "preprocessor_config.json").write_text('{"patch_size": 14}')
     assert rule_of(tmp_path) is None
+
+
+def test_a_prompt_has_so_many_tokens_more_with_an_image_and_two_around_it() -> None:
+    """What `qvl bench` holds against a server's counts, by the checkpoint's own template and processor."""
+    patch_torchvision()
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(demo_checkpoint())
+    rule = rule_of(demo_checkpoint())
+    assert rule is not None
+
+    def tokens(*sizes: tuple[int, int]) -> int:
+        content = [*({"type": "image"} for _ in sizes), {"type": "text", "text": "What is shown?"}]
+        asked = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        images = [Image.new("RGB", size) for size in sizes]
+        return int(processor(text=[asked], images=images or None, return_tensors="np")["input_ids"].shape[1])
+
+    for sizes in ([(224, 224)], [(336, 252), (100, 37)], [(448, 448)] * 3):
+        assert tokens(*sizes) - tokens() == sum(rule.tokens(*size) + 2 for size in sizes)
