@@ -10,6 +10,7 @@ import typer
 from bench.studies.quantizer.cli import register as register_quantizer
 from bench.studies.settings import (
     AgreementSettings,
+    BesideSettings,
     CapacitySettings,
     CardSettings,
     ColdStartSettings,
@@ -163,6 +164,15 @@ def real_lm(step: Annotated[str, typer.Argument(help="texts, measure or table.")
     from bench.studies.real_lm.study import run
 
     run(step, settings)
+
+
+@app.command("kernels-beside")
+@settings_as_options
+def kernels_beside(settings: BesideSettings) -> None:
+    """Kernels for 4-bit weights beside each other and bf16, product by product, on one card."""
+    from bench.studies.kernels_beside import run
+
+    run(settings)
 
 
 @app.command("seeded-faults")

@@ -1,4 +1,4 @@
-"""The figures of one card: 16 bits against 4, and vLLM's kernel against another, all servers up at once.
+"""The figures of one card: 16 bits against 4, and our kernel against vLLM's own choice, all servers up at once.
 
     python -m bench.studies gpu-figures prepare --shapes 7b,2b    # random weights in these shapes, and their AWQ
     python -m bench.studies gpu-figures up                        # all servers, side by side, each with its KV cache
@@ -26,8 +26,9 @@ from toolkit.errors import BenchError
 
 __all__ = ["Pair", "Shape", "pairs", "run"]
 
-#: vLLM's own choice of kernel on Hopper is Machete; Marlin is faster there under a low load.
-_MARLIN = "awq-marlin"
+#: Systems in AWQ, and their kernels; None: vLLM's own choice, which on Hopper is Machete.
+_KERNELS = {"awq": None, "awq-qvl": "qvl", "awq-humming": "humming", "awq-marlin": "marlin"}
+_OURS = "awq-qvl"
 _GIB = 2**30
 #: Images are scaled to at most so many pixels: what is reserved for the largest one is not measured here.
 _MAX_PIXELS = 1280 * 28 * 28
@@ -83,19 +84,19 @@ _TINY_AGREEMENT = ("--concurrency", "1", "--requests", "3", "--image-sizes", "te
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("7b", "7b", None, ("bf16", "awq", _MARLIN), 4.0, 3.0, "4,12"),
-        Shape("2b", "2b", None, ("bf16", "awq", _MARLIN), 2.0, 2.5, "8,24"),
-        Shape("qwen2.5-vl-3b", "qwen2.5-vl-3b", None, ("bf16", "awq", _MARLIN), 2.0, 2.5, "8,24"),
-        Shape("qwen3-vl-4b", "qwen3-vl-4b", None, ("bf16", "awq", _MARLIN), 4.0, 2.5, "8,24"),
+        Shape("7b", "7b", None, ("bf16", _OURS, "awq"), 4.0, 2.0, "4,12"),
+        Shape("2b", "2b", None, ("bf16", _OURS, "awq"), 2.0, 2.0, "8,24"),
+        Shape("qwen2.5-vl-3b", "qwen2.5-vl-3b", None, ("bf16", _OURS, "awq"), 2.0, 2.0, "8,24"),
+        Shape("qwen3-vl-4b", "qwen3-vl-4b", None, ("bf16", _OURS, "awq"), 4.0, 2.0, "8,24"),
         Shape("tiny", "2b", 2, ("bf16", "awq"), 0.5, 2.0, "1", "1,2", "text,112x112", _TINY_AGREEMENT),
     )
 }
 
 
-def pairs(shapes: Sequence[Shape]) -> list[Pair]:
-    """Return the reports to make, what matters most first."""
-    found = [Pair(shape, "bf16", _MARLIN if shape.name == "7b" else "awq", True) for shape in shapes]
-    return found + [Pair(shape, "awq", _MARLIN, False) for shape in shapes if _MARLIN in shape.systems]
+def pairs(shapes: Sequence[Shape], rates: bool = True) -> list[Pair]:
+    """Return the reports to make, what matters most first; with open loops, or without."""
+    found = [Pair(shape, "bf16", _OURS if _OURS in shape.systems else "awq", rates) for shape in shapes]
+    return found + [Pair(shape, "awq", _OURS, False) for shape in shapes if _OURS in shape.systems]
 
 
 class Given:
@@ -153,7 +154,7 @@ def up(given: Given, shapes: Sequence[Shape]) -> None:
         known = state.load(port)
         if known is not None and known.alive and known.ready:
             return f"{directory.name}: runs on {known.url}"
-        kernel = "marlin" if system == _MARLIN and card else None
+        kernel = _KERNELS.get(system) if card else None
         # Each has a KV cache of a given size: none measures what memory is left, which the others are taking.
         cache = ("--kv-cache-memory-bytes", str(int(shape.kv_gib * _GIB)))
         options = ServerConfig(
@@ -188,7 +189,7 @@ def measure(given: Given, shapes: Sequence[Shape]) -> None:
         (shape.name, system): f"http://127.0.0.1:{given.settings.port + number}"
         for number, shape, system in _all(shapes)
     }
-    for pair in pairs(shapes):
+    for pair in pairs(shapes, given.settings.rates):
         out, shape = given.out / pair.name, pair.shape
         begun = out.exists()
         if begun and _whole(out):
@@ -239,7 +240,7 @@ def profile(given: Given, shapes: Sequence[Shape]) -> None:
     from serve.settings.profiles import Key, Measured, Profile, format_key, model_key, save
     from toolkit.console import note
 
-    named = {"awq": "vllm", _MARLIN: "marlin", "bf16": "fp16"}
+    named = {"bf16": "fp16"} | {system: kernel or "vllm" for system, kernel in _KERNELS.items()}
     for shape in shapes:
         figures: dict[int, dict[str, float]] = {}
         reports = []
@@ -260,7 +261,7 @@ def profile(given: Given, shapes: Sequence[Shape]) -> None:
         gpu = report.environment.gpus[0].split(",")[0]
         version = report.systems["candidate"].server_version or "unknown"
         key = Key(gpu, model_key(published(shape.base, True).text_config), format_key(128), version)
-        candidates = {"vllm": EngineSettings(), "marlin": EngineSettings(kernel="marlin")}
+        candidates = {kernel or "vllm": EngineSettings(kernel=kernel) for kernel in _KERNELS.values()}
         present = {name for found in figures.values() for name in found}
         measured = tuple(
             Measured(count, {name: found[name] for name in sorted(found) if name != "fp16"}, found.get("fp16"))

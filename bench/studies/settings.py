@@ -10,6 +10,7 @@ from toolkit.options import Option, Settings
 
 __all__ = [
     "AgreementSettings",
+    "BesideSettings",
     "CapacitySettings",
     "CardSettings",
     "ColdStartSettings",
@@ -46,6 +47,18 @@ class AgreementSettings(Settings):
     out: Annotated[Path | None, Option("JSON file to write, after each round.")] = None
 
 
+class BesideSettings(Settings):
+    """Of `bench.studies.kernels_beside`."""
+
+    models: Annotated[str, Option("Of those in bench/studies/kernels.py.")] = "7b,2b"
+    kernels: Annotated[str, Option("Beside bf16: of qvl, humming, marlin, machete, triton.")] = (
+        "qvl,humming,marlin,machete"
+    )
+    rows: Annotated[str, Option("Of the inputs.")] = "1,2,4,8,16,32,64,128"
+    seconds: Annotated[float, Option("Begin nothing after so long.")] = 3600.0
+    out: Annotated[Path, Option("Directory of results.json and README.md.")] = Path("docs/results/kernels")
+
+
 class CapacitySettings(Settings):
     """Of `bench.studies.capacity_check`."""
 
@@ -64,6 +77,7 @@ class CardSettings(Settings):
     samples: Annotated[int, Option("Calibration chats: speed does not depend on them.")] = 16
     profiles: Annotated[Path | None, Option("Directory of profiles (where `qvl serve` looks for yours).")] = None
     port: Annotated[int, Option("Of the first server.")] = 18000
+    rates: Annotated[bool, Option("Open loops too.")] = True
     minutes: Annotated[float, Option("Begin no report after so long.")] = 1e6
 
 

@@ -6,6 +6,9 @@ Never raises: whatever is unlike vLLM 0.32 ends in a line of the log, and vLLM g
 from __future__ import annotations
 
 import logging
+import os
+
+from serve.settings.environment import KERNELS
 
 __all__ = ["register"]
 
@@ -19,8 +22,25 @@ def register() -> None:
 
         if current_platform.is_cpu():
             _register_unpacked()
+        elif current_platform.is_cuda() and os.environ.get(KERNELS) == "on":
+            _register_qvl()
     except Exception as error:
         _log.warning("qvl's kernels are left out (%s: %s)", type(error).__name__, error)
+
+
+def _register_qvl() -> None:
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms import PlatformEnum
+
+    from serve.kernels.linear import QvlLinearKernel
+
+    kernels = linear._POSSIBLE_KERNELS[PlatformEnum.CUDA]
+    if QvlLinearKernel not in kernels:
+        linear.register_linear_kernel(QvlLinearKernel, PlatformEnum.CUDA, "mp")
+        # vLLM appends, and takes the first that can
+        kernels.insert(0, kernels.pop())
+        # what it declines is then Humming's, not the first of vLLM's list
+        linear._LINEAR_BACKEND_KERNEL_MAP["humming"].add(QvlLinearKernel)
 
 
 def _register_unpacked() -> None:

@@ -14,7 +14,7 @@ from serve.kernels.nvrtc import compile_cubin
 from serve.kernels.plans import ROWS, Plan, plan_for
 from toolkit.errors import ServerError
 
-__all__ = ["GROUP_SIZES", "SOURCE", "Product", "Shape", "options", "products"]
+__all__ = ["GROUP_SIZES", "SOURCE", "Product", "Shape", "compile_for", "multiprocessors", "options", "plans_of"]
 
 GROUP_SIZES = (32, 64, 128)
 SOURCE = Path(__file__).with_name("w4a16.cu")
@@ -64,6 +64,13 @@ class Product:
             if not function.spills:
                 self._kernels.append((rows, function, plan.clusters(shape.columns, sms) * plan.split))
 
+    @classmethod
+    def of(cls, shape: Shape) -> Product:
+        """Return the kernels of a shape on the current device, compiled. Raises ServerError as `compile_for` does."""
+        sms = multiprocessors()
+        compile_for(shape, sms)
+        return cls(shape, plans_of(shape, sms), sms)
+
     @property
     def max_rows(self) -> int:
         """Rows up to which there is a kernel; 0: there is none."""
@@ -93,21 +100,27 @@ def options(shape: Shape, plan: Plan, rows: int, sms: int) -> list[str]:
     return ["-arch=sm_90", "--std=c++17", *plan.options(shape.columns, rows, shape.group_size, shape.half, sms)]
 
 
-def products(shapes: Sequence[Shape]) -> dict[Shape, Product]:
-    """Compile and load the kernels for all shapes that can have any, side by side.
-
-    Raises ServerError where the device is none that they are made for, or the compiler fails.
-    """
+def multiprocessors() -> int:
+    """Return how many the current device has. Raises ServerError where it is none that the kernels are made for."""
     if torch.cuda.get_device_capability() != _CAPABILITY:
         raise ServerError(f"{torch.cuda.get_device_name()} is not a Hopper card (compute capability 9.0)")
-    sms = torch.cuda.get_device_properties().multi_processor_count
-    wanted: dict[Shape, list[tuple[int, Plan]]] = {}
-    for shape in shapes:
-        if shape.reason() is None:
-            found = [(rows, plan_for(shape.columns, shape.inputs, shape.group_size, rows, sms)) for rows in ROWS]
-            wanted[shape] = [(rows, plan) for rows, plan in found if plan is not None]
+    return int(torch.cuda.get_device_properties().multi_processor_count)
+
+
+def plans_of(shape: Shape, sms: int) -> list[tuple[int, Plan]]:
+    """Return a plan for each of `ROWS` that there is one for, on a device with so many multiprocessors."""
+    if shape.reason() is not None:
+        return []
+    found = [(rows, plan_for(shape.columns, shape.inputs, shape.group_size, rows, sms)) for rows in ROWS]
+    return [(rows, plan) for rows, plan in found if plan is not None]
+
+
+def compile_for(shape: Shape, sms: int) -> None:
+    """Compile the kernels of a shape into the cache, side by side; needs no device.
+
+    Raises ServerError where there is no compiler, or it fails.
+    """
     source = SOURCE.read_text(encoding="utf-8")
     with ThreadPoolExecutor() as pool:  # NVRTC lets go of the interpreter's lock
-        jobs = [options(shape, plan, rows, sms) for shape, plans in wanted.items() for rows, plan in plans]
+        jobs = [options(shape, plan, rows, sms) for rows, plan in plans_of(shape, sms)]
         list(pool.map(lambda job: compile_cubin(source, job), jobs))
-    return {shape: Product(shape, plans, sms) for shape, plans in wanted.items()}

@@ -51,7 +51,8 @@ def server_environment(
         began: when the start was asked for, by time.monotonic().
         restarts: how often the server has been restarted.
     """
-    environment = {**config.parallel.environment(_defaults(config)), **base}
+    defaults = config.parallel.environment(_defaults(config)) | config.settings.environment()
+    environment = {**defaults, **base}
     # Development endpoints let any client reset caches and put the server to sleep.
     environment.pop("VLLM_SERVER_DEV_MODE", None)
     environment.pop(VLLM_API_KEY, None)

@@ -8,13 +8,15 @@ from typing import Any, ClassVar, Self
 
 from pydantic import field_validator
 
+from serve.settings.environment import KERNELS as KERNELS_SWITCH
 from toolkit.errors import QvlError, ServerError
 from toolkit.options import Settings
 
 __all__ = ["KERNELS", "EngineSettings"]
 
-#: Kernels for 4-bit weights with zero points, by their names in vLLM's ``--linear-backend``.
-KERNELS = ("machete", "humming", "marlin", "conch", "triton")
+#: Kernels for 4-bit weights with zero points, by their names in vLLM's ``--linear-backend``; "qvl" is our own for few
+#: rows (serve/kernels), with Humming for more.
+KERNELS = ("qvl", "machete", "humming", "marlin", "conch", "triton")
 
 
 class EngineSettings(Settings):
@@ -78,6 +80,10 @@ class EngineSettings(Settings):
             ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in self.as_dict().items()) or "none"
         )
 
+    def environment(self) -> dict[str, str]:
+        """Return the environment variables that the settings need."""
+        return {KERNELS_SWITCH: "on" if self.kernel == "qvl" else "off"} if self.kernel else {}
+
     def arguments(self, given: Iterable[str] = ()) -> list[str]:
         """Return vLLM's arguments; those whose flags are among ``given`` are left out, for the user's word counts.
 
@@ -89,7 +95,7 @@ class EngineSettings(Settings):
         if compilation and not taken & {"--compilation-config", "-O", "--enforce-eager"}:
             found["--compilation-config"] = json.dumps(compilation)
         for flag, setting in (
-            ("--linear-backend", self.kernel),
+            ("--linear-backend", "humming" if self.kernel == "qvl" else self.kernel),
             ("--performance-mode", self.performance_mode),
             ("--max-num-batched-tokens", self.max_num_batched_tokens),
             ("--mm-processor-cache-gb", self.mm_cache_gb),

@@ -13,6 +13,7 @@ can a command line. A deployment without `qvl serve` (deploy/) writes the same v
 | LOG_FORMAT   | process/launch           | app/server: "json", or absent for text                              |
 | DIE_WITH     | process/launch           | app/server: id of the process that the server must not outlive      |
 | VLLM_API_KEY | the user, process/launch | settings/config, app/probe, vLLM                                    |
+| KERNELS      | the user, process/launch | kernels/plugin: "on" puts our kernel before vLLM's own              |
 | BACKEND      | the user                 | settings/backend: "cpu" or "gpu"                                    |
 | API_KEY      | the user                 | settings/config, settings/ask: the key of `qvl serve` and `qvl ask` |
 """
@@ -26,6 +27,7 @@ __all__ = [
     "BACKEND",
     "DIE_WITH",
     "GUARD",
+    "KERNELS",
     "LOG_FORMAT",
     "PLAY",
     "READY",
@@ -42,5 +44,6 @@ REQUEST_LOG: Final = "QVL_REQUEST_LOG"
 LOG_FORMAT: Final = "QVL_LOG_FORMAT"
 DIE_WITH: Final = "QVL_DIE_WITH"
 VLLM_API_KEY: Final = "VLLM_API_KEY"
+KERNELS: Final = "QVL_KERNELS"
 BACKEND: Final = "QVL_BACKEND"
 API_KEY: Final = "QVL_API_KEY"
