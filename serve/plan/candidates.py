@@ -40,7 +40,7 @@ def candidates(
         return found
     kernels: list[str | None] = [None]
     if quantized:
-        kernels += ["marlin", "humming"] if HOPPER.search(card) else ["humming", "triton"]
+        kernels += ["qvl", "marlin", "humming"] if HOPPER.search(card) else ["humming", "triton"]
     for kernel in kernels:
         prefix = f"{kernel}-" if kernel else ""
         if kernel:

@@ -43,6 +43,8 @@ def as_mode(text: str) -> Mode:
 
 
 _SCHEMA = 1
+#: Candidates that are apart by less, as a share, are as good as each other: rounds differ by more.
+_AS_GOOD = 0.02
 #: What is compared, and whether more of it is better.
 _METRICS = {"output_tokens_per_s": True, "tpot_ms": False}
 _SHIPPED = Path(__file__).with_name("profiles")
@@ -135,12 +137,15 @@ class Profile:
         """Return the candidate for a mode.
 
         latency: the best at the least load. throughput: the best at the highest. auto: of those measured at every load,
-        the one whose worst loss against a load's best is the least.
+        the one whose worst loss against a load's best is the least; it also decides among those that are as good.
         """
         loads = sorted(self.loads, key=lambda load: load.concurrency)
-        if mode in ("latency", "throughput"):
-            return self.winner(loads[0 if mode == "latency" else -1].concurrency)
         everywhere = [name for name in self.candidates if all(name in load.figures for load in loads)]
+        if mode in ("latency", "throughput"):
+            chosen = loads[0 if mode == "latency" else -1]
+            limit = min(map(self._cost, chosen.figures.values())) * (1 + _AS_GOOD)
+            near = [name for name in everywhere if self._cost(chosen.figures[name]) <= limit]
+            return min(near, key=self._worst_loss) if near else self.winner(chosen.concurrency)
         return min(everywhere or [self.winner(loads[0].concurrency)], key=self._worst_loss)
 
     def against_fp16(self, name: str) -> dict[int, float]:
@@ -258,16 +263,15 @@ def choose(mode: Mode, key: Key, directories: Sequence[Path] | None = None) -> C
 def usual(mode: Mode, key: Key) -> tuple[EngineSettings, str]:
     """Return what was measured best on a card's kind, for models and loads without a profile, and why, in words.
 
-    On Hopper vLLM takes Machete for 4-bit weights. One H200, vLLM 0.32, 1, 8, 32 and 128 in flight: for a 7B Humming
-    gave 1.16, 1.09, 1.06 and 0.99 of Machete's tokens/s, Marlin 1.22, 1.10, 0.89 and 0.80; for a 2B Humming 1.25, 1.23,
-    0.98 and 1.01, Marlin 1.26, 1.16, 0.93 and 1.10. On other kinds nothing was measured: the choice is vLLM's.
+    On Hopper vLLM takes Machete for 4-bit weights. One H100, vLLM 0.32, a 7B with 1, 8, 32 and 128 in flight: ours gave
+    1.43, 1.27, 1.12 and 1.01 of Machete's tokens/s. Of the others Humming is the fastest over all loads (one H200:
+    1.16, 1.09, 1.06 and 0.99); our kernel hands more than 16 rows on to it. On other kinds nothing was measured: the
+    choice is vLLM's.
     """
     if not (HOPPER.search(key.card) and key.format.startswith("awq")):
         return EngineSettings(), ""
-    if mode == "latency":
-        return EngineSettings(kernel="marlin"), "no profile for this model: Marlin, the fastest on Hopper at low load"
-    why = "no profile for this model: Humming, the fastest on Hopper over all loads (its first start compiles for 40 s)"
-    return EngineSettings(kernel="humming"), why
+    why = "no profile for this model: our kernel, the fastest on Hopper (a first start compiles for a minute or more)"
+    return EngineSettings(kernel="qvl"), why
 
 
 def _differs(found: Key, key: Key) -> str:
@@ -281,8 +285,13 @@ def _told(profile: Profile, name: str, mode: Mode, path: Path) -> list[str]:
     settings = profile.candidates[name]
     where = f"measured on {profile.key.card}; --profile off leaves it out ({path.name})"
     said = [f"profile {mode}: {name} ({settings}), {where}"]
-    slower = {load: factor for load, factor in profile.against_fp16(name).items() if factor < 1}
+    against = sorted(profile.against_fp16(name).items())
+    if against and profile.key.format != "fp16":
+        figures = ", ".join(f"{factor:.2f}x at {load}" for load, factor in against)
+        what = "output tokens/s" if _METRICS[profile.metric] else "speed of a token"
+        said.append(f"measured beside the 16-bit model: {figures} in flight ({what})")
+    slower = [(load, factor) for load, factor in against if factor < 1]
     if slower and profile.key.format != "fp16":
-        figures = ", ".join(f"{factor:.2f}x at {load}" for load, factor in sorted(slower.items()))
+        figures = ", ".join(f"{factor:.2f}x at {load}" for load, factor in slower)
         said.append(f"the 16-bit model was measured faster than this one ({figures} in flight): serve it where it fits")
     return said

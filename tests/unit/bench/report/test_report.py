@@ -21,7 +21,7 @@ from bench.report.schema import SCHEMA_VERSION, Distribution, Load, Memory, Repo
 from bench.report.view.whole import view
 from bench.roles import Role
 from tests.support.factory import CONFIG, about_images, first_version, questions, report, second_version, system
-from tests.support.paths import RESULTS
+from tests.support.paths import OLD_REPORTS, RESULTS
 from toolkit.errors import BenchError
 
 
@@ -55,7 +55,7 @@ def test_the_printed_schema_describes_what_is_written() -> None:
     assert list(check.iter_errors(data))
 
 
-REPORTS = [file for file in sorted(RESULTS.glob("*/report.json")) if "schema_version" in file.read_text()]
+REPORTS = [file for file in sorted(RESULTS.glob("**/report.json")) if "schema_version" in file.read_text()]
 
 
 @pytest.mark.parametrize("file", REPORTS, ids=lambda file: file.parent.name)
@@ -261,7 +261,7 @@ def test_plots_take_the_pages_colours(page: str) -> None:
 
 def test_a_wide_range_is_drawn_logarithmically_and_rates_apart() -> None:
     """Reports of a card, with 1 to 128 in flight and rates between; and the same with neighbouring loads only."""
-    found = read(RESULTS / "h100" / "2b-awq-against-bf16")
+    found = read(OLD_REPORTS / "card-with-rates")
     ttft, tpot = speed_curves(found)
     assert ttft[1].endswith("; logarithmic: throughput and latency") and tpot[1].endswith("; logarithmic: throughput")
     assert {"24/s", "128"} <= set(re.findall(r">([\d/s]+)</text>", ttft[2]))

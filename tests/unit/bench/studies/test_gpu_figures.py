@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.cli import commands
+from bench.report.render.json_file import read
 from bench.studies import gpu_figures as card
 from bench.studies.cli import app
 from serve.settings import profiles
@@ -24,34 +25,43 @@ def test_a_shipped_profile_is_what_the_reports_say(tmp_path: Path) -> None:
     assert exit_code(app, "gpu-figures", "profile", *where) == 0
     made = sorted((tmp_path / "p").iterdir())
     assert [path.name for path in made] == [path.name for path in sorted(SHIPPED.glob("*.json"))]
-    path = next(path for path in made if "3584" in path.name)  # the 2B's is qvl tune's, which knows Marlin too
-    assert path.read_text() == (SHIPPED / path.name).read_text()
-    seven = json.loads(path.read_text())
-    report = json.loads((H100 / "7b-awq-marlin-against-awq" / "report.json").read_text())
-    alone = {
-        p["role"]: p["by_round"]["output_tokens_per_s"]["value"]
-        for p in report["speed"]
-        if p["load"]["concurrency"] == 1
-    }
-    assert seven["loads"][0]["figures"] == {"vllm": alone["baseline"], "marlin": alone["candidate"]}
-    # With 32 and 128 in flight those reports have a wave or two: bursts, and no basis for a choice.
-    assert [load["concurrency"] for load in seven["loads"]] == [1, 8]
+    for path in made:
+        assert path.read_text() == (SHIPPED / path.name).read_text()
+    seven = json.loads(next(path for path in made if "3584" in path.name).read_text())
+    report = read(H100 / "7b-awq-qvl-against-awq")
+    alone = {p.role: p.throughput("output_tokens_per_s") for p in report.speed if p.load.concurrency == 1}
+    assert seven["loads"][0]["figures"] == {"vllm": alone["baseline"], "qvl": alone["candidate"]}
+    assert [load["concurrency"] for load in seven["loads"]] == [1, 8, 32, 128]
+
+
+def test_bursts_are_no_basis_for_a_choice(tmp_path: Path) -> None:
+    report = json.loads((H100 / "7b-awq-qvl-against-awq" / "report.json").read_text())
+    for point in report["speed"]:
+        if point["load"]["concurrency"] >= 32:
+            point["requests"] = 2 * point["load"]["concurrency"] * point["rounds"]  # two waves a round
+    (tmp_path / "r" / "7b-awq-qvl-against-awq").mkdir(parents=True)
+    (tmp_path / "r" / "7b-awq-qvl-against-awq" / "report.json").write_text(json.dumps(report))
+    where = ("--work", tmp_path / "w", "--out", tmp_path / "r", "--profiles", tmp_path / "p")
+    assert exit_code(app, "gpu-figures", "profile", *where) == 0
+    (path,) = (tmp_path / "p").iterdir()
+    assert [load["concurrency"] for load in json.loads(path.read_text())["loads"]] == [1, 8]
 
 
 def test_sixteen_bits_are_measured_before_kernels() -> None:
     found = card.pairs([card.SHAPES["7b"], card.SHAPES["2b"]])
     assert [pair.name for pair in found] == [
-        "7b-awq-marlin-against-bf16",
-        "2b-awq-against-bf16",
-        "7b-awq-marlin-against-awq",
-        "2b-awq-marlin-against-awq",
+        "7b-awq-qvl-against-bf16",
+        "2b-awq-qvl-against-bf16",
+        "7b-awq-qvl-against-awq",
+        "2b-awq-qvl-against-awq",
     ]
     assert [pair.rates for pair in found] == [True, True, False, False]
+    assert not any(pair.rates for pair in card.pairs([card.SHAPES["7b"]], rates=False))
 
 
 def test_a_run_that_was_interrupted_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole report is left alone; one that is partial, or was killed before it was written, is asked to resume."""
-    whole, partial, killed = tmp_path / "7b-awq-marlin-against-bf16", tmp_path / "2b-awq-against-bf16", "2b-awq-marlin"
+    whole, partial, killed = tmp_path / "7b-awq-qvl-against-bf16", tmp_path / "2b-awq-qvl-against-bf16", "2b-awq-qvl"
     shutil.copytree(H100 / whole.name, whole)
     shutil.copytree(H100 / partial.name, partial)
     report = json.loads((partial / "report.json").read_text())
@@ -68,9 +78,9 @@ def test_a_run_that_was_interrupted_is_gone_on_with(tmp_path: Path, monkeypatch:
     assert exit_code(app, "gpu-figures", "measure", "--work", tmp_path / "work", "--out", tmp_path) == 0
     resumed = {name: "--resume" in words for name, words in asked.items()}
     assert resumed == {
-        "2b-awq-against-bf16": True,
-        "7b-awq-marlin-against-awq": False,
-        "2b-awq-marlin-against-awq": True,
+        "2b-awq-qvl-against-bf16": True,
+        "7b-awq-qvl-against-awq": False,
+        "2b-awq-qvl-against-awq": True,
         "agreement.json": False,
     }
 

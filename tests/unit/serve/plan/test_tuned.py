@@ -13,6 +13,7 @@ from serve.settings.arguments import vllm_arguments
 from serve.settings.backend import Gpu
 from serve.settings.config import ServerConfig
 from serve.settings.engine import EngineSettings
+from serve.settings.environment import KERNELS
 from serve.settings.parallel import Parallel
 from serve.settings.profiles import Measured, Profile, key_for, save
 from tests.support import tiny
@@ -120,6 +121,14 @@ def test_caches_and_processes_reach_the_environment() -> None:
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in spread
     assert set(plain) - set(spread) <= {"VLLM_ENABLE_V1_MULTIPROCESSING"}
     assert plain["HUMMING_CACHE_DIR"] == str(cache_dir("humming"))  # compiled once, not at every start
+    assert KERNELS not in plain  # our kernel is vLLM's to take only where a profile or the user says so
+
+
+@pytest.mark.parametrize(("kernel", "switch"), [("qvl", "on"), ("marlin", "off")])
+def test_our_kernel_is_switched_by_the_environment(kernel: str, switch: str) -> None:
+    config = ServerConfig(backend="gpu", settings=EngineSettings(kernel=kernel))
+    assert server_environment(config, {}, "m")[KERNELS] == switch
+    assert server_environment(config, {KERNELS: "off"}, "m")[KERNELS] == "off"  # the user's word counts
 
 
 def test_a_spread_that_can_not_be_is_refused_with_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from bench.roles import ROLES
 from bench.run.measured import Measurements, Stretch
 from bench.run.session import Outcome
 from tests.support.factory import CONFIG, about_images, first_version, questions, report, system
-from tests.support.paths import RESULTS
+from tests.support.paths import OLD_REPORTS, RESULTS
 from toolkit.errors import BenchError, UnmeasuredError
 
 
@@ -494,13 +494,13 @@ def test_what_was_not_measured_is_said() -> None:
 
 
 def test_reports_of_the_first_schema_are_compared(tmp_path: Path) -> None:
-    files = [RESULTS / name / "report.json" for name in ("demo-cpu", "h100/2b-awq-against-bf16", "gpu-demo")]
-    for file in files:
+    first = OLD_REPORTS / "accuracy-of-schema-1"
+    for file in (RESULTS / "demo-cpu", OLD_REPORTS / "card-with-rates", first):
         found = compare(*sides(read(file), read(file)))
         assert found.rows and found.differences == [] and found.regressions == []
     old = tmp_path / "report.json"
-    old.write_text(json.dumps(json.loads((RESULTS / "gpu-demo" / "report.json").read_text()) | {"schema_version": 1}))
-    assert compare(*sides(read(old), read(RESULTS / "gpu-demo"))).accuracy is not None
+    old.write_text(json.dumps(json.loads((first / "report.json").read_text()) | {"schema_version": 1}))
+    assert compare(*sides(read(old), read(first))).accuracy is not None
     assert first_version  # what the factory makes of it is tested with the reader
 
 
