@@ -16,8 +16,8 @@ __all__ = ["REPORTS", "Pair", "draw", "pair"]
 
 #: The reports that README's chart shows, by model, below docs/results.
 REPORTS = (
-    ("7B, AWQ by Marlin", "h100/7b-awq-marlin-against-bf16"),
-    ("2B, AWQ by Machete", "h100/2b-awq-against-bf16"),
+    ("7B", "h100/7b-awq-qvl-against-bf16"),
+    ("2B", "h100/2b-awq-qvl-against-bf16"),
 )
 
 _COLOURS = {"baseline": "#8a94a0", "candidate": "#0b63c5"}

@@ -9,7 +9,7 @@ import pytest
 
 from bench.report.render import json_file
 from bench.studies.chart import REPORTS, draw, pair
-from tests.support.paths import ROOT
+from tests.support.paths import OLD_REPORTS, ROOT
 from toolkit.errors import BenchError
 
 RESULTS = ROOT / "docs" / "results"
@@ -37,4 +37,4 @@ def test_it_can_be_drawn_anew(tmp_path: Path) -> None:
 
 def test_a_report_without_the_figures_is_named() -> None:
     with pytest.raises(BenchError, match="tiny: no time per token"):
-        pair("tiny", json_file.read(RESULTS / "gpu-demo"))
+        pair("tiny", json_file.read(OLD_REPORTS / "accuracy-of-schema-1"))
