@@ -130,7 +130,9 @@ def _merged(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, torch.Tensor]
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
     from transformers import AutoModelForImageTextToText
 
-    base = AutoModelForImageTextToText.from_pretrained(checkpoint.path, dtype="auto")
+    # "auto" is what config.json says, which may be narrower than what the file holds
+    wide = any(info.dtype == "F32" for info in checkpoint.tensors.values())
+    base = AutoModelForImageTextToText.from_pretrained(checkpoint.path, dtype=torch.float32 if wide else "auto")
     before = set(base.state_dict())
     try:
         saved = load_peft_weights(str(adapter.path), device="cpu")

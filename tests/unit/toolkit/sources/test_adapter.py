@@ -279,7 +279,7 @@ class TestOwnFiles:
         (adapter / "chat_template.jinja").write_text(TEMPLATE)
         with with_side_files(base, adapter) as place:
             assert (place / "chat_template.json").exists() and not (place / "chat_template.jinja").exists()
-        assert "shows no images" in capsys.readouterr().err
+        assert "leaves images out" in capsys.readouterr().err
 
     def test_other_bounds_of_images(self, tmp_path: Path, saved: Path, base: Checkpoint) -> None:
         adapter = self.adapter(tmp_path, saved, base)
