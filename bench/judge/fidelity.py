@@ -34,6 +34,7 @@ from bench.questions.observe import (
 __all__ = [
     "DELTA_P_PERCENTILES",
     "IMAGE_PROMPT",
+    "KL_FLOOR",
     "TAIL_FLOOR",
     "Answer",
     "Drift",
@@ -55,6 +56,8 @@ RESAMPLES = 2000
 #: Servers compute in float32, and the probabilities they list may add up to 1 + 1e-7: what is left for the rest of the
 #: vocabulary is not known more exactly than this.
 TAIL_FLOOR = 1e-6
+#: An answer's nats a token below which servers' float32 tells nothing, and the share of answers that is trimmed.
+KL_FLOOR, TRIMMED = 1e-8, 0.01
 
 Floats = npt.NDArray[np.float64]
 
@@ -160,6 +163,9 @@ class Drift:
         scored: items they belong to.
         mean_kl: mean of `truncated_kl`, nats a token.
         p99_kl: its 99th percentile over tokens, nats.
+        trimmed_kl: `mean_kl` without the hundredth of the answers that drifted most (none, of fewer than a hundred).
+        geometric_kl: geometric mean over answers of an answer's nats a token, each `KL_FLOOR` at least: what is usual,
+            where the mean is mostly that of the worst few. Its interval is much the narrowest.
         coverage: mean of `TokenDrift.coverage`: how little of the baseline's probability is in the bucket.
         top1_agreement: share of tokens at which both find the same one likeliest.
         delta_p: percentiles (`DELTA_P_PERCENTILES`) of candidate's - baseline's probability of the baseline's token.
@@ -180,6 +186,8 @@ class Drift:
     scored: int = 0
     mean_kl: Interval | None = None
     p99_kl: Interval | None = None
+    trimmed_kl: Interval | None = None
+    geometric_kl: Interval | None = None
     coverage: float | None = None
     top1_agreement: Interval | None = None
     delta_p: Mapping[int, Interval] = field(default_factory=dict)
@@ -344,6 +352,7 @@ def _over_tokens(scored: Sequence[ItemDrift], seed: int) -> dict[str, Any]:
         "tokens": len(tokens),
         "mean_kl": clusters.mean(kl),
         "p99_kl": clusters.quantiles(kl, [0.99])[0],
+        **_robust(scored, seed),
         "coverage": float(np.mean([token.coverage for token in tokens])),
         "top1_agreement": clusters.share(agrees),
         "delta_p": dict(zip(DELTA_P_PERCENTILES, clusters.quantiles(delta_p, steps), strict=True)),
@@ -351,6 +360,18 @@ def _over_tokens(scored: Sequence[ItemDrift], seed: int) -> dict[str, Any]:
         "perplexity_ratio": _exp(clusters.mean(before - after)),
         "greedy": float(np.mean([token.greedy for token in tokens])),
     }
+
+
+def _robust(scored: Sequence[ItemDrift], seed: int) -> dict[str, Any]:
+    """Return the means over answers that the worst few don't decide."""
+    means: Floats = np.array([drift.mean_kl for drift in scored], dtype=np.float64)
+    names = [drift.item.cluster or drift.item.id for drift in scored]
+    limit = np.sort(means)[-1 - int(TRIMMED * len(means))]
+    kept = [drift for drift, mean in zip(scored, means, strict=True) if mean <= limit]
+    tokens = _Clusters([drift.item.cluster or drift.item.id for drift in kept for _ in drift.tokens], seed)
+    kl: Floats = np.array([token.kl for drift in kept for token in drift.tokens], dtype=np.float64)
+    logs: Floats = np.log(np.maximum(means, KL_FLOOR))
+    return {"trimmed_kl": tokens.mean(kl), "geometric_kl": _exp(_Clusters(names, seed).mean(logs))}
 
 
 def _exp(interval: Interval) -> Interval:

@@ -22,6 +22,8 @@ SHOWN, BUDGET = 8, 2**20
 DEFINITIONS = {
     "kl": "KL = sum of p log(p/q) over tokens that both systems list, all others as one bucket, in nats a token, on "
     "the baseline's own greedy answers, p of the baseline, q of the candidate: a lower bound of the whole one.",
+    "geometric_kl": "Trimmed KL = without the hundredth of the answers that drifted most. Geometric KL = geometric "
+    "mean over answers of an answer's nats a token: what is usual, where the mean is mostly that of the worst few.",
     "top1_agreement": "Top-1 agreement = share of those tokens at which both find the same one likeliest.",
     "delta_p": "delta-p = q - p of the token that the baseline chose.",
     "perplexity_ratio": "Perplexity ratio = exp of the mean negative log-likelihood of the baseline's tokens, "
@@ -94,6 +96,8 @@ def _drift(drift: fidelity.Drift) -> Drift:
         scored=drift.scored,
         mean_kl=_share(drift.mean_kl),
         p99_kl=_share(drift.p99_kl),
+        trimmed_kl=_share(drift.trimmed_kl),
+        geometric_kl=_share(drift.geometric_kl),
         coverage=drift.coverage,
         top1_agreement=_share(drift.top1_agreement),
         delta_p={

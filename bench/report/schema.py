@@ -408,6 +408,8 @@ class Drift(Model):
     scored: int = 0
     mean_kl: Share | None = None
     p99_kl: Share | None = None
+    trimmed_kl: Share | None = None
+    geometric_kl: Share | None = None
     coverage: float | None = None
     top1_agreement: Share | None = None
     delta_p: dict[str, Share] = {}

@@ -129,6 +129,8 @@ def drift_rows(found: Fidelity) -> list[tuple[str, list[str]]]:
 
     rows = [
         row("mean KL, nats a token", lambda drift: small(drift.mean_kl)),
+        row("trimmed KL, nats a token", lambda drift: small(drift.trimmed_kl)),
+        row("geometric KL, nats a token", lambda drift: small(drift.geometric_kl)),
         row("p99 KL", lambda drift: small(drift.p99_kl)),
         row("top-1 agreement", lambda drift: share(drift.top1_agreement)),
         row("delta-p, 1st percentile", lambda drift: small(drift.delta_p.get("1"))),

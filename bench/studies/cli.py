@@ -13,6 +13,7 @@ from bench.studies.settings import (
     BesideSettings,
     CapacitySettings,
     CardSettings,
+    ChoicesSettings,
     ColdStartSettings,
     DraftSettings,
     FalseClaimsSettings,
@@ -20,6 +21,7 @@ from bench.studies.settings import (
     FormatsSettings,
     GuardCostSettings,
     KernelSettings,
+    QualitySettings,
     RealLmSettings,
     SeededFaultsSettings,
     StepSettings,
@@ -63,6 +65,15 @@ def chart(
     from bench.studies.chart import REPORTS, draw
 
     draw([(name, results / report) for name, report in REPORTS], out)
+
+
+@app.command()
+@settings_as_options
+def choices(settings: ChoicesSettings) -> None:
+    """What to calibrate on, the vision tower, layers in 16 bits: the embedded model's divergence by each choice."""
+    from bench.studies.choices import run
+
+    run(settings)
 
 
 @app.command("cold-start")
@@ -182,6 +193,18 @@ def seeded_faults(settings: SeededFaultsSettings) -> None:
     from bench.studies.seeded_faults import run
 
     run(settings)
+
+
+@app.command()
+@settings_as_options
+def quality(
+    candidates: Annotated[list[Path], typer.Argument(help="Directories: AWQ checkpoints, or others in 16 bits.")],
+    settings: QualitySettings,
+) -> None:
+    """Which quantization is nearest to its source on your own images? KL on a manifest's answers, without a server."""
+    from bench.studies.quality import run
+
+    run(candidates, settings)
 
 
 @app.command("step-profile")

@@ -143,6 +143,32 @@ class GuardCostSettings(Settings):
     out: Annotated[Path | None, Option("Directory for report.json and README.md.")] = None
 
 
+class ChoicesSettings(Settings):
+    """Of `bench.studies.choices`."""
+
+    out: Annotated[Path, Option("Directory of choices.json and choices.md.")] = Path("out/choices")
+    only: Annotated[str | None, Option("Names of choices to try, with commas; results of others are kept.")] = None
+    seeds: Annotated[str, Option("Of the calibration chats, with commas.")] = "10001,10002"
+    held_out: Annotated[str, Option("Seeds of the held-out questions, with commas.")] = "20001,20002"
+    per_task: Annotated[int, Option("Held-out questions of each task and seed.")] = 200
+    device: Annotated[str, Option("cpu or cuda.")] = "cpu"
+
+
+class QualitySettings(Settings):
+    """Of `bench.studies.quality`."""
+
+    source: Annotated[str, Option("What the candidates were made of: directory, hub id or demo.")]
+    data: Annotated[str, Option("JSONL manifest of chats with images, or 'demo'; not the one they were calibrated on.")]
+    out: Annotated[Path | None, Option("JSON file to write.")] = None
+    samples: Annotated[int, Option("Chats to read.")] = 256
+    seed: Annotated[int, Option("Of the draw of chats, and of the intervals.")] = 1
+    device: Annotated[str, Option("auto, cpu or cuda.")] = "auto"
+    max_tokens: Annotated[int, Option("Longer chats are left out.")] = 4096
+    max_pixels: Annotated[int | None, Option("Bound on the pixels of an image; 0 is the processor's own.")] = (
+        1280 * 28 * 28
+    )
+
+
 class RealLmSettings(Settings):
     """Of `bench.studies.real_lm`."""
 

@@ -29,6 +29,7 @@ from typing import Any
 from serve.plan.load import Load
 from serve.settings.config import kv_bytes_per_token
 from toolkit.checkpoint.checkpoint import Checkpoint, QuantizationInfo
+from toolkit.checkpoint.engines import vision_is_whole
 from toolkit.checkpoint.published import header, without_files
 from toolkit.checkpoint.weights import TensorInfo
 from toolkit.errors import ResourceError
@@ -151,12 +152,13 @@ def shape(name: str, quantized: bool) -> Checkpoint:
 
 def weight_bytes(checkpoint: Checkpoint, tp: int = 1) -> int:
     """Return the bytes of weights on each of ``tp`` GPUs: packed ones as they are, others in 2 bytes an element."""
-    total = 0
+    total, whole = 0, vision_is_whole(checkpoint, tp)
     for name, tensor in checkpoint.tensors.items():
         if name.startswith("lm_head.") and checkpoint.tied_lm_head:
             continue  # vLLM takes the embeddings
         size = tensor.nbytes if tensor.dtype == "I32" else tensor.numel * _ELEMENT
-        total += size if len(tensor.shape) < 2 else size // tp
+        split = len(tensor.shape) > 1 and not (whole and name.startswith(checkpoint.visual_prefix))
+        total += size // tp if split else size
     return total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ LEFT = frozenset(
 )
 
 
-def first_tokens(checkpoint: Path, questions: list[Question]) -> list[dict[str, float]]:
+def first_tokens(
+    checkpoint: Path, questions: list[Question], change: Callable[[Any], None] = lambda model: None
+) -> list[dict[str, float]]:
     """The log-probability of every first token by transformers in float32 on the dequantized weights, by its text."""
     from toolkit.demo.fidelity import load
 
     model: Any = load(checkpoint)
+    change(model)
     import torch
     from PIL import Image
     from transformers import Qwen2VLProcessor

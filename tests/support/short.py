@@ -13,12 +13,18 @@ from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
 from toolkit.paths import demo_checkpoint
 
 
-def short_demo(out: Path, layers: int = 1, **config: Any) -> Path:
-    """Write the embedded model with ``layers`` decoder layers to ``out``; ``config`` overrides its config."""
+def short_demo(out: Path, layers: int = 1, blocks: int | None = None, **config: Any) -> Path:
+    """Write the embedded model with ``layers`` decoder layers to ``out``; ``config`` overrides its config.
+
+    ``blocks``: of the vision tower; None for all.
+    """
     source = Checkpoint.open(demo_checkpoint())
+    if blocks is not None:
+        config["vision_config"] = {**source.config["vision_config"], "depth": blocks}
+    limits = {source.layers_prefix: layers, f"{source.visual_prefix}blocks.": blocks or source.vision.depth}
     with CheckpointWriter(out) as writer:
         for name in source.tensors:
-            if not name.startswith(source.layers_prefix) or int(name[len(source.layers_prefix)]) < layers:
+            if all(not name.startswith(before) or int(name[len(before)]) < most for before, most in limits.items()):
                 writer.add(name, source.get(name))
         writer.copy_side_files(source.path)
         writer.set_config({**source.config, "num_hidden_layers": layers, "max_window_layers": layers, **config})

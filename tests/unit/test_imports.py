@@ -72,9 +72,11 @@ TENSORS = {
     "toolkit.demo.model",
     "toolkit.demo.optim",
     "toolkit.demo.quiz",
+    "toolkit.fidelity.answers",
     "toolkit.formats.linears",
     "toolkit.formats.packing",
     "toolkit.formats.reference",
+    "toolkit.quantize.cost",
     "toolkit.quantize.layer",
     "toolkit.quantize.layer_writer",
     "toolkit.quantize.replay",
@@ -95,11 +97,13 @@ TENSORS = {
     "toolkit.quantize.search.scales",
     "toolkit.quantize.search.sensitivity",
     "toolkit.quantize.search.strategy",
+    "toolkit.quantize.search.tower",
     "toolkit.quantize.stream.layers",
     "toolkit.quantize.stream.paired",
     "toolkit.quantize.stream.passing",
     "toolkit.quantize.stream.shell",
     "toolkit.quantize.stream.states",
+    "toolkit.quantize.stream.tower",
 }
 
 

@@ -17,7 +17,7 @@ class Expected:
 
     name: str
     shape: tuple[int, ...]
-    #: Whether it is the weight of a linear of the language model, which may be packed instead.
+    #: Whether it is the weight of a linear, of the language model or the vision tower, which may be packed instead.
     linear: bool = False
 
 
@@ -46,5 +46,6 @@ def expected_tensors(checkpoint: Checkpoint) -> list[Expected]:
     for index in range(checkpoint.num_layers):
         layer = checkpoint.layer_prefix(index)
         found += [Expected(layer + name, shape, linear=name in weights) for name, shape in layer_tensors.items()]
+    linears = {f"{name}.weight" for name in family.tower.modules(checkpoint.vision)}
     tower = family.vision_tensors(checkpoint.vision)
-    return found + [Expected(checkpoint.visual_prefix + name, shape) for name, shape in tower.items()]
+    return found + [Expected(checkpoint.visual_prefix + n, shape, linear=n in linears) for n, shape in tower.items()]

@@ -155,6 +155,17 @@ class Checkpoint:
             if f"{module}.weight" in self.tensors and not self.is_packed(module)
         )
 
+    def packed_tower(self) -> dict[str, tuple[int, int]]:
+        """Return (N, K) of the vision tower's linears that are packed, by their names behind `visual_prefix`."""
+        modules, prefix = self.family.tower.modules(self.vision), self.visual_prefix
+        packed = {name: shape for name, shape in modules.items() if self.is_packed(prefix + name)}
+        return {name: (shape[0], shape[1]) for name, shape in packed.items()}
+
+    def left_tower(self) -> list[str] | None:
+        """Return the vision tower's linears that are in 16 bits, by the same names; None where all are."""
+        packed = self.packed_tower()
+        return [name for name in self.family.tower.modules(self.vision) if name not in packed] if packed else None
+
     def get(self, name: str) -> Tensor:
         """Read one tensor, on the CPU, memory-mapped where safetensors can. Raises CheckpointError if there is none."""
         from safetensors import SafetensorError, safe_open

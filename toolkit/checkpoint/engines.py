@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from toolkit.checkpoint.checkpoint import Checkpoint, QuantizationInfo
+from toolkit.checkpoint.layouts import PACK
 from toolkit.models.family import Unit
 
 __all__ = ["Engine", "cpu_obstacle", "engines", "obstacle", "padding", "tensor_parallel", "vision_is_whole"]
@@ -72,11 +73,24 @@ def padding(checkpoint: Checkpoint, size: int) -> int | None:
 
 
 def vision_is_whole(checkpoint: Checkpoint, size: int) -> bool:
-    """Whether ``size`` GPUs can't share the vision tower's heads, so that each must hold all of it.
+    """Whether ``size`` GPUs can't share the vision tower, so that each must hold all of it.
 
-    vLLM does that with ``--mm-encoder-tp-mode data``.
+    Because of its heads, or of packed linears whose groups or words can't be split. vLLM does that with
+    ``--mm-encoder-tp-mode data``.
     """
-    return checkpoint.vision.heads % size != 0
+    if size == 1 or checkpoint.vision.heads % size:
+        return size > 1
+    info, packed = checkpoint.quantization, checkpoint.packed_tower()
+    if info is None or not packed:
+        return False
+    tower = checkpoint.family.tower
+    rows = {unit.name for unit in (*tower.units, *tower.merger_units) if unit.row_parallel}
+    for name, (outputs, inputs) in packed.items():
+        group = inputs if info.group_size == -1 else info.group_size
+        split = inputs % (group * size) if name.endswith(tuple(rows)) else outputs % (PACK * size)
+        if split:
+            return True
+    return False
 
 
 def obstacle(checkpoint: Checkpoint, size: int) -> str | None:
@@ -143,7 +157,8 @@ def _gpu_kernels(checkpoint: Checkpoint, info: QuantizationInfo) -> tuple[str, s
     if info.group_size not in _MARLIN_GROUPS:
         others = "slow AWQ kernels" if info.layout.method == "awq" else "Humming"
         return "yes", f"{others} (Marlin has no groups of {info.group_size})"
-    blocks = all(k % _MACHETE_BLOCK[0] == 0 and n % _MACHETE_BLOCK[1] == 0 for k, n in _fused_shapes(checkpoint))
+    shapes = [*_fused_shapes(checkpoint), *((k, n) for n, k in checkpoint.packed_tower().values())]
+    blocks = all(k % _MACHETE_BLOCK[0] == 0 and n % _MACHETE_BLOCK[1] == 0 for k, n in shapes)
     if blocks and info.group_size in _MACHETE_GROUPS:
         return "yes", "Machete on Hopper, Marlin elsewhere"
     return "yes", "Marlin"
@@ -175,6 +190,8 @@ def _autoawq(checkpoint: Checkpoint) -> Engine:
         return Engine(name, "no", f"it does not read {info.layout.title}: `qvl convert --to gemm`")
     if not info.zero_point:
         return Engine(name, "no", "its kernels expect zero points, and the config says zero_point: false")
+    if checkpoint.packed_tower():
+        return Engine(name, "no", "it has no 4-bit vision tower")
     left = Counter(name for _, name in checkpoint.left_linears())
     for linear in checkpoint.family.linears:
         listed = any(pattern in linear for pattern in info.modules_to_not_convert)
@@ -200,6 +217,10 @@ def cpu_obstacle(checkpoint: Checkpoint, size: int) -> str | None:
         if k % 32 or n % 32:
             whose = "a layer has" if size == 1 else f"1/{size} of a layer has"
             return f"its kernel takes multiples of 32, and {whose} {k} inputs, {n} outputs"
+    for name, (outputs, inputs) in checkpoint.packed_tower().items():
+        if outputs % 32 or inputs % 32:
+            whose = f"the vision tower's {name} has"
+            return f"its kernel takes multiples of 32, and {whose} {inputs} inputs, {outputs} outputs"
     return None
 
 

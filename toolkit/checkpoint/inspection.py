@@ -126,8 +126,11 @@ def _quantization(checkpoint: Checkpoint, info: QuantizationInfo) -> dict[str, A
     packed = [checkpoint.tensors.get(f"{module}.{part}") for module in modules for part in info.layout.parts]
     nbytes = sum(tensor.nbytes for tensor in packed if tensor)
     weights = sum(checkpoint.tensors[f"{module}.{info.layout.qweight}"].numel * PACK for module in modules)
-    kinds = Counter(".".join(m.split(".")[-2:]) if m.startswith(checkpoint.layers_prefix) else m for m in modules)
+    kinds = Counter(_kind(checkpoint, module) for module in modules)
     left = Counter(part_of(checkpoint, n) for n in checkpoint.tensors if n.rpartition(".")[0] not in set(modules))
+    if any(module.startswith(checkpoint.visual_prefix) for module in modules):
+        tower = {f"{checkpoint.visual_prefix}{name}" for name in checkpoint.family.tower.modules(checkpoint.vision)}
+        left["vision"] = len(tower - set(modules))
     if checkpoint.tied_lm_head:
         left["lm_head"] += 1
     in_16_bits = {name: sorted(i for i, n in checkpoint.left_linears() if n == name) for name in linears}
@@ -139,6 +142,16 @@ def _quantization(checkpoint: Checkpoint, info: QuantizationInfo) -> dict[str, A
         "left": [part for part in PARTS if left[part] and part != "layers"],
         "left_linears": {name: layers for name, layers in in_16_bits.items() if layers},
     }
+
+
+def _kind(checkpoint: Checkpoint, module: str) -> str:
+    """Return what a packed module counts as: "self_attn.q_proj", "vision attn.qkv", "lm_head"."""
+    if module.startswith(checkpoint.layers_prefix):
+        return ".".join(module.split(".")[-2:])
+    if module.startswith(checkpoint.visual_prefix):
+        inside = module.removeprefix(checkpoint.visual_prefix)
+        return f"vision {'.'.join(inside.split('.')[2:]) if inside.startswith('blocks.') else inside}"
+    return module
 
 
 def _parts(checkpoint: Checkpoint) -> list[Part]:

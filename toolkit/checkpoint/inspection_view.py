@@ -73,8 +73,9 @@ def _left(inspection: Inspection, layers: int) -> str:
 
 
 def _quantized(kinds: dict[str, int], layers: int) -> str:
-    whole = [name.split(".")[-1].removesuffix("_proj") for name, count in kinds.items() if count == layers]
-    others = [f"{count} x {name}" for name, count in kinds.items() if count != layers]
+    all_layers = [name for name, count in kinds.items() if count == layers and not name.startswith("vision ")]
+    whole = [name.split(".")[-1].removesuffix("_proj") for name in all_layers]
+    others = [f"{count} x {name}" for name, count in kinds.items() if name not in all_layers]
     return "; ".join(filter(None, (f"{', '.join(whole)} of all {layers} layers" if whole else "", ", ".join(others))))
 
 

@@ -26,16 +26,25 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from toolkit.checkpoint.compressed import HEAD, matches
+from toolkit.checkpoint.layouts import PACK
 from toolkit.errors import FormatError
 from toolkit.models.family import Family
 
-__all__ = ["Linear", "describe", "ignored", "modules_to_not_convert", "vllm_ignores", "vllm_leaves"]
+__all__ = ["Linear", "describe", "ignored", "modules_to_not_convert", "tower_packs", "vllm_ignores", "vllm_leaves"]
 
 #: A decoder linear: the layer's index and its name inside the layer.
 Linear = tuple[int, str]
 
 
-def modules_to_not_convert(left: frozenset[Linear], layers: int, family: Family) -> list[str]:
+def tower_packs(inputs: int, outputs: int, group_size: int) -> bool:
+    """Whether a linear of the vision tower [N, K] fits groups and words; what does not stays in 16 bits."""
+    group = inputs if group_size == -1 else group_size
+    return inputs % group == 0 and inputs % PACK == 0 and outputs % PACK == 0
+
+
+def modules_to_not_convert(
+    left: frozenset[Linear], layers: int, family: Family, tower: Iterable[str] | None = None
+) -> list[str]:
     """Return the list for ``quantization_config`` that makes engines leave ``left`` and the vision tower in 16 bits.
 
     Exact for vLLM, SGLang and transformers; for AutoAWQ where every unit is left in all layers or in none. Layers
@@ -45,8 +54,12 @@ def modules_to_not_convert(left: frozenset[Linear], layers: int, family: Family)
         left: whole units.
         layers: number of decoder layers.
         family: of the model.
+        tower: linears of the vision tower that are in 16 bits, by their names behind `Names.visual`; None: all are.
     """
     entries = ["visual", "model.visual"]
+    if tower is not None:
+        # never empty: without a list vLLM makes its own of all tensors that are not packed
+        entries = [f"{prefix}{name}" for name in ("patch_embed", *tower) for prefix in ("visual.", "model.visual.")]
     for fused, parts in family.fused.items():
         where = sorted({layer for layer, name in left if name in parts})
         prefixes = [""] if len(where) == layers else [f"layers.{layer}." for layer in where]
@@ -54,12 +67,18 @@ def modules_to_not_convert(left: frozenset[Linear], layers: int, family: Family)
     return entries
 
 
-def ignored(left: frozenset[Linear], layers: int, family: Family, lm_head: bool = False) -> list[str]:
+def ignored(
+    left: frozenset[Linear], layers: int, family: Family, lm_head: bool = False, tower: Iterable[str] | None = None
+) -> list[str]:
     """Return compressed-tensors' ``ignore`` for ``left``, the vision tower and, unless ``lm_head`` is packed, the head.
 
     Expressions that fit names in transformers and in vLLM; arguments as for `modules_to_not_convert`.
     """
-    entries = [f"re:.*{re.escape(family.hub.visual)}.*", *([] if lm_head else [HEAD])]
+    visual = re.escape(family.hub.visual)
+    entries = [f"re:.*{visual}.*"]
+    if tower is not None:
+        entries = [f"re:.*{visual}{re.escape(name)}$" for name in tower]
+    entries += [] if lm_head else [HEAD]
     for fused, parts in family.fused.items():
         where = sorted({layer for layer, name in left if name in parts})
         if where:

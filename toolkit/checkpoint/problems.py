@@ -6,7 +6,7 @@ files alone are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from toolkit.checkpoint.anatomy import Expected, expected_tensors, part_of
@@ -199,13 +199,28 @@ def _left_problems(checkpoint: Checkpoint, info: QuantizationInfo) -> Iterator[P
                 unlisted += [] if is_left else plain
     if "lm_head" in modules and by_list and leaves(vllm.head, patterns, family):
         listed.append("lm_head")
+    tower_listed, tower_unlisted = _tower_listed(checkpoint, lambda module: leaves(module, patterns, family))
+    listed += tower_listed if by_list else []
     if listed:
         yield Problem("error", f"packed, but listed in {key}: {_and_more(listed)}")
     if unlisted:
         yield Problem("error", f"in 16 bits, but not listed in {key}: {_and_more(unlisted)}")
-    vision = [
-        e.name for e in expected_tensors(checkpoint) if part_of(checkpoint, e.name) == "vision" and len(e.shape) == 2
-    ]
-    tower = [f"{vllm.visual}{name.removeprefix(checkpoint.visual_prefix).removesuffix('.weight')}" for name in vision]
-    if by_list and not all(leaves(module, patterns, family) for module in tower):
+    if not by_list:
+        return
+    if tower_unlisted and checkpoint.packed_tower():
+        yield Problem("error", f"in 16 bits, but not listed in {key}: {_and_more(tower_unlisted)}")
+    elif tower_unlisted:
         yield Problem("error", f"the vision tower is in 16 bits, and {key} does not list visual")
+
+
+def _tower_listed(checkpoint: Checkpoint, leaves: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """Return which of the vision tower's linears are packed but listed, and which are in 16 bits but not."""
+    family, packed, prefix = checkpoint.family, checkpoint.packed_tower(), checkpoint.visual_prefix
+    listed, unlisted = [], []
+    for name in family.tower.modules(checkpoint.vision):
+        is_left = leaves(family.vllm.visual + name)
+        if is_left and name in packed:
+            listed.append(prefix + name)
+        elif not is_left and name not in packed:
+            unlisted.append(prefix + name)
+    return listed, unlisted

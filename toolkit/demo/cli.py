@@ -44,11 +44,13 @@ def fidelity(
     checkpoints: Annotated[list[str] | None, typer.Argument(help="AWQ checkpoints of the embedded model.")] = None,
     per_task: Annotated[int, typer.Option(help="Held-out questions of each of the eight tasks.")] = 40,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the held-out questions.")] = 20001,
+    out: Annotated[Path | None, typer.Option("--json", help="Write all of it to this file.")] = None,
 ) -> None:
-    """Print the divergence of plain rounding and of each checkpoint from fp16."""
+    """Print the divergence of plain rounding and of each checkpoint from fp16, and of each over the first."""
     from toolkit.demo.fidelity import compare
 
-    compare(checkpoints or [], per_task, device)
+    compare(checkpoints or [], per_task, device, seed, out)
 
 
 @app.command("model-card")

@@ -165,12 +165,15 @@ class _Work:
     def _quantization(self, info: QuantizationInfo) -> dict[str, Any]:
         """Return the ``quantization_config`` of the other method; what it leaves out is what is not packed."""
         left, layers, family = self.source.left_linears(), self.source.num_layers, self.source.family
+        tower = self.source.left_tower()
         if info.layout.method == "awq":
-            return quantization_config(info.group_size, ignored(left, layers, family, info.lm_head), info.lm_head)
+            return quantization_config(
+                info.group_size, ignored(left, layers, family, info.lm_head, tower), info.lm_head
+            )
         return {
             "bits": info.bits,
             "group_size": info.group_size,
-            "modules_to_not_convert": modules_to_not_convert(left, layers, family),
+            "modules_to_not_convert": modules_to_not_convert(left, layers, family, tower),
             "quant_method": "awq",
             "zero_point": True,
             **({"lm_head": True} if info.lm_head else {}),

@@ -135,6 +135,13 @@ class Tower:
         """Names of a block's linears inside it: "attn.qkv", ..."""
         return tuple(name for unit in self.units for name in unit.linears)
 
+    @cached_property
+    def merger_units(self) -> tuple[Unit, ...]:
+        """A merger's linears as units: the norm is before the first, an activation before the others."""
+        first, *others = self.merger
+        norm = self.merger_norm[0]
+        return (Unit(first.name, (first,), norm), *(Unit(p.name, (p,), "", row_parallel=True) for p in others))
+
     @property
     def copies(self) -> int:
         """How many rows of the MLP's width a token has at the widest moment: its activation's inputs and output."""

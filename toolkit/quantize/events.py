@@ -25,12 +25,17 @@ class Note:
 
 @dataclass(frozen=True)
 class LayerDone:
-    """A layer is searched and on its way to the disk: its output's error, seconds by step, peak memory in bytes."""
+    """A layer, or a stage of the vision tower, is searched and on its way to the disk.
+
+    ``layer``: its number in the journal; ``error``: its output's; ``seconds`` by step; ``peak``: memory in bytes;
+    ``name``: as it is said to users; "": layer so and so.
+    """
 
     layer: int
     error: float
     seconds: dict[str, float]
     peak: int
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,10 @@ __all__ = ["Job", "Made"]
 
 @dataclass(frozen=True)
 class Job:
-    """All that is settled before the first layer. ``report``: file for the layers' report, if one is wanted."""
+    """All that is settled before the first layer.
+
+    ``report``: file for the layers' report, if one is wanted. ``verdict``: whether to measure what it all costs.
+    """
 
     source: Source
     recipe: Recipe
@@ -26,6 +29,7 @@ class Job:
     calibration: Calibration
     plan: Plan
     report: Path | None
+    verdict: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,11 @@ class Made:
 
     ``hash``: of the source's weights, an adapter merged. ``config``: the config.json that goes with them. ``balance``:
     of each layer, what a vision token counts, where that was measured. ``outcome``: what the shares said of layers that
-    an earlier run had not finished.
+    an earlier run had not finished. ``cost``: what was measured of the finished layers (`toolkit.quantize.verdict`).
     """
 
     hash: str
     config: dict[str, Any]
     balance: Sequence[float] | None
     outcome: Outcome
+    cost: dict[str, Any]

@@ -12,7 +12,7 @@ import torch
 
 from toolkit.checkpoint.values import in_16_bits
 from toolkit.formats.packing import named, pack_as
-from toolkit.quantize.parts import write_layer
+from toolkit.quantize.parts import write_layer, write_scales
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.checkpoint import Checkpoint
@@ -58,7 +58,7 @@ class LayerWriter:
         if self._stream is not None:
             # packed: the writer copies beside the next layer's search
             torch.cuda.current_stream(self.device).synchronize()
-        self._writing = self._pool.submit(self._write, result.index, tensors, record)
+        self._writing = self._pool.submit(self._write, result.index, tensors, result.found.scales, record)
         result.seconds["write"] = time.perf_counter() - began
         result.seconds["total"] += result.seconds["write"]
         self.done += 1
@@ -83,8 +83,16 @@ class LayerWriter:
             tensors[prefix + name] = in_16_bits(tensor.to(checkpoint.get(prefix + name).dtype))
         return tensors
 
-    def _write(self, index: int, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+    def _write(
+        self,
+        index: int,
+        tensors: dict[str, torch.Tensor],
+        scales: dict[str, torch.Tensor],
+        record: dict[str, Any],
+    ) -> None:
         """Bring a layer to the CPU, on a stream of its own, and write it."""
         with torch.cuda.stream(self._stream):
             on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+            scaled = {unit: s.cpu() for unit, s in scales.items() if len(s) > 1}
+        write_scales(self.directory, index, scaled)  # before the layer, which counts when its file is there
         write_layer(self.directory, index, on_cpu, record)

@@ -39,6 +39,10 @@ def model_card(manifest: dict[str, Any], model_type: str) -> str:
         f"worst {worst['relative_error']:.4f} (layer {worst['layer']})",
         "versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
     }
+    tower = "the vision tower, embeddings and output head are the source's"
+    if manifest["vision"]:
+        packed = sum(len(stage["choices"]) for stage in manifest["vision"])
+        tower = f"so are {packed} linears of the vision tower; embeddings and output head are the source's"
     left = f", and so are the linears of {manifest['left_in_16_bits']}" if manifest["left_in_16_bits"] else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
@@ -51,7 +55,7 @@ tags: [{layout.method}, 4-bit, {model_type}]
 # {name}, AWQ 4 bits
 
 Quantized by qvl {__version__}. The language layers are 4-bit AWQ ({layout.title.removeprefix("AWQ ")}, group size
-{recipe["group_size"]}, zero points); the vision tower, embeddings and output head are the source's{left}.
+{recipe["group_size"]}, zero points); {tower}{left}.
 
 | | |
 |---|---|

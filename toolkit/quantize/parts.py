@@ -21,7 +21,7 @@ from toolkit.files import replacing, write_synced
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Parts", "kept_in_words", "read_json", "write_layer"]
+__all__ = ["Parts", "kept_in_words", "read_json", "read_scales", "write_layer", "write_scales"]
 
 _LAYER_FILE = re.compile(r"layer-(\d{5})\.safetensors")
 
@@ -107,6 +107,26 @@ def write_layer(directory: Path, index: int, tensors: Mapping[str, Tensor], reco
             write_synced(path, json.dumps(record).encode())
         with replacing(parts.layer_file(index), durable=True) as path:
             shard.save(path)
+
+
+def write_scales(directory: Path, index: int, scales: Mapping[str, Tensor]) -> None:
+    """Keep what a layer's units are scaled by, [K] by unit, beside its tensors: for what is measured afterwards."""
+    shard = Shard()
+    for unit, values in scales.items():
+        shard.add(unit, values)
+    with replacing(_scales_file(directory, index), durable=True) as path:
+        shard.save(path)
+
+
+def read_scales(directory: Path, index: int) -> dict[str, Tensor]:
+    """Return what `write_scales` kept of a layer."""
+    from safetensors.torch import load_file
+
+    return load_file(_scales_file(directory, index))
+
+
+def _scales_file(directory: Path, index: int) -> Path:
+    return directory / f"layer-{index:05d}.scales"  # no weight file, by its name
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -16,7 +16,8 @@ from toolkit.errors import FormatError, ResourceError
 from toolkit.files import free_bytes
 from toolkit.host import available_memory
 from toolkit.quantize.search.sizes import REFIT_NUMBERS, REFIT_WEIGHTS, packed_bytes, screen_rows
-from toolkit.quantize.stream.sizes import CHUNK_TOKENS, HELD_TOKENS
+from toolkit.quantize.stream.sizes import CHUNK_TOKENS, HELD_TOKENS, TOWER_PATCHES
+from toolkit.quantize.tower import packed_linears
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ __all__ = [
     "device_bytes",
     "divide",
     "make_plan",
+    "tower_saves",
 ]
 
 BITS = (4,)
@@ -160,14 +162,19 @@ def make_plan(
     packed = sum(packed_bytes(k, n, recipe.group_size) for k, n in shapes.values())
     layer_bytes = sum(checkpoint.tensors[f"{first}{name}.weight"].nbytes for name in shapes)
     linears = {f"{name}.weight" for index in range(layers) for name in checkpoint.linear_names(index)}
+    tower = _packed_tower(checkpoint, recipe)
+    linears |= {f"{checkpoint.visual_prefix}{name}.weight" for name in tower}
     rest = sum(nbytes_in_16_bits(tensor) for name, tensor in checkpoint.tensors.items() if name not in linears)
-    disk = rest + layers * packed + 30_000_000  # tokenizer and config files
+    disk = rest + layers * packed + sum(tower.values()) + 30_000_000  # tokenizer and config files
 
     tokens = sum(sample.tokens for sample in samples)
     sample_bytes = sum(value.nbytes for sample in samples for value in sample.inputs.values())
-    needs = _Needs(checkpoint, recipe, tokens, max(sample.tokens for sample in samples))
+    patches = sum(sample.vision_tokens for sample in samples) * checkpoint.vision.merge**2
+    needs = _Needs(checkpoint, recipe, tokens, max(sample.tokens for sample in samples), patches)
     writing = 2 * packed  # one layer is written, the next waits; what is not quantized is copied from the mapped file
     seconds = _seconds(checkpoint, recipe, tokens, device) * layers
+    if tower:
+        seconds += _tower_seconds(checkpoint, min(patches, TOWER_PATCHES), device)
     if devices > 1:
         seconds *= max(map(len, divide(range(layers), devices))) / layers
     if device.type == "cpu":
@@ -180,7 +187,7 @@ def make_plan(
     host = int(devices * _BASE_HOST["cuda"] + sample_bytes + writing)
     if on_device <= free:
         return Plan(disk, host, on_device, True, seconds, devices)
-    return Plan(disk, int(host + devices * needs.states), off_device, False, seconds, devices)
+    return Plan(disk, int(host + devices * max(needs.states, needs.tower_states)), off_device, False, seconds, devices)
 
 
 def device_bytes(checkpoint: Checkpoint, recipe: Recipe, tokens: int, longest: int) -> tuple[int, int]:
@@ -196,10 +203,25 @@ def device_bytes(checkpoint: Checkpoint, recipe: Recipe, tokens: int, longest: i
     return int(device), int(_BASE_HOST["cuda"] + 2 * packed + needs.states)
 
 
+def _packed_tower(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
+    """Return the bytes of each linear of the vision tower that is packed, by its name behind `Names.visual`."""
+    if recipe.vision != "awq":
+        return {}
+    shapes = checkpoint.family.tower.modules(checkpoint.vision)
+    names = packed_linears(checkpoint, recipe.group_size)
+    return {name: packed_bytes(shapes[name][1], shapes[name][0], recipe.group_size) for name in names}
+
+
+def tower_saves(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Return how many bytes the vision tower takes less than in 16 bits; 0 where it is not packed."""
+    prefix, packed = checkpoint.visual_prefix, _packed_tower(checkpoint, recipe)
+    return sum(checkpoint.tensors[f"{prefix}{name}.weight"].nbytes - size for name, size in packed.items())
+
+
 class _Needs:
     """Bytes that a layer's search takes, by what they are for; float32 throughout."""
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, tokens: int, longest: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, tokens: int, longest: int, patches: int = 0) -> None:
         text = checkpoint.text_config
         widths, vision = checkpoint.family.widths(text), checkpoint.vision
         hidden, inner, query = widths["hidden"], widths["inner"], widths["query"]
@@ -228,6 +250,9 @@ class _Needs:
         self.vision = sum(t.numel for t in visual) * _FLOAT
         #: a vision block's widest activations: four patches a token, the MLP four times as wide as the block or less
         self.seeing = vision.merge**2 * longest * 4 * max(vision.inner, 4 * vision.width) * _FLOAT
+        self.tower = self.tower_states = 0
+        if recipe.vision == "awq":
+            self._tower(checkpoint, min(patches, TOWER_PATCHES), longest)
 
     def _on_two_ways(
         self, recipe: Recipe, shapes: Mapping[str, tuple[int, int]], held: int, widths: tuple[int, int]
@@ -245,6 +270,17 @@ class _Needs:
         self.down = 3 * inner**2 * _FLOAT + 7 * widest + refit
         self.gate_up = 3 * hidden**2 * _FLOAT + 14 * widest + 2 * held * inner * _FLOAT + refit
 
+    def _tower(self, checkpoint: Checkpoint, patches: int, longest: int) -> None:
+        """What a stage of the vision tower takes: its weights and what rounds them, the patches and what is held."""
+        vision = checkpoint.vision
+        modules = checkpoint.family.tower.modules(vision).values()
+        widest, inputs = max(n * k for n, k in modules), max(k for _, k in modules)
+        stage = max(12 * vision.width**2, 2 * (vision.width * vision.merge**2) ** 2) * _FLOAT
+        chunk = max(CHUNK_TOKENS, 4 * longest) * (3 * vision.inner + 8 * vision.width) * _FLOAT
+        held = min(HELD_TOKENS + 4 * longest, patches or 4 * longest) * (4 * vision.width + vision.inner) * _FLOAT
+        self.tower_states = 2 * patches * vision.width * _FLOAT
+        self.tower = stage + chunk + held + (3 * inputs**2 + 6 * widest) * _FLOAT
+
     def peak(self, states_too: bool) -> int:
         """Return the bytes of the worst moment, hidden states counted or not."""
         states = self.states if states_too else 0
@@ -252,7 +288,8 @@ class _Needs:
         searching = max(self.moments + self.passing, self.down, self.gate_up)
         if self.features:
             searching = max(self.passing, 3 * self.layer) + (self.features if states_too else 0)
-        return max(embedding, states + self.layer + self.held + searching)
+        tower = self.tower + (self.tower_states if states_too else 0)
+        return max(embedding, states + self.layer + self.held + searching, tower)
 
 
 def _seconds(checkpoint: Checkpoint, recipe: Recipe, tokens: int, device: torch.device) -> float:
@@ -301,6 +338,16 @@ def _seconds(checkpoint: Checkpoint, recipe: Recipe, tokens: int, device: torch.
         traffic += (8 if kernels else 40) * _FLOAT * weights
     ideal = flops / flops_rate + traffic / bytes_rate
     return _GPU_LAYER + _GPU_SHORTFALL * ideal if kernels else ideal
+
+
+def _tower_seconds(checkpoint: Checkpoint, patches: int, device: torch.device) -> float:
+    """Return the seconds that the vision tower's stages will take: their products, once each as `_seconds` counts."""
+    flops_rate, _ = _rates(device)
+    shapes = list(checkpoint.family.tower.modules(checkpoint.vision).values())
+    weights, squares = sum(n * k for n, k in shapes), sum(k * k for _, k in shapes)
+    rounding = sum(n * k * k * 2 + k**3 for n, k in shapes)
+    screening = 40 * 2 * sum(screen_rows(k) * k * k for _, k in shapes)
+    return 1.3 * (2.0 * patches * weights + 1.1 * patches * squares + rounding + screening) / flops_rate
 
 
 def _rates(device: torch.device) -> tuple[float, float]:

@@ -68,10 +68,10 @@ class RunProgress:
         self._layers = self._bar.add_task("layers", total=total, completed=finished, info="")
         self._total = total
 
-    def layer(self, index: int, error: float, seconds: float, peak: int) -> None:
+    def layer(self, name: str, error: float, seconds: float, peak: int) -> None:
         """Show a finished layer: its relative error, the time it took, memory so far (bytes)."""
         self._finished += 1
-        info = f"layer {index}: output error {error:.4f}, {seconds:.1f} s, peak {peak / 1e9:.1f} GB"
+        info = f"{name}: output error {error:.4f}, {seconds:.1f} s, peak {peak / 1e9:.1f} GB"
         if self._layers is not None:
             self._bar.update(self._layers, completed=self._finished, info=info)
         if not err.is_terminal:

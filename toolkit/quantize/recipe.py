@@ -27,6 +27,7 @@ _RECORDED = (
     "clip",
     "rounding",
     "balance",
+    "vision",
     "skip",
     "samples",
     "max_tokens",
@@ -86,6 +87,10 @@ class Recipe(Settings):
         Literal["none", "modality"],
         Option("none, or modality: weigh vision and text tokens by sensitivity.", panel=_SEARCH),
     ] = "none"
+    vision: Annotated[
+        Literal["16bit", "awq"],
+        Option("The vision tower: 16bit as in the source, or awq in 4 bits.", panel=_MIXED),
+    ] = "16bit"
     skip: Annotated[str | None, Option("Regular expression of linears to leave in 16 bits.", panel=_MIXED)] = None
     from_report: Annotated[Path | None, Option("A layers' report: leave in 16 bits what hurts most.", panel=_MIXED)] = (
         None
@@ -105,7 +110,7 @@ class Recipe(Settings):
             return {"samples": _SAMPLES["best"], "scaling": "none", **given}
         return given
 
-    @field_validator("search", "effort", "scaling", "rounding", "balance", mode="before")
+    @field_validator("search", "effort", "scaling", "rounding", "balance", "vision", mode="before")
     @classmethod
     def _known(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[str(info.field_name)].annotation
@@ -172,7 +177,7 @@ class RunOptions(Settings):
     layers_report: Annotated[
         Path | None,
         Option(
-            "Write each layer's error (plain rounding, AutoAWQ's search, ours) to this JSON file.",
+            "Write what each unit costs in KL, and each layer's error by three searches, to this JSON file.",
             panel=_MIXED,
             before="from_report",
         ),
@@ -181,3 +186,6 @@ class RunOptions(Settings):
     force: Annotated[bool, Option("Replace an existing OUT.")] = False
     restart: Annotated[bool, Option("Begin anew: discard the layers that a stopped run finished.")] = False
     dry_run: Annotated[bool, Option("Say what memory, disk and time it takes, and stop.")] = False
+    verdict: Annotated[
+        bool, Option("Measure at the end how far answers that were held out drift from the source's.")
+    ] = True

@@ -10,6 +10,7 @@ from toolkit.checkpoint.left_out import ignored, modules_to_not_convert
 from toolkit.quantize.job import Job, Made
 from toolkit.quantize.journal import Journal
 from toolkit.quantize.model_card import model_card, versions
+from toolkit.quantize.verdict import unit_costs
 
 __all__ = ["write_rest"]
 
@@ -33,7 +34,9 @@ def write_rest(journal: Journal, job: Job, made: Made, seconds: dict[str, float]
     if job.report is not None:
         from toolkit.quantize.report import write_report
 
-        write_report(job.report, records, manifest, list(job.source.checkpoint.family.fused))
+        decoder = records[: job.source.checkpoint.num_layers]
+        costs = unit_costs(made.cost) if "units" in made.cost else {}
+        write_report(job.report, decoder, manifest, list(job.source.checkpoint.family.fused), costs)
 
 
 def _config(job: Job, made: Made) -> dict[str, Any]:
@@ -46,12 +49,15 @@ def _config(job: Job, made: Made) -> dict[str, Any]:
 
 def _quantization(job: Job) -> dict[str, Any]:
     checkpoint, recipe, left = job.source.checkpoint, job.recipe, job.source.left
+    tower = job.source.tower_left
     if LAYOUTS[recipe.format].method == "compressed-tensors":
-        return quantization_config(recipe.group_size, ignored(left, checkpoint.num_layers, checkpoint.family))
+        return quantization_config(
+            recipe.group_size, ignored(left, checkpoint.num_layers, checkpoint.family, tower=tower)
+        )
     return {
         "bits": recipe.bits,
         "group_size": recipe.group_size,
-        "modules_to_not_convert": modules_to_not_convert(left, checkpoint.num_layers, checkpoint.family),
+        "modules_to_not_convert": modules_to_not_convert(left, checkpoint.num_layers, checkpoint.family, tower),
         "quant_method": "awq",
         "version": recipe.format,
         "zero_point": True,
@@ -67,6 +73,7 @@ def _in_16_bits(config: dict[str, Any]) -> dict[str, Any]:
 
 def _manifest(job: Job, made: Made, records: list[dict[str, Any]]) -> dict[str, Any]:
     """Return qvl.json: nothing in it differs from run to run."""
+    layers = job.source.checkpoint.num_layers
     return {
         "manifest_version": MANIFEST_VERSION,
         "source": {**job.source.told, "hash": made.hash},
@@ -75,7 +82,8 @@ def _manifest(job: Job, made: Made, records: list[dict[str, Any]]) -> dict[str, 
         "calibration": job.calibration.record,
         "versions": versions(),
         "vision_sensitivity": None if made.balance is None else [round(ratio, 6) for ratio in made.balance],
-        "layers": [{key: value for key, value in layer.items() if key != "errors"} for layer in records],
+        "layers": [{key: value for key, value in layer.items() if key != "errors"} for layer in records[:layers]],
+        "vision": [{key: value for key, value in stage.items() if key != "layer"} for stage in records[layers:]],
     }
 
 
@@ -92,6 +100,7 @@ def _measured(job: Job, made: Made, seconds: dict[str, float], earlier: int) -> 
         "peak_device_bytes": max((end.peak_device_bytes for end in ends), default=0),
         "peak_host_bytes": max((end.peak_host_bytes for end in ends), default=0),
         "planned": {"device_bytes": plan.device, "host_bytes": plan.host, "seconds": plan.seconds},
+        "cost": made.cost,
         "layers_of_earlier_runs": earlier,
         "layers": [{"layer": layer.layer, "seconds": layer.seconds} for layer in made.outcome.layers],
     }

@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.checkpoint.values import in_16_bits, refuse_values
 from toolkit.console import note, warn
 from toolkit.errors import CheckpointError, FormatError
@@ -25,10 +26,9 @@ from toolkit.quantize.record import write_rest
 from toolkit.quantize.samples import prepare_samples
 from toolkit.quantize.shares import Outcome, search_shares
 from toolkit.quantize.source import Source, merged, open_source
+from toolkit.quantize.tower import in_a_stage
+from toolkit.quantize.verdict import measure, told
 from toolkit.quantize.worker import Share
-
-if TYPE_CHECKING:
-    from toolkit.checkpoint.checkpoint import Checkpoint
 
 __all__ = ["run"]
 
@@ -40,7 +40,7 @@ def run(model: str, out: Path, recipe: Recipe, options: RunOptions) -> Path:
     _refuse_together(recipe, options, devices)
     began = time.perf_counter()
     with RunProgress() as progress:
-        job = _job(source, recipe, devices, options.layers_report, progress)
+        job = _job(source, recipe, devices, options, progress)
         needs = job.plan.check(out, _device(devices))
         if options.dry_run:
             for line in needs:
@@ -52,7 +52,7 @@ def run(model: str, out: Path, recipe: Recipe, options: RunOptions) -> Path:
         journal = Journal(
             out,
             _identity(job),
-            layers=source.checkpoint.num_layers,
+            layers=source.parts,
             force=options.force,
             source=source.checkpoint.path,
             expected_bytes=job.plan.disk,
@@ -66,13 +66,17 @@ def run(model: str, out: Path, recipe: Recipe, options: RunOptions) -> Path:
             with journal, _threads(journal.environment["threads"]):
                 made = _make_layers(journal, job, progress)
                 write_rest(journal, job, made, {**seconds, "total": time.perf_counter() - began})
+                records = journal.records()[: source.checkpoint.num_layers]
         except BaseException:
             if journal.kept:
                 warn(
-                    f"{journal.kept} of {source.checkpoint.num_layers} layers are kept: "
+                    f"{journal.kept} of {source.parts} layers are kept: "
                     "run the same command again to go on, or add --restart to begin anew"
                 )
             raise
+    if options.verdict:
+        for line in told(job, made.cost, Checkpoint.open(out).nbytes, records):
+            note(line)
     return out
 
 
@@ -96,11 +100,11 @@ def _refuse_together(recipe: Recipe, options: RunOptions, devices: Sequence[str]
         )
 
 
-def _job(source: Source, recipe: Recipe, devices: list[str], report: Path | None, progress: RunProgress) -> Job:
+def _job(source: Source, recipe: Recipe, devices: list[str], options: RunOptions, progress: RunProgress) -> Job:
     """Read the samples and work out disk, memory and time before anything is loaded."""
     calibration = prepare_samples(source.checkpoint, recipe, progress)
     plan = make_plan(source.checkpoint, recipe, calibration.samples, _device(devices), len(devices))
-    return Job(source, recipe, devices, calibration, plan, report)
+    return Job(source, recipe, devices, calibration, plan, options.layers_report, options.verdict)
 
 
 def _device(devices: Sequence[str]) -> Any:
@@ -164,7 +168,7 @@ def _make_layers(journal: Journal, job: Job, progress: RunProgress) -> Made:
     for text in journal.notes:
         note(text)
     original, adapter = job.source.checkpoint, job.recipe.adapter
-    layers = original.num_layers
+    layers = job.source.parts
     if journal.done:
         note(f"going on: {len(journal.done)} of {layers} layers are done")
     todo = [index for index in range(layers) if index not in journal.done]
@@ -179,6 +183,8 @@ def _make_layers(journal: Journal, job: Job, progress: RunProgress) -> Made:
         # both beside the search, which waits for neither
         hashing = pool.submit(checkpoint.content_hash)
         rest = [name for name in checkpoint.tensors if not name.startswith(checkpoint.layers_prefix)]
+        if job.source.tower_left is not None:
+            rest = [name for name in rest if not in_a_stage(checkpoint, name)]
         copying = pool.submit(journal.add_rest, ((name, in_16_bits(checkpoint.get(name))) for name in rest))
         progress.layers(len(journal.done), layers)
         if job.recipe.balance != "none":
@@ -188,7 +194,8 @@ def _make_layers(journal: Journal, job: Job, progress: RunProgress) -> Made:
             outcome = search_shares(shares, job.calibration.samples, journal.work / "samples.pt", progress, copying)
         copying.result()
         journal.copy_side_files(checkpoint.path)
-        made = Made(hashing.result(), checkpoint.config, balance, outcome)
+        cost = measure(journal, checkpoint, job, progress)
+        made = Made(hashing.result(), checkpoint.config, balance, outcome, cost)
     if source_identity(original) != job.source.stamps:
         shutil.rmtree(journal.directory)  # nothing of it is worth keeping
         raise CheckpointError(
@@ -204,6 +211,12 @@ def _sensitivity(checkpoint: Checkpoint, job: Job, progress: RunProgress) -> lis
 
     progress.begin("sensitivity", 2 * checkpoint.num_layers)
     return list(measure(checkpoint, job.calibration.samples, _device(job.devices), on_step=progress.advance))
+
+
+def _divided(todo: Sequence[int], layers: int, devices: int) -> list[tuple[int, ...]]:
+    """Share out decoder layers and the vision tower's stages, each kind by itself."""
+    kinds = [[i for i in todo if i < layers], [i for i in todo if i >= layers]]
+    return [(*a, *b) for a, b in zip(*(divide(kind, devices) for kind in kinds), strict=True)]
 
 
 def _shares(
@@ -226,6 +239,6 @@ def _shares(
             job.report is not None,
             threads,
         )
-        for device, layers in zip(job.devices, divide(todo, len(job.devices)), strict=True)
+        for device, layers in zip(job.devices, _divided(todo, checkpoint.num_layers, len(job.devices)), strict=True)
         if layers
     ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.console import note, warn
 from toolkit.errors import CheckpointError, ManifestError
+from toolkit.fidelity.turns import Turns
 
 if TYPE_CHECKING:
     from toolkit.calibration.inputs import PreparedSample
@@ -28,6 +29,8 @@ class Calibration:
 
     samples: list[PreparedSample]
     record: dict[str, Any]
+    #: How the chat template marks answers.
+    turns: Turns
 
 
 def prepare_samples(checkpoint: Checkpoint, recipe: Recipe, progress: RunProgress) -> Calibration:
@@ -69,6 +72,11 @@ def prepare_samples(checkpoint: Checkpoint, recipe: Recipe, progress: RunProgres
             f"no sample of {recipe.calib} is within {recipe.max_tokens} tokens: "
             "raise --max-tokens or lower --max-pixels"
         )
+    if not any(sample.vision_tokens for sample in prepared):
+        warn(
+            f"no sample of {recipe.calib} has an image or video: what the model makes of images is left to chance. "
+            "Put chats with images like your users' into the manifest (docs/calibration.md)"
+        )
     record = {
         "manifest": recipe.calib,
         "samples": len(prepared),
@@ -77,7 +85,7 @@ def prepare_samples(checkpoint: Checkpoint, recipe: Recipe, progress: RunProgres
         "vision_tokens": sum(p.vision_tokens for p in prepared),
         "sha256": digest(prepared),
     }
-    return Calibration(prepared, record)
+    return Calibration(prepared, record, Turns.of(processor.tokenizer))
 
 
 @contextlib.contextmanager

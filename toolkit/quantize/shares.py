@@ -77,7 +77,9 @@ class _Listener:
                 if self.copying.done():
                     self.copying.result()  # a full disk, say: why search on?
                 self.layers.append(event)
-                self.progress.layer(event.layer, event.error, event.seconds["total"], event.peak)
+                self.progress.layer(
+                    event.name or f"layer {event.layer}", event.error, event.seconds["total"], event.peak
+                )
             case Ended():
                 self.ends.append(event)
             case Failed(error):

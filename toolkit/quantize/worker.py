@@ -22,6 +22,7 @@ from toolkit.quantize.events import Captured, Ended, Event, Failed, LayerDone, N
 from toolkit.quantize.parts import Parts
 from toolkit.quantize.progress import MemoryWatch
 from toolkit.quantize.recipe import Recipe
+from toolkit.quantize.tower import TowerWork, stage_name
 
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
@@ -78,6 +79,7 @@ def run(share: Share, samples: Sequence[PreparedSample], tell: Tell) -> None:
     from toolkit.quantize.layer_writer import LayerWriter
 
     began = time.perf_counter()
+    embedded = 0.0
     checkpoint = Checkpoint.open(share.source)
     device = _made_ready(share.device)
     cuda = device.type == "cuda"
@@ -93,9 +95,11 @@ def run(share: Share, samples: Sequence[PreparedSample], tell: Tell) -> None:
 
     try:
         with MemoryWatch() as memory, writer:
-            stream, layers = _captured(checkpoint, share, samples, device, tell)
-            embedded = time.perf_counter() - began
-            _search(checkpoint, share, stream, layers, finished)
+            _search_tower(checkpoint, share, samples, device, tell)
+            if any(index < checkpoint.num_layers for index in share.wanted):
+                stream, layers = _captured(checkpoint, share, samples, device, tell)
+                embedded = time.perf_counter() - began
+                _search(checkpoint, share, stream, layers, finished)
             writer.wait()
     except torch.OutOfMemoryError as error:
         less = ", use --rounding nearest, which needs less," if share.recipe.rounding == "compensated" else ""
@@ -120,6 +124,30 @@ def _made_ready(name: str) -> torch.device:
         torch.cuda.reset_peak_memory_stats(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     return device
+
+
+def _search_tower(
+    checkpoint: Checkpoint, share: Share, samples: Sequence[PreparedSample], device: torch.device, tell: Tell
+) -> None:
+    """Search the vision tower's stages among the share's, which are gone from memory afterwards."""
+    import torch
+
+    layers = checkpoint.num_layers
+    wanted = [index - layers for index in share.wanted if index >= layers]
+    if not wanted:
+        return
+
+    def finished(index: int, error: float, seconds: dict[str, float]) -> None:
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else MemoryWatch.now()
+        number = layers + index
+        told = {step: round(took, 4) for step, took in seconds.items()}
+        tell(LayerDone(number, error, told, peak, stage_name(checkpoint, number)))
+
+    store = device if share.store_on_device else torch.device("cpu")
+    work = TowerWork(checkpoint, share.recipe, share.directory, device)
+    work.run(samples, wanted, store, lambda text: tell(Note(text)), finished)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _captured(
@@ -167,7 +195,8 @@ def _search(
         torch.cuda.empty_cache()  # what the vision tower took
     try:
         with torch.no_grad():
-            for index in range(max(share.wanted, default=-1) + 1):
+            wanted = [index for index in share.wanted if index < checkpoint.num_layers]
+            for index in range(max(wanted) + 1):
                 clock = Clock(stream.device)
                 layer = layers.load(index)
                 clock("load")

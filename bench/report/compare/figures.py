@@ -40,7 +40,7 @@ SPEED = (*LATENCIES, *RATES, ENERGY)
 #: Counted, not sampled: exact.
 COUNTED = ("size_on_disk", "memory", "gpu_memory", "weights_memory", "kv_cache")
 #: Of the candidate from its report's baseline.
-DRIFT = ("mean_kl", "p99_kl", "perplexity_ratio", "top1_agreement", "identical")
+DRIFT = ("mean_kl", "trimmed_kl", "geometric_kl", "p99_kl", "perplexity_ratio", "top1_agreement", "identical")
 KNOWN = ("accuracy", "accuracy.TASK", *SPEED, *COUNTED, *DRIFT)
 
 

@@ -50,6 +50,8 @@ NAMES = {
     "joules_per_token": "J/token",
     "kv_cache": "KV cache",
     "mean_kl": "mean KL",
+    "trimmed_kl": "trimmed KL",
+    "geometric_kl": "geometric KL",
     "p99_kl": "p99 KL",
     "perplexity_ratio": "perplexity ratio",
     "top1_agreement": "top-1 agreement",
@@ -127,7 +129,7 @@ def figure(metric: Metric, value: float) -> str:
         return f"{value:,.0f} tokens"
     if metric.name in COUNTED:
         return words.gib(round(value))
-    if metric.name in ("mean_kl", "p99_kl"):
+    if metric.name in ("mean_kl", "trimmed_kl", "geometric_kl", "p99_kl"):
         return f"{value:.2g}"
     return words.number(value) + (" ms" if metric.name in LATENCIES else "")
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from toolkit.checkpoint.left_out import Linear, describe
-from toolkit.console import note
+from toolkit.console import note, warn
 from toolkit.errors import FormatError
 from toolkit.quantize.search.sizes import packed_bytes
 from toolkit.units import human_bytes
@@ -18,7 +19,7 @@ from toolkit.units import human_bytes
 if TYPE_CHECKING:
     from toolkit.checkpoint.checkpoint import Checkpoint
 
-__all__ = ["choose", "skipped"]
+__all__ = ["choose", "extra_bytes", "skipped", "spend"]
 
 
 def skipped(regex: str | None, checkpoint: Checkpoint) -> frozenset[Linear]:
@@ -55,19 +56,27 @@ def skipped(regex: str | None, checkpoint: Checkpoint) -> frozenset[Linear]:
 
 
 def choose(
-    report: dict[str, Any], budget: float, checkpoint: Checkpoint, group_size: int = 128, search: str = "moments"
+    report: dict[str, Any],
+    budget: float,
+    checkpoint: Checkpoint,
+    group_size: int = 128,
+    search: str = "moments",
+    elsewhere: int = 0,
 ) -> frozenset[Linear]:
-    """Return the units to leave in 16 bits: those that hurt most for their size, within a budget of bytes.
+    """Return the units to leave in 16 bits: those that cost most for their size, within a budget of bytes.
 
-    Greedy: units in falling order of error saved per extra byte, each taken if it still fits. A unit's error is that of
-    its layer's output when only the unit is quantized, squared and relative to what the layer adds; it is saved whole.
+    Greedy: units in falling order of cost saved per extra byte, each taken if it still fits. A unit's cost is the KL
+    divergence on answers where it alone is quantized (`toolkit.quantize.cost`), and all of it is taken for saved. A
+    report of an earlier version has no such figure; what counts then is the error of the layer's output when only the
+    unit is quantized, squared and relative to what the layer adds, which ranks units much worse.
 
     Args:
-        report: the file that ``--layers-report`` wrote, read: ``layers[i].units[fused name].error[search]``.
+        report: the file that ``--layers-report`` wrote, read: ``layers[i].units[name].kl`` and ``.error[search]``.
         budget: extra bytes, relative to the checkpoint with every decoder linear quantized (in the GEMM layout).
         checkpoint: the 16-bit source.
         group_size: that of the quantization.
-        search: whose errors count: "rtn", "autoawq" or "moments".
+        search: whose errors count where there is no KL: "rtn", "autoawq" or "moments".
+        elsewhere: bytes that the vision tower has less, where it is packed too.
 
     Raises FormatError for a budget in which no unit or every unit fits, and for a report that is none or is about
     another model, group size or search.
@@ -75,18 +84,10 @@ def choose(
     if not 0 < budget < math.inf:
         raise FormatError(f"--budget {budget:g} is not a share of the size to add: give 0.1 for 10 %.")
     errors = _unit_errors(report, checkpoint, group_size, search)
-    family, shapes = checkpoint.family, checkpoint.linear_shapes()
-    units = family.fused
-    sizes = {name: (_nbytes(checkpoint, name), packed_bytes(*shapes[name], group_size)) for name in family.linears}
-    extra = {fused: sum(sizes[name][0] - sizes[name][1] for name in parts) for fused, parts in units.items()}
-    saved = checkpoint.num_layers * sum(plain - packed for plain, packed in sizes.values())
-    left_over = budget * (checkpoint.nbytes - saved)
-    ranked = sorted((u for u in errors if errors[u] > 0), key=lambda u: errors[u] / extra[u[1]], reverse=True)
-    chosen = []
-    for layer, fused in ranked:
-        if extra[fused] <= left_over:
-            left_over -= extra[fused]
-            chosen.append((layer, fused))
+    units, extra = checkpoint.family.fused, extra_bytes(checkpoint, group_size)
+    left_over = budget * (checkpoint.nbytes - checkpoint.num_layers * sum(extra.values()) - elsewhere)
+    chosen = spend(errors, extra, left_over)
+    ranked = [unit for unit in errors if errors[unit] > 0]
     if ranked and not chosen:
         least = min(extra[fused] for _, fused in ranked)
         raise FormatError(
@@ -98,8 +99,30 @@ def choose(
     return frozenset((layer, name) for layer, fused in chosen for name in units[fused])
 
 
+def extra_bytes(checkpoint: Checkpoint, group_size: int) -> dict[str, int]:
+    """Return how many bytes a layer's units take more in 16 bits than packed, by unit."""
+    shapes, family = checkpoint.linear_shapes(), checkpoint.family
+    more = {name: _nbytes(checkpoint, name) - packed_bytes(*shapes[name], group_size) for name in family.linears}
+    return {unit: sum(more[name] for name in names) for unit, names in family.fused.items()}
+
+
+def spend(costs: Mapping[tuple[int, str], float], extra: Mapping[str, int], left_over: float) -> list[tuple[int, str]]:
+    """Return the (layer, unit) to leave in 16 bits within so many bytes, the dearest for its size first."""
+    ranked = sorted((u for u in costs if costs[u] > 0), key=lambda u: costs[u] / extra[u[1]], reverse=True)
+    chosen = []
+    for unit in ranked:
+        if extra[unit[1]] <= left_over:
+            left_over -= extra[unit[1]]
+            chosen.append(unit)
+    return chosen
+
+
 def _nbytes(checkpoint: Checkpoint, name: str) -> int:
     return checkpoint.tensors[f"{checkpoint.layer_prefix(0)}{name}.weight"].nbytes
+
+
+def _is_cost(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 _MAKE_ONE = "Make one of this model with qvl quantize --layers-report FILE."
@@ -124,15 +147,28 @@ def _unit_errors(
             f"--from-report: the report is about --group-size {report['group_size']}, not {group_size}. {_MAKE_ONE}"
         )
     found = {}
+    measured = all(
+        isinstance(unit := entry["units"].get(fused), dict) and _is_cost(unit.get("kl"))
+        for entry in entries
+        for fused in checkpoint.family.fused
+    )
     for layer, entry in enumerate(entries):
         for fused in checkpoint.family.fused:
             unit = entry["units"].get(fused)
+            if measured:
+                found[layer, fused] = float(entry["units"][fused]["kl"])
+                continue
             errors = unit.get("error") if isinstance(unit, dict) else None
             value = errors.get(search) if isinstance(errors, dict) else None
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            if not _is_cost(value):
                 raise FormatError(
                     f"--from-report: the report has no error of {fused} in layer {layer} by the {search} search "
                     f"(it says {value!r}). {_MAKE_ONE}"
                 )
             found[layer, fused] = float(value)
+    if not measured:
+        warn(
+            "--from-report: that report does not say what each unit costs in KL, so units are ranked by their layer's "
+            f"output error, which tells little. {_MAKE_ONE}"
+        )
     return found

@@ -18,7 +18,7 @@ from toolkit.quantize.stream.states import Held, States
 if TYPE_CHECKING:
     from toolkit.calibration.inputs import PreparedSample
 
-__all__ = ["LayerStream", "Take"]
+__all__ = ["LayerStream", "Take", "held_samples"]
 
 #: Below this many tokens at once the trouble is not the chunk.
 _MIN_CHUNK_TOKENS = 64
@@ -75,7 +75,7 @@ class LayerStream:
             on_sample: called with the number of samples done.
         """
         states = embed(shell, samples, self.device, self.store, on_sample)
-        held = _held_samples([state.lengths[0] for state in states])
+        held = held_samples([state.lengths[0] for state in states])
         self.held = States.join([states[i] for i in held])
         rest = [state for i, state in enumerate(states) if i not in held] or states
         self.calibration = States.join(rest)
@@ -155,10 +155,11 @@ class LayerStream:
         handles = []
         if seen is not None:
             for unit, names in self.units.items():
-                module = layer.get_submodule(names[0])
-                handles.append(
-                    module.register_forward_pre_hook(lambda _, args, unit=unit: seen.__setitem__(unit, args[0][0]))
-                )
+
+                def see(_: nn.Module, args: tuple[torch.Tensor, ...], unit: str = unit) -> None:
+                    seen[unit] = args[0].flatten(0, -2)
+
+                handles.append(layer.get_submodule(names[0]).register_forward_pre_hook(see))
         try:
             yield
         finally:
@@ -208,7 +209,7 @@ class LayerStream:
         return int(min(free // (4 * (4 * inner + 8 * hidden)), alone // 2))
 
 
-def _held_samples(lengths: Sequence[int]) -> frozenset[int]:
+def held_samples(lengths: Sequence[int]) -> frozenset[int]:
     """Choose the samples that check the search: spread over the whole, few against the rest, but one at least.
 
     One is half of two samples: a check on what the search has not seen is worth more than the tokens it costs.

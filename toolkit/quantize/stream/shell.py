@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from toolkit.calibration.inputs import PreparedSample
     from toolkit.checkpoint.checkpoint import Checkpoint
 
-__all__ = ["embed", "load_shell"]
+__all__ = ["Patches", "bare_model", "embed", "load_shell"]
 
 
 class _Rows(nn.Module):
@@ -31,7 +31,7 @@ class _Rows(nn.Module):
         return self._table[ids.cpu()].to(self._device, torch.float32)
 
 
-class _Patches(nn.Module):
+class Patches(nn.Module):
     """The patch embedding as the matrix product that it is: its convolution's kernel covers a patch exactly.
 
     PyTorch's float32 convolutions in three dimensions are slow, on GPUs by far.
@@ -64,12 +64,8 @@ class _Stop(nn.Module):
         raise _Reached(hidden_states, kwargs["position_embeddings"])
 
 
-def load_shell(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, Any]:
-    """Load what comes before the decoder layers: the vision tower, float32, on the device; embeddings stay in the file.
-
-    Returns:
-        the model (``Qwen2VLForConditionalGeneration`` without layers and head) and the full text config.
-    """
+def bare_model(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """Return the model without weights and with one decoder layer, and the full text config."""
     patch_torchvision()
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -82,16 +78,33 @@ def load_shell(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, Any]:
         config.text_config.layer_types = list(text_config.layer_types)[:1]
     with init_empty_weights(include_buffers=False):
         model = AutoModelForImageTextToText.from_config(config)
+    return model.eval(), text_config
+
+
+def load_shell(
+    checkpoint: Checkpoint, device: torch.device, tower: Mapping[str, torch.Tensor] | None = None
+) -> tuple[Any, Any]:
+    """Load what comes before the decoder layers: the vision tower, float32, on the device; embeddings stay in the file.
+
+    Args:
+        checkpoint: the source.
+        device: where the tower goes.
+        tower: tensors of the tower that take the place of the source's, by their names behind `Names.visual`.
+
+    Returns:
+        the model (``Qwen2VLForConditionalGeneration`` without layers and head) and the full text config.
+    """
+    model, text_config = bare_model(checkpoint)
     inner = model.model
-    inner.visual.load_state_dict(
-        {
-            name: checkpoint.get(checkpoint.visual_prefix + name).to(device, torch.float32)
-            for name in inner.visual.state_dict()
-        },
-        assign=True,
-    )
+    other = tower or {}
+
+    def weight(name: str) -> torch.Tensor:
+        found = other[name] if name in other else checkpoint.get(checkpoint.visual_prefix + name)
+        return found.to(device, torch.float32)
+
+    inner.visual.load_state_dict({name: weight(name) for name in inner.visual.state_dict()}, assign=True)
     inner.visual.to(device)
-    inner.visual.patch_embed = _Patches(inner.visual.patch_embed.proj.weight, inner.visual.patch_embed.proj.bias)
+    inner.visual.patch_embed = Patches(inner.visual.patch_embed.proj.weight, inner.visual.patch_embed.proj.bias)
     inner.language_model.rotary_emb.to(device)
     inner.language_model.layers = nn.ModuleList([_Stop()])
     inner.language_model.embed_tokens = _Rows(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class States:
     lengths: list[int]
     vision: torch.Tensor
     added: tuple[torch.Tensor, ...] = ()
+    #: Whether attention is computed in float32 on a GPU too.
+    exact: bool = field(default=False, kw_only=True)
 
     @classmethod
     def join(cls, samples: Sequence[States]) -> States:
@@ -94,6 +96,7 @@ class States:
             "position_embeddings": (cos, sin),
             "attention_mask": None,
             "lengths": batch.lengths,
+            "exact": self.exact,
         }
 
 
@@ -132,14 +135,15 @@ def _packed_attention(
     *,
     scaling: float,
     lengths: list[int],
+    exact: bool = False,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sample. query [1, H, T, head], key and value [1, H_kv, T, head] -> [1, T, H, head].
 
-    On a GPU it runs in bfloat16, as the served model's does: float32 has no flash kernel.
+    On a GPU it runs in bfloat16, as the served model's does, unless ``exact``: float32 has no flash kernel.
     """
     dtype = query.dtype
-    if query.is_cuda:
+    if query.is_cuda and not exact:
         query, key, value = (t.to(torch.bfloat16) for t in (query, key, value))
     shared = query.shape[1] // key.shape[1]
     if shared > 1 and not query.is_cuda:

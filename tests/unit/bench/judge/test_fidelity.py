@@ -261,6 +261,23 @@ def test_measures_are_over_tokens_not_over_items() -> None:
     assert drift.delta_p[1].value == pytest.approx(-0.4) and drift.delta_p[50].value == pytest.approx(0.0)
 
 
+def test_one_answer_moves_the_mean_and_not_what_is_usual() -> None:
+    """Of 120 answers one drifts a thousand times as far: the trimmed mean leaves it out, the geometric hardly moves."""
+
+    def chances(prompt: str, place: int, token: int) -> Chances:
+        return {token: 0.001, 1: 0.999} if prompt == "prompt 7" else {token: 0.85, 1: 0.15}
+
+    baseline = Toy(lambda prompt: "ab", sure(0.9))
+    drift = run(baseline, Toy(lambda prompt: "ab", chances), asks(120)).candidate
+    usual = full_kl({1: 0.9, 2: 0.1}, {1: 0.85, 2: 0.15})
+    assert drift.mean_kl and drift.trimmed_kl and drift.geometric_kl
+    assert drift.mean_kl.value > 3 * usual
+    assert drift.trimmed_kl.value == pytest.approx(usual, rel=1e-3)
+    assert drift.geometric_kl.value == pytest.approx(usual, rel=0.1)
+    width = [found.high / found.low for found in (drift.mean_kl, drift.geometric_kl)]
+    assert width[1] < width[0]
+
+
 def test_ties_for_the_likeliest_agree() -> None:
     baseline = Toy(lambda prompt: "a", lambda prompt, place, token: {token: 0.5, 1: 0.5})
     drift = run(baseline, Toy(lambda prompt: "a", sure(0.3)), asks(2)).candidate

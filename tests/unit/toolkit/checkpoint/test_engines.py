@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,15 @@ def test_a_width_the_cpu_kernel_does_not_take() -> None:
     assert find("vLLM on CPUs", odd).runs == "no"
     assert "18960 inputs" in find("vLLM on CPUs", odd).detail
     assert "not 18960 outputs" in find("AutoAWQ", odd).detail
+
+
+def test_a_packed_vision_tower_is_split_where_its_groups_are_whole() -> None:
+    """Qwen2-VL's tower is 1280 wide: ten groups of 128, which two GPUs share and four can't."""
+    bare = checkpoint("7B", awq())
+    names = [f"visual.{name}.qweight" for name in QWEN2_VL.tower.modules(bare.vision)]
+    packed = replace(bare, tensors={name: TensorInfo(name, "I32", (1,), 4, Path(), 0) for name in names})
+    assert [vision_is_whole(packed, size) for size in (1, 2, 4)] == [False, False, True]
+    assert not vision_is_whole(bare, 4)
+    narrow = replace(packed, quantization=awq(group_size=32))
+    assert not vision_is_whole(narrow, 4)
+    assert find("AutoAWQ", packed).detail == "it has no 4-bit vision tower"

@@ -217,3 +217,15 @@ def test_transformers_own_rule() -> None:
 )  # fmt: skip
 def test_described(left: set[Linear], said: str) -> None:
     assert describe(left, 8, QWEN2_VL) == said
+
+
+def test_a_tower_that_is_partly_packed_is_read_alike() -> None:
+    """Of block 1 one linear stays, and block 11's of the same name does not."""
+    entries = modules_to_not_convert(frozenset(), 28, QWEN2_VL, ["blocks.1.attn.qkv", "merger.mlp.2"])
+    names = [f"blocks.{i}.{name}" for i in (0, 1, 11) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    names += ["merger.mlp.0", "merger.mlp.2"]
+    left = {"blocks.1.attn.qkv", "merger.mlp.2"}
+    assert {name for name in names if vllm_leaves(f"visual.{name}", entries, QWEN2_VL)} == left
+    assert not any(vllm_leaves(f"language_model.model.layers.1.{u.name}", entries, QWEN2_VL) for u in QWEN2_VL.units)
+    utils = pytest.importorskip("transformers.quantizers.quantizers_utils")
+    assert {name for name in names if not utils.should_convert_module(f"model.visual.{name}", entries)} == left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -52,3 +53,26 @@ def test_linears_in_16_bits_are_read_as_they_are(tmp_path: Path, version: str) -
 def test_what_is_no_checkpoint(tmp_path: object) -> None:
     with pytest.raises(CheckpointError):
         fidelity.load(tmp_path)  # type: ignore[arg-type]
+
+
+def test_what_is_measured_of_a_candidate() -> None:
+    sure, torn = (torch.tensor([row, row]).log() for row in ([0.9, 0.05, 0.05], [0.3, 0.5, 0.2]))
+    answers = [torch.tensor([0, 0]), torch.tensor([0, 0])]
+    found = fidelity.measure("torn", [sure, sure], [sure, torn], answers)
+    assert found.changed == [False, True] and found.right == [True, False]
+    kl = 0.9 * math.log(0.9 / 0.3) + 0.05 * math.log(0.05 / 0.5) + 0.05 * math.log(0.05 / 0.2)
+    assert found.sums == pytest.approx([0, 2 * kl], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_table_holds_candidates_and_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fine = rounded.write(tmp_path / "fine", frozenset(), group_size=32)
+    fidelity.compare([str(fine)], per_task=2, device="cpu", seed=3, out=tmp_path / "found.json")
+    said = capsys.readouterr().out
+    assert "16 held-out answers (seed 3)" in said
+    found = json.loads((tmp_path / "found.json").read_text())
+    nearest, first = found["candidates"]
+    assert first["over_first"]["geometric"]["value"] == pytest.approx(1)
+    assert nearest["over_first"]["geometric"]["value"] > 1  # groups of 128, to nearest
+    assert set(found["right_fp16"]) == set(fidelity.TASKS) <= set(said.split())
+    assert len(first["answer_kl"]) == 16

@@ -100,6 +100,7 @@ def test_what_qvl_json_records() -> None:
         ("clip", True),
         ("rounding", "compensated"),
         ("balance", "none"),
+        ("vision", "16bit"),
         ("skip", None),
         ("samples", 128),
         ("max_tokens", 4096),
@@ -142,6 +143,9 @@ def test_the_helps_order() -> None:
     lines = CliRunner().invoke(app, ["--help"], env=env).output.splitlines()
     options = [word for line in lines for word in line.split() if word.startswith("--")]
     own = "model out format group-size bits calib samples adapter revision max-tokens max-pixels seed"
-    this_run, searching = "devices force restart dry-run help", "search effort scaling clip no-clip rounding balance"
-    mixed = "skip layers-report from-report budget"
+    this_run, searching = (
+        "devices force restart dry-run verdict no-verdict help",
+        "search effort scaling clip no-clip rounding balance",
+    )
+    mixed = "vision skip layers-report from-report budget"
     assert options == [f"--{name}" for part in (own, this_run, searching, mixed) for name in part.split()]

@@ -11,7 +11,7 @@ from toolkit.compat import patch_torchvision
 from toolkit.errors import ResourceError
 from toolkit.models.qwen2_vl import QWEN2_VL
 from toolkit.quantize.search.gram import Moments
-from toolkit.quantize.stream.passing import LayerStream, _held_samples
+from toolkit.quantize.stream.passing import LayerStream, held_samples
 from toolkit.quantize.stream.sizes import HELD_TOKENS
 from toolkit.quantize.stream.states import ATTENTION, States, register_attention
 
@@ -103,7 +103,7 @@ def test_looking_leaves_the_samples_where_they_are() -> None:
 
 @pytest.mark.parametrize("lengths", [[7], [100] * 3, [50] * 40, [5000] * 30])
 def test_few_samples_are_held_back(lengths: list[int]) -> None:
-    held = _held_samples(lengths)
+    held = held_samples(lengths)
     assert 1 <= len(held) <= max(1, round(len(lengths) / 10))
     assert len(held) * lengths[0] <= max(lengths[0], HELD_TOKENS * 1.5)
     assert held <= set(range(len(lengths)))
@@ -123,4 +123,4 @@ def test_few_samples_are_held_back(lengths: list[int]) -> None:
 )
 def test_which_samples_are_held_back(lengths: list[int], held: set[int]) -> None:
     """As docs/quantizing.md says."""
-    assert _held_samples(lengths) == held
+    assert held_samples(lengths) == held

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from toolkit.quantize.stream.shell import _Patches
+from toolkit.quantize.stream.shell import Patches
 
 
 def test_the_patch_embedding_is_its_convolution() -> None:
@@ -14,5 +14,5 @@ def test_the_patch_embedding_is_its_convolution() -> None:
     patches = torch.randn(20, 3 * 2 * 14 * 14, generator=rng)
     with torch.no_grad():
         expected = convolution(patches.view(20, 3, 2, 14, 14)).view(20, 32)
-        found = _Patches(convolution.weight)(patches)
+        found = Patches(convolution.weight)(patches)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
