@@ -13,7 +13,8 @@ D = mean (x - x') x'^T. With H damped, the real weight that comes closest to W x
 
 and what Q errs by beside that is tr((W* - Q) H (W* - Q)^T), as always: W* is rounded in place of W, by compensated
 rounding, then by coordinate descent with scales that are refitted (:mod:`toolkit.quantize.search.descent`). Norms and
-biases stay the source's: compensation makes AWQ's scales superfluous, which cost what they save.
+biases stay the source's: AWQ's scales are not searched for (in the default search most of them lose their check under
+compensation; what they would bring here was not measured).
 
 So a layer follows from the source and from the layers before it as they were written; a run that goes on passes its
 samples through those (:mod:`toolkit.quantize.replay`), and several devices can't share the layers out.
