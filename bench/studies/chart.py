@@ -49,9 +49,10 @@ def pair(name: str, report: Report) -> Pair:
     for role in ROLES:
         points = [p for p in report.speed if p.role == role and p.load.concurrency == 1]
         weights = report.systems[role].memory.weights_bytes
-        if not points or points[0].tpot_ms is None or weights is None:
+        tpot = points[0].figure("tpot") if points else None  # as the report itself quotes it
+        if tpot is None or weights is None:
             raise BenchError(f"{name}: no time per token at one request in flight, or no memory of the {role}")
-        ms[role], gb[role] = points[0].tpot_ms.p50, weights / 1e9
+        ms[role], gb[role] = tpot, weights / 1e9
     seen = report.environment
     gpu = (seen.gpus or [seen.cpu])[0].split(",")[0]  # without memory and driver
     return Pair(name, f"{gpu}, vLLM {seen.versions.get('vllm', 'unknown')}", ms, gb)
