@@ -161,7 +161,8 @@ def _verdicts(family: Family, form: str) -> dict[str, Engine]:
     tensors: dict[str, TensorInfo] = {}
     for expected in expected_tensors(bare):
         module = expected.name.removesuffix(".weight")
-        if info is not None and expected.linear and not module.startswith(family.hub.head):
+        packed = expected.linear and not module.startswith(family.hub.head) and ".visual." not in f".{module}."
+        if info is not None and packed:
             outputs, inputs = expected.shape
             shapes = info.layout.shapes(inputs, outputs, _GROUP)
             tensors |= {f"{module}.{part}": _tensor(f"{module}.{part}", shape) for part, shape in shapes.items()}

@@ -326,7 +326,7 @@ async function copied(text) {
   try {
     await navigator.clipboard.writeText(text);
     return true;
-  } catch { /* no https, or not allowed: the old way */ }
+  } catch { /* not a secure page, or not allowed: the old way */ }
   const field = make("textarea", { value: text, className: "unseen" });
   document.body.append(field);
   field.select();

@@ -241,7 +241,7 @@ class TestCandidates:
         found = catalogue.candidates("gpu", "NVIDIA H100 80GB HBM3", True)
         assert next(iter(found)) == "vllm" and found["vllm"] == EngineSettings()
         assert found["marlin"].kernel == "marlin" and "ngram" not in found
-        assert {settings.kernel for settings in found.values()} == {None, "marlin", "humming"}
+        assert {settings.kernel for settings in found.values()} == {None, "qvl", "marlin", "humming"}
         assert found["encoder-graphs"].encoder_graphs and found["shared-image-cache"].mm_cache_type == "shm"
         text = catalogue.candidates("gpu", "NVIDIA H100", True, text=True)
         assert text["marlin-ngram"].ngram == 3 and text["marlin-ngram-gpu"].ngram_gpu == 3

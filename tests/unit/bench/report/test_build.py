@@ -496,7 +496,7 @@ def test_a_drafts_guesses_are_told() -> None:
     assert point and other and point.server and other.server
     assert (point.server.accepted_share, point.server.tokens_per_step) == (0.25, 1.75)
     assert other.server.accepted_share is other.server.tokens_per_step is None
-    assert "25%, 1.75 a step" in html_file.render(out) and "Guessed tokens taken" in html_file.render(out)
+    assert "25.0%, 1.75 a step" in html_file.render(out) and "Guessed tokens taken" in html_file.render(out)
 
 
 def test_an_interrupted_run_keeps_what_it_has_and_judges_nothing_over_all() -> None:

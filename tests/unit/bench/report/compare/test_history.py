@@ -14,6 +14,7 @@ from bench.report.render.json_file import render
 from bench.report.schema import Report
 from tests.support.command import exit_code
 from tests.support.factory import report
+from toolkit import console
 from toolkit.cli import app
 from toolkit.errors import BenchError
 
@@ -56,7 +57,8 @@ def test_reports_are_read_from_their_directory_and_put_in_order(tmp_path: Path) 
         found_in([directory / "r1", tmp_path / "nowhere"])
 
 
-def test_the_verb_shows_a_table_and_writes_a_page(tmp_path: Path) -> None:
+def test_the_verb_shows_a_table_and_writes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.out, "width", 160)
     directory = written(tmp_path / "nightly", made(0, 1.0), made(1, 2.0), made(2, 2.0, 1.2))
     result = CliRunner().invoke(app, ["history", str(directory), "--html", str(tmp_path / "new" / "page.html")])
     assert result.exit_code == 0, result.output

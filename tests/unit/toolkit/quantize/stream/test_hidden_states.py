@@ -74,7 +74,7 @@ def test_other_ways_through_the_layers_are_the_same(model: Path, samples: list[A
     layers = StreamedLayers(checkpoint, text, CPU)
     stream = LayerStream(checkpoint.family.fused, layers.widths, CPU, CPU)
     stream.capture(shell, samples)
-    paired = PairedStream(stream)
+    paired = PairedStream(stream, {})
     alone = _Pass(layers, States.join(embed(shell, samples[1:], CPU, CPU)), CPU, None)
     for index in range(checkpoint.num_layers):
         layer = layers.load(index)
