@@ -20,7 +20,7 @@ from vllm.model_executor.kernels.linear import MPLinearLayerConfig
 from vllm.model_executor.kernels.linear.mixed_precision.humming import HummingLinearKernel
 from vllm.scalar_type import scalar_types
 
-from serve.kernels.product import Product, Shape, compile_for, multiprocessors
+from serve.kernels.product import CAPABILITY, Product, Shape, compile_for, multiprocessors
 from toolkit.errors import ServerError
 
 __all__ = ["QvlLinearKernel"]
@@ -98,7 +98,7 @@ class QvlLinearKernel(HummingLinearKernel):
         able, why = super().can_implement(c)
         if not able:
             return able, why
-        if torch.cuda.get_device_capability() != (9, 0):
+        if torch.cuda.get_device_capability() != CAPABILITY:
             return False, "qvl's kernel is made for Hopper"
         if c.weight_type != scalar_types.uint4 or not c.zero_points:
             return False, "qvl's kernel takes 4-bit weights with zero points"

@@ -14,11 +14,22 @@ from serve.kernels.nvrtc import compile_cubin
 from serve.kernels.plans import ROWS, Plan, plan_for
 from toolkit.errors import ServerError
 
-__all__ = ["GROUP_SIZES", "SOURCE", "Product", "Shape", "compile_for", "multiprocessors", "options", "plans_of"]
+__all__ = [
+    "CAPABILITY",
+    "GROUP_SIZES",
+    "SOURCE",
+    "Product",
+    "Shape",
+    "compile_for",
+    "multiprocessors",
+    "options",
+    "plans_of",
+]
 
 GROUP_SIZES = (32, 64, 128)
 SOURCE = Path(__file__).with_name("w4a16.cu")
-_CAPABILITY = (9, 0)
+#: Of Hopper cards, which the kernels are made for.
+CAPABILITY = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ def options(shape: Shape, plan: Plan, rows: int, sms: int) -> list[str]:
 
 def multiprocessors() -> int:
     """Return how many the current device has. Raises ServerError where it is none that the kernels are made for."""
-    if torch.cuda.get_device_capability() != _CAPABILITY:
+    if torch.cuda.get_device_capability() != CAPABILITY:
         raise ServerError(f"{torch.cuda.get_device_name()} is not a Hopper card (compute capability 9.0)")
     return int(torch.cuda.get_device_properties().multi_processor_count)
 
