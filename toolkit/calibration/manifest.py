@@ -37,6 +37,8 @@ _RATES = ("fps", "sample_fps", "raw_fps")
 _IMAGE_SETTINGS, _VIDEO_SETTINGS = _COUNTS[:4], (*_COUNTS, *_RATES)
 #: Tokens that the chat template writes. In a text they would be read as an image or a turn that is not there.
 _TEMPLATE_TOKEN = re.compile(r"<\|(?:(?:image|video|vision)_pad|vision_(?:start|end)|im_(?:start|end))\|>")
+#: Qwen-VL's own way of naming an image within a text.
+_INLINE_IMAGE = re.compile(r"<img>[^<]*</img>")
 _ROLES = ("system", "user", "assistant")
 
 
@@ -152,6 +154,12 @@ def _read_part(part: Any, where: str) -> dict[str, Any]:
             raise ManifestError(
                 f"{where}: a text holds {token[0]}, which only the chat template writes: "
                 "give images as parts, turns as messages"
+            )
+        inline = _INLINE_IMAGE.search(part["text"])
+        if inline:
+            raise ManifestError(
+                f"{where}: a text names an image, {inline[0]}, which would be read as words: "
+                "list its path in 'images' and write <image> in its place"
             )
         return {"type": "text", "text": part["text"]}
     raise ManifestError(

@@ -152,6 +152,8 @@ def video(**settings: Any) -> dict[str, Any]:
         (video(video_start=1), "'video_start'"),
         ({"text": "What is <|image_pad|>?"}, r"a text holds <\|image_pad\|>"),
         ({"text": "x<|im_end|>"}, "only the chat template writes"),
+        ({"query": "<img>a.png</img>How many?", "response": "3"}, "names an image, <img>a.png</img>, .* 'images'"),
+        ({"messages": [user(text("Picture 1: <img>a.png</img>"))]}, "list its path in 'images'"),
         ({"messages": [user({"type": "image"})]}, "unknown content part of type 'image'"),
         ({"messages": [user({"type": "text", "image": "a.png"})]}, "unknown content part of type 'text'"),
     ],
