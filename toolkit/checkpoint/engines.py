@@ -19,6 +19,8 @@ _TP_SIZES = (1, 2, 4, 8)
 _DEFAULT_GROUP = 128
 #: vLLM's marlin_utils.MARLIN_SUPPORTED_GROUP_SIZES, and machete_utils.query_machete_supported_group_sizes for 16 bits.
 _MARLIN_GROUPS, _MACHETE_GROUPS = (-1, 32, 64, 128), (-1, 64, 128)
+#: Groups that qvl's own kernel takes (`serve.kernels`; docs/kernels.md).
+KERNEL_GROUPS = (32, 64, 128)
 #: Machete's prepacked block, K x N.
 _MACHETE_BLOCK = (64, 128)
 
@@ -159,9 +161,9 @@ def _gpu_kernels(checkpoint: Checkpoint, info: QuantizationInfo) -> tuple[str, s
         return "yes", f"{others} (Marlin has no groups of {info.group_size})"
     shapes = [*_fused_shapes(checkpoint), *((k, n) for n, k in checkpoint.packed_tower().values())]
     blocks = all(k % _MACHETE_BLOCK[0] == 0 and n % _MACHETE_BLOCK[1] == 0 for k, n in shapes)
-    if blocks and info.group_size in _MACHETE_GROUPS:
-        return "yes", "Machete on Hopper, Marlin elsewhere"
-    return "yes", "Marlin"
+    own = "Machete" if blocks and info.group_size in _MACHETE_GROUPS else "Humming"
+    ours = ", qvl serve its kernel" if info.group_size in KERNEL_GROUPS else ""
+    return "yes", f"Marlin; on Hopper vLLM takes {own}{ours}"
 
 
 def _vllm_cpu(checkpoint: Checkpoint) -> Engine:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from serve.kernels.product import GROUP_SIZES
+from toolkit.checkpoint import engines as engines_module
 from toolkit.checkpoint.checkpoint import Checkpoint, QuantizationInfo, TensorInfo
 from toolkit.checkpoint.engines import Engine, engines, tensor_parallel, vision_is_whole
 from toolkit.checkpoint.left_out import modules_to_not_convert
@@ -79,9 +81,10 @@ def test_a_vision_tower_that_does_not_split() -> None:
 @pytest.mark.parametrize(
     ("group_size", "kernels"),
     [
-        (128, "Machete on Hopper, Marlin elsewhere"),
-        (64, "Machete on Hopper, Marlin elsewhere"),
-        (32, "Marlin"),
+        (128, "Marlin; on Hopper vLLM takes Machete, qvl serve its kernel"),
+        (64, "Marlin; on Hopper vLLM takes Machete, qvl serve its kernel"),
+        (32, "Marlin; on Hopper vLLM takes Humming, qvl serve its kernel"),
+        (-1, "Marlin; on Hopper vLLM takes Machete"),
         (256, "slow AWQ kernels (Marlin has no groups of 256)"),
     ],
 )
@@ -144,3 +147,7 @@ def test_a_packed_vision_tower_is_split_where_its_groups_are_whole() -> None:
     narrow = replace(packed, quantization=awq(group_size=32))
     assert not vision_is_whole(narrow, 4)
     assert find("AutoAWQ", packed).detail == "it has no 4-bit vision tower"
+
+
+def test_the_kernels_groups_are_those_that_serve_has_a_kernel_for() -> None:
+    assert engines_module.KERNEL_GROUPS == GROUP_SIZES
