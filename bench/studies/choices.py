@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.judge.verdict import compare as judge_pairs
+from bench.judge.verdict import judge_tasks
 from bench.studies.settings import ChoicesSettings
 from toolkit.compat import patch_torchvision
 from toolkit.console import note
@@ -115,6 +117,15 @@ CHOICES = {
     "budget-kl": Choice("+10% size, units ranked by KL", report="kl", recipe={"budget": 0.1}),
     "budget-error": Choice("+10% size, units ranked by output error", report="error", recipe={"budget": 0.1}),
     "budget-5-kl": Choice("+5% size, units ranked by KL", report="kl", recipe={"budget": 0.05}),
+    "no-clip": Choice("--no-clip", recipe={"clip": False}),
+    "no-scales": Choice("--scaling none", recipe={"scaling": "none"}),
+    "autoawq": Choice("--search autoawq", recipe={"search": "autoawq"}),
+    "groups-64": Choice("groups of 64", recipe={"group_size": 64}),
+    "best": Choice("--effort best, 512 chats", samples=512, recipe={"effort": "best"}),
+    "best-no-clip": Choice("--effort best --no-clip, 512 chats", samples=512, recipe={"effort": "best", "clip": False}),
+    "best-64": Choice(
+        "--effort best, groups of 64, 512 chats", samples=512, recipe={"effort": "best", "group_size": 64}
+    ),
 }
 
 
@@ -177,14 +188,14 @@ class _Examiner:
         ids = [chat.inputs["input_ids"][0] for chat in self._chats]
         self._answers = [row[answer_tokens(row, turns)] for row in ids]
         self._reference = answer_logits(load(None).to(settings.device), self._chats, *self._turns)
-        #: How many right answers fp16 gives, of all.
-        self.right = sum(measure("fp16", self._reference, self._reference, self._answers).right)
+        #: Which of fp16's answers are right.
+        self.right = _digits(measure("fp16", self._reference, self._reference, self._answers).right)
         self._reports: dict[int, dict[str, Any]] = {}
         self.tokens = [len(row) for row in self._reference]
         self.tasks = [task for _ in seeds for task in TASKS for _ in range(settings.per_task)]
 
-    def examine(self, choice: Choice, seed: int) -> tuple[list[float], int]:
-        """Return KL(fp16 || quantized) of each answer over its tokens, nats, and how many answers are right."""
+    def examine(self, choice: Choice, seed: int) -> tuple[list[float], str]:
+        """Return KL(fp16 || quantized) of each answer over its tokens, nats, and which answers are right."""
         from toolkit.demo.fidelity import answer_logits, load, measure
         from toolkit.quantize import quantize
 
@@ -199,7 +210,7 @@ class _Examiner:
                 made = quantize("demo", Path(directory) / "awq", **settings, devices=self.device, verdict=False)
             logits = answer_logits(load(made).to(self.device), self._chats, *self._turns)
         found = measure("", self._reference, logits, self._answers)
-        return [float(f"{kl:.5g}") for kl in found.sums], sum(found.right)
+        return [float(f"{kl:.5g}") for kl in found.sums], _digits(found.right)
 
     def _report(self, rank: str, seed: int, directory: Path, settings: dict[str, Any]) -> Path:
         """Return a report on the default of this seed, made once, that ranks units by "kl" or by "error"."""
@@ -217,6 +228,10 @@ class _Examiner:
         path = directory / f"by-{rank}.json"
         path.write_text(json.dumps(report), encoding="utf-8")
         return path
+
+
+def _digits(right: Sequence[bool]) -> str:
+    return "".join("01"[one] for one in right)
 
 
 @contextlib.contextmanager
@@ -268,13 +283,14 @@ def _write(out: Path, found: dict[str, Any]) -> None:
 
 
 def _table(found: dict[str, Any]) -> str:
-    """Return choices over what each is held against, all seeds' answers together; the tasks that move most beside."""
+    """Return choices over what each is held against, all seeds' answers together; the tasks that move most, and those
+    that the paired verdict calls worse than fp16, beside."""
     seeds = list(dict.fromkeys(key.partition("/")[2] for key in found["sums"]))
     rows = []
     for name, choice in CHOICES.items():
         keys = (f"{name}/{{}}", f"{choice.beside}/{{}}")
         there = [seed for seed in seeds if all(key.format(seed) in found["sums"] for key in keys)]
-        if not there or name == "default":
+        if not there:
             continue
         before = [kl for seed in there for kl in found["sums"][f"{choice.beside}/{seed}"]]
         after = [kl for seed in there for kl in found["sums"][f"{name}/{seed}"]]
@@ -287,6 +303,32 @@ def _table(found: dict[str, Any]) -> str:
         best, worst = min(apart, key=lambda t: apart[t]), max(apart, key=lambda t: apart[t])
         ends = f"{best} {apart[best]:.2f}, {worst} {apart[worst]:.2f}"
         means = [str(band) for band in (ratios.mean, ratios.trimmed, ratios.geometric)]
-        share = sum(found["right"][f"{name}/{seed}"] for seed in there) / len(before)
-        rows.append([choice.said, *means, ends, f"{share:.1%}", str(len(there))])
-    return markdown(("", "mean KL", "trimmed", "geometric", "tasks, best and worst", "right", "seeds"), rows) + "\n"
+        right = "".join(found["right"][f"{name}/{seed}"] for seed in there)
+        share = f"{right.count('1') / len(right):.1%}"
+        said = _verdicts(found["right"]["fp16"], right, tasks)
+        plain = [choice.said, "1", "1", "1", "", share, said, str(len(there))]
+        rows.append(plain if choice.beside == name else [choice.said, *means, ends, share, said, str(len(there))])
+    head = ("", "mean KL", "trimmed", "geometric", "tasks, best and worst", "right", "beside fp16", "seeds")
+    fp16 = found["right"]["fp16"]
+    return markdown(head, rows) + f"\nfp16 answers {fp16.count('1') / len(fp16):.1%} right.\n"
+
+
+def _verdicts(before: str, after: str, tasks: Sequence[str]) -> str:
+    """Return how many tasks are no worse than fp16 by the paired verdict (a margin of a point), and which are worse.
+
+    ``after`` holds the same questions once for each calibration seed: one question's answers are a cluster.
+    """
+    n = len(before)
+    compared = {
+        task: judge_pairs(
+            [float(before[i % n]) for i in where],
+            [float(after[i]) for i in where],
+            seed=0,
+            clusters=[str(i % n) for i in where],
+        )
+        for task, where in by_group(tasks, range(len(tasks))).items()
+    }
+    said = {task: verdict.judgement for task, verdict in judge_tasks(compared).items()}
+    worse = [task for task, judgement in said.items() if judgement == "worse"]
+    told = f"no worse: {sum(judgement == 'no worse' for judgement in said.values())} of {len(said)} tasks"
+    return f"{told}; worse: {', '.join(worse)}" if worse else told

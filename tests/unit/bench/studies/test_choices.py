@@ -63,11 +63,19 @@ def test_unknown_choices_and_other_settings_are_refused(tmp_path: Path) -> None:
 def test_the_table_holds_each_choice_against_the_default() -> None:
     found = {
         "sums": {"default/1": [1.0, 2.0, 4.0, 8.0], "texts/1": [2.0, 4.0, 8.0, 16.0], "images/1": [1.0, 2.0, 4.0, 8.0]},
-        "right": {"default/1": 4, "texts/1": 3, "images/1": 4},
+        "right": {"fp16": "1111", "default/1": "1111", "texts/1": "1101", "images/1": "1111"},
         "tokens": [1, 2, 3, 4],
         "tasks": ["a", "a", "b", "b"],
     }
     table = choices._table(found)
     assert "| 128 chats without images | 2.00 [2.00, 2.00] |" in table
     assert "| 128 chats, all with an image | 1.00 [1.00, 1.00] |" in table
-    assert "75.0%" in table and "one in eight" not in table
+    assert "75.0%" in table and "fp16 answers 100.0% right" in table
+    assert "one in eight without an image | 1 | 1 | 1 |" in table
+
+
+def test_tasks_that_are_worse_than_fp16_are_named() -> None:
+    after = "1" * 200 + "10" * 100
+    said = choices._verdicts("1" * 400, after, ["a"] * 200 + ["b"] * 200)
+    assert said == "no worse: 0 of 2 tasks; worse: b"
+    assert choices._verdicts("1" * 2000, "1" * 2000, ["a"] * 1000 + ["b"] * 1000) == "no worse: 2 of 2 tasks"
