@@ -2,20 +2,25 @@
 
     python -m bench.studies drafts qwen2.5-vl-3b-awq --out out/drafts [--head DIR]
 
-Each server is booted in turn, asked one question at a time, greedily, half of them about an image, and stopped. Without
-``--head`` one of random weights is made: it shows that a head boots, that answers stay what they are, and what a draft
-costs whose guesses are never right; a trained head's gain takes a trained head.
+All servers are up at once and asked in turns, one question at a time, greedily, half of them about an image: what else
+the machine does meets all alike. Without ``--head`` one of random weights is made: it shows that a head boots, that
+answers stay what they are, and what a draft costs whose guesses are never right; a trained head's gain takes a trained
+head.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.studies.settings import DraftSettings
-from toolkit.errors import QvlError
+from bench.studies.sharing import all_up, beside_others
+from toolkit.errors import BenchError, QvlError
 
 if TYPE_CHECKING:
     from serve.process.lifecycle import Server
@@ -26,6 +31,10 @@ __all__ = ["compare", "run", "write_random_head"]
 _WORDS = ("What is it?", "Describe it in detail.", "Repeat after me: one two three one two three one two three.")
 #: Tokens that a random head may guess, out of the vocabulary.
 _GUESSABLE = 512
+#: The server without a draft.
+_PLAIN = "none"
+_COUNTED = ("drafts", "guessed", "accepted")
+_KV_GIB = 0.5
 
 
 def write_random_head(checkpoint: Checkpoint, out: Path, *, seed: int = 0) -> Path:
@@ -85,39 +94,56 @@ def write_random_head(checkpoint: Checkpoint, out: Path, *, seed: int = 0) -> Pa
     return out
 
 
-def _ask(server: Server, settings: DraftSettings) -> dict[str, Any]:
-    """Ask all questions, one at a time; return answers as token ids, tokens/s, and what the server counted."""
-    import httpx
-
-    from bench.machine.server_metrics import ServerPoint, parse
+def _questions(settings: DraftSettings) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """Yield each question's content, and its number."""
     from serve.http.images import image_url
 
     image = {"type": "image_url", "image_url": {"url": image_url(settings.image)}}
-    answers, tokens, took = [], 0, 0.0
-    with httpx.Client(base_url=server.url, timeout=300, trust_env=False) as client:
+    for number in range(settings.questions):
+        words = {"type": "text", "text": f"{_WORDS[number // 2 % len(_WORDS)]} ({number})"}
+        yield [*([image] if number % 2 else []), words], number
 
-        def snapshot() -> Any:
-            return parse(client.get("/metrics").text)
 
-        before = snapshot()
-        for number in range(settings.questions):
-            words = {"type": "text", "text": f"{_WORDS[number // 2 % len(_WORDS)]} ({number})"}
-            body = {
-                "model": server.model_name,
-                "messages": [{"role": "user", "content": [*([image] if number % 2 else []), words]}],
-                "temperature": 0,
-                "max_tokens": settings.output_tokens,
-                "ignore_eos": True,
-                "return_token_ids": True,
-            }
-            began = time.perf_counter()
-            answer = client.post("/v1/chat/completions", json=body).raise_for_status().json()["choices"][0]
-            took += time.perf_counter() - began
-            answers.append(answer["token_ids"])
-            tokens += len(answer["token_ids"])
-        point = ServerPoint.between(before, snapshot())
-    counted = {} if point is None else {name: getattr(point, name) for name in ("drafts", "guessed", "accepted")}
-    return {"answers": answers, "tokens_per_s": round(tokens / took, 2), **counted}
+def _ask(servers: Mapping[str, Server], settings: DraftSettings) -> dict[str, dict[str, Any]]:
+    """Ask all servers all questions, in turns; return answers as token ids, tokens/s, and what each server counted."""
+    import httpx
+
+    from bench.machine.server_metrics import ServerPoint, parse
+
+    answers: dict[str, list[list[int]]] = {name: [] for name in servers}
+    took = dict.fromkeys(servers, 0.0)
+    with ExitStack() as stack:
+        clients = {
+            name: stack.enter_context(httpx.Client(base_url=server.url, timeout=300, trust_env=False))
+            for name, server in servers.items()
+        }
+        before = {name: parse(client.get("/metrics").text) for name, client in clients.items()}
+        for content, number in _questions(settings):
+            for name in list(servers)[number % len(servers) :] + list(servers)[: number % len(servers)]:
+                body = {
+                    "model": servers[name].model_name,
+                    "messages": [{"role": "user", "content": content}],
+                    "temperature": 0,
+                    "max_tokens": settings.output_tokens,
+                    "ignore_eos": True,
+                    "return_token_ids": True,
+                }
+                began = time.perf_counter()
+                response = clients[name].post("/v1/chat/completions", json=body).raise_for_status()
+                took[name] += time.perf_counter() - began
+                answers[name].append(response.json()["choices"][0]["token_ids"])
+        points = {
+            name: ServerPoint.between(before[name], parse(client.get("/metrics").text))
+            for name, client in clients.items()
+        }
+    return {
+        name: {
+            "answers": given,
+            "tokens_per_s": round(sum(map(len, given)) / took[name], 2),
+            **{key: getattr(points[name], key) for key in _COUNTED if points[name] is not None},
+        }
+        for name, given in answers.items()
+    }
 
 
 def compare(plain: list[list[int]], other: list[list[int]]) -> dict[str, Any]:
@@ -131,15 +157,18 @@ def compare(plain: list[list[int]], other: list[list[int]]) -> dict[str, Any]:
 
 
 def run(model: str, settings: DraftSettings) -> None:
-    """Boot, ask and stop each server; write drafts.json after each.
+    """Boot all servers, ask them, stop them; write drafts.json.
 
     Args:
         model: directory, hub id or ``demo``.
         settings: where to, and how much is asked.
+
+    Raises:
+        BenchError: the server without a draft does not start.
     """
     from bench.machine.environment import gpu_names, versions
     from bench.run.boot import free_ports
-    from serve.process import lifecycle
+    from serve.plan.tuned import tuned
     from serve.settings.config import ServerConfig
     from serve.settings.draft import NGRAM
     from toolkit.checkpoint.checkpoint import Checkpoint
@@ -148,20 +177,32 @@ def run(model: str, settings: DraftSettings) -> None:
 
     settings.out.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint.open(resolve(model))
-    drafts: list[str | None] = [None, NGRAM]
-    if checkpoint.family.eagle:
-        drafts.append(str(settings.head or write_random_head(checkpoint, settings.out / "random-head")))
-    found: dict[str, Any] = {}
-    for draft in drafts:
-        name = "none" if draft is None else draft if draft == NGRAM else "eagle3"
-        options = ServerConfig(port=free_ports(1)[0], draft=draft, max_model_len=2048, probe_every=3600)
-        try:
-            with lifecycle.start(model, options, attached=True) as server:
-                found[name] = _ask(server, settings)
-        except QvlError as error:
-            found[name] = {"why_not": str(error)}
-        if "answers" in found[name] and "answers" in found["none"]:
-            found[name] |= compare(found["none"]["answers"], found[name]["answers"])
-        report = {"model": Path(model).name, "gpus": gpu_names(), "versions": versions(), "drafts": found}
-        (settings.out / "drafts.json").write_text(json.dumps(report, indent=1) + "\n")
-        note(f"{name}: " + ", ".join(f"{key} {value}" for key, value in found[name].items() if key != "answers"))
+    drafts: dict[str, str | None] = {_PLAIN: None, NGRAM: NGRAM}
+    with ExitStack() as stack:
+        if checkpoint.family.eagle:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="qvl-head-"))
+            drafts["eagle3"] = str(settings.head or write_random_head(checkpoint, Path(scratch)))
+        starts = {}
+        for (name, draft), port in zip(drafts.items(), free_ports(len(drafts)), strict=True):
+            options = ServerConfig(
+                port=port,
+                draft=draft,
+                max_model_len=2048,
+                images_per_request=1,
+                probe_every=3600,
+            )
+            starts[name] = (model, beside_others(checkpoint.path, tuned(model, options, note), _KV_GIB))
+        servers = stack.enter_context(all_up(starts))
+        running = {name: server for name, server in servers.items() if not isinstance(server, QvlError)}
+        found: dict[str, Any] = {
+            name: {"why_not": str(error)} for name, error in servers.items() if isinstance(error, QvlError)
+        }
+        if _PLAIN not in running:
+            raise BenchError(f"the server without a draft does not start: {found[_PLAIN]['why_not']}")
+        found |= _ask(running, settings)
+    for name in running.keys() - {_PLAIN}:
+        found[name] |= compare(found[_PLAIN]["answers"], found[name]["answers"])
+    report = {"model": Path(model).name, "gpus": gpu_names(), "versions": versions(), "drafts": found}
+    (settings.out / "drafts.json").write_text(json.dumps(report, indent=1) + "\n")
+    for name, each in found.items():
+        note(f"{name}: " + ", ".join(f"{key} {value}" for key, value in each.items() if key != "answers"))

@@ -17,11 +17,12 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.cli import commands
 from bench.studies.settings import CardSettings
+from bench.studies.sharing import beside_others
 from toolkit.errors import BenchError
 
 __all__ = ["Pair", "Shape", "pairs", "run"]
@@ -29,7 +30,6 @@ __all__ = ["Pair", "Shape", "pairs", "run"]
 #: Systems in AWQ, and their kernels; None: vLLM's own choice, which on Hopper is Machete.
 _KERNELS = {"awq": None, "awq-qvl": "qvl", "awq-humming": "humming", "awq-marlin": "marlin"}
 _OURS = "awq-qvl"
-_GIB = 2**30
 #: Images are scaled to at most so many pixels: what is reserved for the largest one is not measured here.
 _MAX_PIXELS = 1280 * 28 * 28
 
@@ -96,7 +96,28 @@ SHAPES = {
 def pairs(shapes: Sequence[Shape], rates: bool = True) -> list[Pair]:
     """Return the reports to make, what matters most first; with open loops, or without."""
     found = [Pair(shape, "bf16", _OURS if _OURS in shape.systems else "awq", rates) for shape in shapes]
-    return found + [Pair(shape, "awq", _OURS, False) for shape in shapes if _OURS in shape.systems]
+    kernels = [Pair(shape, "awq", _OURS, False) for shape in shapes]
+    return [pair for pair in found + kernels if {pair.baseline, pair.candidate} <= set(pair.shape.systems)]
+
+
+def asked_for(settings: CardSettings) -> list[Shape]:
+    """Return the shapes to measure, with the systems and loads that were asked for.
+
+    Raises:
+        BenchError: one that there is not.
+    """
+    shapes = []
+    for name in settings.shapes.split(","):
+        if name not in SHAPES:
+            raise BenchError(f"--shapes: {name!r} is none of {', '.join(SHAPES)}")
+        shape = SHAPES[name]
+        if settings.systems:
+            systems = tuple(settings.systems.split(","))
+            if unknown := set(systems) - set(shape.systems):
+                raise BenchError(f"--systems: {', '.join(sorted(unknown))} is none of {', '.join(shape.systems)}")
+            shape = replace(shape, systems=systems)
+        shapes.append(replace(shape, concurrency=settings.concurrency or shape.concurrency))
+    return shapes
 
 
 class Given:
@@ -139,12 +160,11 @@ def _all(shapes: Sequence[Shape]) -> Iterator[tuple[int, Shape, str]]:
 
 def up(given: Given, shapes: Sequence[Shape]) -> None:
     """Start every server that does not run, all at once, and wait until the last is ready."""
-    from serve.process import memory, state
+    from serve.process import state
     from serve.process.lifecycle import start
     from serve.settings.backend import find_gpus
     from serve.settings.config import ServerConfig
     from serve.settings.engine import EngineSettings
-    from toolkit.checkpoint.checkpoint import Checkpoint
     from toolkit.console import note
 
     card = max((gpu.total for gpu in find_gpus()), default=0)
@@ -155,8 +175,6 @@ def up(given: Given, shapes: Sequence[Shape]) -> None:
         if known is not None and known.alive and known.ready:
             return f"{directory.name}: runs on {known.url}"
         kernel = _KERNELS.get(system) if card else None
-        # Each has a KV cache of a given size: none measures what memory is left, which the others are taking.
-        cache = ("--kv-cache-memory-bytes", str(int(shape.kv_gib * _GIB)))
         options = ServerConfig(
             port=port,
             served_model_name=directory.name,  # a link's own name
@@ -167,13 +185,8 @@ def up(given: Given, shapes: Sequence[Shape]) -> None:
             probe_every=3600,  # a probe's question would count among those that are measured
             timeout=900,
             settings=EngineSettings(kernel=kernel, max_pixels=_MAX_PIXELS),
-            extra=cache if card else (),
         )
-        if card:
-            least = memory.need(Checkpoint.open(directory), options).total
-            share = min(0.95, round(least / card + 0.01, 3))  # what is checked to be free; not what is taken
-            options = options.replaced(gpu_memory_utilization=share)
-        server = start(str(directory), options)
+        server = start(str(directory), beside_others(directory, options, shape.kv_gib))
         return f"{directory.name}: {server.url} after {server.boot_seconds:.0f} s"
 
     with ThreadPoolExecutor(len(list(_all(shapes)))) as pool:
@@ -209,7 +222,8 @@ def measure(given: Given, shapes: Sequence[Shape]) -> None:
     agreement = given.out / "agreement.json"
     if time.monotonic() > given.end or agreement.exists():
         return
-    url, tokenizer = urls[shape.name, "awq"], str(shape.directory(given.work, "awq"))
+    served = next(system for system in ("awq", _OURS, *shape.systems) if system in shape.systems)
+    url, tokenizer = urls[shape.name, served], str(shape.directory(given.work, served))
     command = ["agreement", "--url", url, "--tokenizer", tokenizer, "--out", agreement, *shape.agreement]
     if code := commands.run(command, "bench.studies"):
         warn(f"the agreement ended with {code}")
@@ -294,14 +308,11 @@ def run(step: str, settings: CardSettings) -> None:
     """
     if step not in (*STEPS, "all"):
         raise BenchError(f"{step!r} is no step: choose among {', '.join((*STEPS, 'all'))}")
+    shapes = asked_for(settings)
     given = Given(settings)
     for directory in (given.work, given.out):
         directory.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("QVL_CACHE", str(given.work / "cache"))
-    try:
-        shapes = [SHAPES[name] for name in settings.shapes.split(",")]
-    except KeyError as error:
-        raise BenchError(f"--shapes: {error.args[0]!r} is none of {', '.join(SHAPES)}") from None
     if step != "all":
         STEPS[step](given, shapes)
         return

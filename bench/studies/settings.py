@@ -77,6 +77,8 @@ class CardSettings(Settings):
     samples: Annotated[int, Option("Calibration chats: speed does not depend on them.")] = 16
     profiles: Annotated[Path | None, Option("Directory of profiles (where `qvl serve` looks for yours).")] = None
     port: Annotated[int, Option("Of the first server.")] = 18000
+    systems: Annotated[str | None, Option("Of those of the shapes, with commas: bf16, awq-qvl, awq (all).")] = None
+    concurrency: Annotated[str | None, Option("Requests in flight, with commas (1,8,32,128).")] = None
     rates: Annotated[bool, Option("Open loops too.")] = True
     minutes: Annotated[float, Option("Begin no report after so long.")] = 1e6
 
@@ -86,7 +88,11 @@ class FormatsSettings(Settings):
 
     out: Annotated[Path, Option("Directory for report.json.")]
     model: Annotated[Path | None, Option("A GEMM checkpoint; default the embedded model, quantized.")] = None
-    kernels: Annotated[str, Option("On a GPU: vLLM's kernels to compare with, with commas.")] = "marlin,machete,humming"
+    formats: Annotated[str, Option("To compare with gemm, with commas: compressed-tensors, gemv.")] = (
+        "compressed-tensors"
+    )
+    kernels: Annotated[str, Option("On a GPU: by which, with commas.")] = "qvl,marlin,machete,humming"
+    at_once: Annotated[int, Option("On a GPU: servers beside each other.", least=1)] = 8
     images: Annotated[Path | None, Option("JSONL manifest or directory of images; default drawn ones.")] = None
     samples: Annotated[int, Option("Chats.", least=1)] = 16
     tokens: Annotated[int, Option("Of each answer, at most.", least=1)] = 16

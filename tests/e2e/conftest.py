@@ -56,8 +56,11 @@ def cache(leftovers: Leftovers, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture(scope="package", autouse=True)
-def zygote(cache: Path, pytestconfig: pytest.Config) -> Iterator[Zygote]:
-    """Imports vLLM once for all servers that are started in this process."""
+def zygote(cache: Path, pytestconfig: pytest.Config) -> Iterator[Zygote | None]:
+    """Imports vLLM once for all servers that this process starts, on a CPU: CUDA does not outlive a fork."""
+    if ServerConfig().on_gpu:
+        yield None
+        return
     with Zygote() as started, pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "spawn", started.spawn(launch.spawn))
         yield started

@@ -13,10 +13,12 @@ import httpx
 import pytest
 import torch
 
+from bench.studies.sharing import beside_others
 from serve.http.images import image_url
 from serve.process.lifecycle import Server, start
 from serve.settings.config import ServerConfig
-from tests.e2e.conftest import free_port, once
+from serve.settings.engine import EngineSettings
+from tests.e2e.conftest import BOOT_SECONDS, free_port, once
 from tests.support import chats, reference
 from tests.support.short import calibration
 from toolkit.compat import patch_torchvision
@@ -28,6 +30,8 @@ from toolkit.sources.random_model import write_random_model
 pytestmark = pytest.mark.e2e
 
 TOKENS = 16
+#: The context has room for an image of that many pixels, and for each of these tests'.
+ROOM = EngineSettings(max_pixels=512 * 28 * 28)
 #: Least lead of a token in logits, whose spread is about one. float16 leaves 0.001 to 0.002 open (root mean square).
 CLEAR = 0.02
 #: Images in pixels: one token's side, less than a window, more than a window, a strip.
@@ -107,7 +111,8 @@ def test_answers_are_those_of_transformers_token_by_token(pair: tuple[Path, Path
     clear = {each: tokens for each, (tokens, lead) in expected.items() if lead > CLEAR}
     assert len(clear) >= 4 and len({image for image, _ in clear}) >= 2, [lead for _, lead in expected.values()]
     assert len({tuple(tokens) for tokens in clear.values()}) > 2
-    with start(str(made), ServerConfig(port=free_port(), timeout=180, dtype="float16")) as server:
+    options = ServerConfig(port=free_port(), timeout=BOOT_SECONDS, dtype="float16", settings=ROOM)
+    with start(str(made), beside_others(made, options, kv_gib=0.25)) as server:
         assert {each: answered(server, *each) for each in clear} == clear
 
 

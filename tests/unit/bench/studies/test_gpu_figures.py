@@ -12,9 +12,11 @@ from bench.cli import commands
 from bench.report.render.json_file import read
 from bench.studies import gpu_figures as card
 from bench.studies.cli import app
+from bench.studies.settings import CardSettings
 from serve.settings import profiles
 from tests.support.command import exit_code
 from tests.support.paths import RESULTS
+from toolkit.errors import BenchError
 
 H100 = RESULTS / "h100"
 SHIPPED = Path(profiles.__file__).parent / "profiles"
@@ -57,6 +59,17 @@ def test_sixteen_bits_are_measured_before_kernels() -> None:
     ]
     assert [pair.rates for pair in found] == [True, True, False, False]
     assert not any(pair.rates for pair in card.pairs([card.SHAPES["7b"]], rates=False))
+
+
+def test_less_is_measured_where_less_is_asked_for() -> None:
+    """A report needs both of its systems; the loads are those that were given."""
+    (shape,) = card.asked_for(CardSettings(shapes="qwen2.5-vl-3b", systems="bf16,awq-qvl", concurrency="1,8"))
+    assert [pair.name for pair in card.pairs([shape])] == ["qwen2.5-vl-3b-awq-qvl-against-bf16"]
+    assert shape.concurrency == "1,8" and card.SHAPES["qwen2.5-vl-3b"].concurrency == "1,8,32,128"
+    with pytest.raises(BenchError, match="--systems: fp8 is none of bf16, awq-qvl, awq"):
+        card.asked_for(CardSettings(shapes="7b", systems="fp8"))
+    with pytest.raises(BenchError, match="--shapes: '8b' is none of"):
+        card.asked_for(CardSettings(shapes="7b,8b"))
 
 
 def test_a_run_that_was_interrupted_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
