@@ -50,6 +50,7 @@ def write_random_head(checkpoint: Checkpoint, out: Path, *, seed: int = 0) -> Pa
 
     text, widths = checkpoint.text_config, checkpoint.family.widths(checkpoint.text_config)
     hidden, inner, query, value = (widths[name] for name in ("hidden", "inner", "query", "value"))
+    layers = int(text["num_hidden_layers"])
     vocabulary, guessable = int(text["vocab_size"]), min(_GUESSABLE, int(text["vocab_size"]) // 2)
     config = {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -67,6 +68,8 @@ def write_random_head(checkpoint: Checkpoint, out: Path, *, seed: int = 0) -> Pa
         "draft_vocab_size": guessable,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
+        # vLLM's own, which need a model that is deep enough to have three
+        "eagle_aux_hidden_state_layer_ids": [2, layers // 2, layers - 3] if layers > 9 else [1, 2, 3],
     }
     shapes = {
         "fc.weight": (hidden, 3 * hidden),

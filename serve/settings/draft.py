@@ -103,7 +103,8 @@ def _check_weights(path: Path, config: dict[str, Any], shapes: dict[str, tuple[i
     eagle = config.get("eagle_config") or {}
     if eagle.get("use_aux_hidden_state") is False:
         return
-    layers = eagle.get("eagle_aux_hidden_state_layer_ids") or ()
+    named = "eagle_aux_hidden_state_layer_ids"  # vLLM looks in both places, here first
+    layers = config.get(named) or eagle.get(named) or ()
     count = int(config.get("num_aux_hidden_states") or len(layers) or _AUXILIARY)
     hidden = int(config["hidden_size"])
     wide = (hidden, count * int(config.get("target_hidden_size") or hidden))

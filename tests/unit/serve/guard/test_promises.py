@@ -10,6 +10,7 @@ from functools import cache
 
 import pytest
 
+from serve.guard.fields import CHAT_FIELDS, COMPLETION_FIELDS
 from tests.support.paths import DOCS
 
 TESTS = DOCS.parent / "tests"
@@ -248,3 +249,13 @@ def guide() -> str:
 def test_what_the_guide_promises_is_tested(words: str, file: str, test: str) -> None:
     assert words in guide()
     assert re.search(rf"^(async )?def {test}\(", (TESTS / file).read_text("utf-8"), re.MULTILINE)
+
+
+def test_the_fields_of_the_guide_are_those_of_the_guard() -> None:
+    """All that is taken is listed, and nothing is listed both as taken and as refused."""
+    listed, _, refused = guide().partition("**Fields.** Taken:")[2].partition("Refused, among all others:")
+    rows = re.findall(r"\| ([^|]+) \| [^|]+ \|", refused.partition("A field that is null")[0])
+    taken = {word for word in re.findall(r"`([^`]+)`", listed) if not word.startswith("/")}
+    given = {word for row in rows for word in re.findall(r"`([^`]+)`", row)}
+    assert taken == CHAT_FIELDS | COMPLETION_FIELDS
+    assert len(given) > 20 and not given & taken

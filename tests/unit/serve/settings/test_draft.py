@@ -101,6 +101,7 @@ def test_a_head_of_more_hidden_states_is_taken(tmp_path: Path) -> None:
     for name, config, wide in (
         ("four", {"num_aux_hidden_states": 4}, (256, 1024)),
         ("listed", {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2]}}, (256, 512)),
+        ("beside", {"eagle_aux_hidden_state_layer_ids": [1, 2]}, (256, 512)),
         ("narrower", {"hidden_size": 128, "target_hidden_size": 256}, (128, 768)),
     ):
         draft = head(tmp_path / name, **config)
