@@ -24,6 +24,7 @@ from toolkit.quantize.progress import RunProgress
 from toolkit.quantize.recipe import Recipe, RunOptions
 from toolkit.quantize.record import write_rest
 from toolkit.quantize.samples import prepare_samples
+from toolkit.quantize.search.kernels.ahead import compiled_ahead
 from toolkit.quantize.shares import Outcome, search_shares
 from toolkit.quantize.source import Source, merged, open_source
 from toolkit.quantize.tower import in_a_stage
@@ -39,7 +40,7 @@ def run(model: str, out: Path, recipe: Recipe, options: RunOptions) -> Path:
     devices = find_devices(options.devices)
     _refuse_together(recipe, options, devices)
     began = time.perf_counter()
-    with RunProgress() as progress:
+    with RunProgress() as progress, contextlib.ExitStack() as beside:
         job = _job(source, recipe, devices, options, progress)
         needs = job.plan.check(out, _device(devices))
         if options.dry_run:
@@ -59,6 +60,7 @@ def run(model: str, out: Path, recipe: Recipe, options: RunOptions) -> Path:
             environment=_environment(devices),
             restart=options.restart,
         )
+        beside.enter_context(compiled_ahead(devices, recipe))
         if not journal.begun:  # whoever begun it has read the same files
             _refuse_values(source.checkpoint, progress)
         seconds = {"prepare": time.perf_counter() - began}

@@ -8,7 +8,7 @@ from toolkit.quantize.search.gram import group_moments
 from toolkit.quantize.search.grid import MIN_RANGE, snap
 from toolkit.quantize.search.kernels.trust import trusted
 
-__all__ = ["best_clip"]
+__all__ = ["best_clip", "has_clip_kernel"]
 
 #: Weights that the clip search works on at once.
 _CLIP_WEIGHTS = 2**25
@@ -34,7 +34,7 @@ def best_clip(
     """
     groups, group, _ = moments.shape
     tried = int(max_shrink * grid)
-    if _has_clip_kernel(weight, group):
+    if has_clip_kernel(weight.device, group):
         from toolkit.quantize.search.kernels import clip as _clip_kernel
 
         return _clip_kernel.best_clip(weight, moments.contiguous(), bits, grid, tried, MIN_RANGE)
@@ -43,11 +43,13 @@ def best_clip(
     return torch.cat([_best_clip(w, moments, bits, grid, tried) for w in chunks])
 
 
-def _has_clip_kernel(weight: torch.Tensor, group: int) -> bool:
-    """Return whether the Triton kernel takes this weight: groups that fill its tiles, a GPU that multiplies in TF32."""
-    device = weight.device
+def has_clip_kernel(device: torch.device, group: int) -> bool:
+    """Return whether the Triton kernel takes weights there: groups that fill its tiles, a GPU that multiplies in TF32.
+
+    The first call compiles it.
+    """
     return (
-        weight.is_cuda
+        device.type == "cuda"
         and group in (32, 64, 128)
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and trusted(f"clips of {group}", device, lambda: _clip_kernel_agrees(device, group))
@@ -55,14 +57,17 @@ def _has_clip_kernel(weight: torch.Tensor, group: int) -> bool:
 
 
 def _clip_kernel_agrees(device: torch.device, group: int) -> bool:
-    """Search the clips of a small weight with the kernel and without; near ties may fall either way."""
+    """Search the clips of a small weight with the kernel and without; near ties may fall either way.
+
+    Its rows are a multiple of 16, as a model's are, for which Triton compiles, and none of the kernel's own.
+    """
     from toolkit.quantize.search.kernels import clip as _clip_kernel
 
     rng = torch.Generator().manual_seed(0)
-    weight = (torch.randn(100, 2 * group, generator=rng) ** 3).to(device)
+    weight = (torch.randn(112, 2 * group, generator=rng) ** 3).to(device)
     x = (torch.randn(500, 2 * group, generator=rng) @ torch.randn(2 * group, 2 * group, generator=rng)).to(device)
     moments = group_moments(x, group)
-    w = weight.view(100, 2, group)
+    w = weight.view(112, 2, group)
 
     def loss(bounds: torch.Tensor) -> float:
         d = (snap(w.clamp(-bounds, bounds), 4) - w).transpose(0, 1)

@@ -183,8 +183,7 @@ def round_block(rounding: Rounding, start: int, targets: Tensor, feedback: Tenso
 
 def _rounder(weight: Tensor) -> tuple[int, Rounder]:
     """Return what rounds a weight [N, K] fastest, and how many columns at a time."""
-    device = weight.device
-    if weight.dtype == torch.float32 and trusted("compensated rounding", device, lambda: _kernel_agrees(device)):
+    if weight.dtype == torch.float32 and has_rounding_kernel(weight.device):
         from toolkit.quantize.search.kernels import compensate as kernel
 
         if weight.shape[1] % kernel.SUB_BLOCK == 0:
@@ -192,15 +191,24 @@ def _rounder(weight: Tensor) -> tuple[int, Rounder]:
     return BLOCK, round_block
 
 
+def has_rounding_kernel(device: torch.device) -> bool:
+    """Return whether the Triton kernel rounds float32 weights there. The first call compiles it."""
+    return trusted("compensated rounding", device, lambda: _kernel_agrees(device))
+
+
 def _kernel_agrees(device: torch.device) -> bool:
-    """Round a small weight with the kernel and without; sums in another order may turn a value here and there."""
+    """Round a small weight with the kernel and without; sums in another order may turn a value here and there.
+
+    Its rows are a multiple of 16, as a model's are, for which Triton compiles, and none of the kernel's own. Errors are
+    fed forward in TF32, which is how a search on a GPU has it.
+    """
     from toolkit.quantize.search.kernels import compensate as kernel
 
     rng = torch.Generator().manual_seed(0)
     x = (torch.randn(2048, 512, generator=rng) @ torch.randn(512, 512, generator=rng)).to(device)
-    weight = torch.randn(100, 512, generator=rng).to(device)
-    scales = weight.new_full((100, 4), 0.4).half()
-    zeros = torch.full((100, 4), 8, dtype=torch.uint8, device=device)
+    weight = torch.randn(112, 512, generator=rng).to(device)
+    scales = weight.new_full((112, 4), 0.4).half()
+    zeros = torch.full((112, 4), 8, dtype=torch.uint8, device=device)
     made = factor(x.t() @ x / len(x), len(x))
 
     def rounded(width: int, rounder: Rounder) -> tuple[Tensor, float]:
@@ -208,6 +216,6 @@ def _kernel_agrees(device: torch.device) -> bool:
         error = x @ ((values.float() - 8) * scales[:, :1].float() - weight).t()
         return values, float(error.square().sum())
 
-    ours, error = rounded(kernel.BLOCK, kernel.round_block)
+    ours, error = rounded(kernel.BLOCK, partial(kernel.round_block, precision="tf32"))
     theirs, limit = rounded(BLOCK, round_block)
     return float((ours == theirs).float().mean()) > 0.9 and error <= 1.02 * limit

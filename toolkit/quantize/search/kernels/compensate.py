@@ -29,11 +29,16 @@ SUB_BLOCK = 16
 _ROWS = 32
 
 
-def round_block(rounding: Rounding, start: int, targets: Tensor, feedback: Tensor) -> None:
+def round_block(
+    rounding: Rounding, start: int, targets: Tensor, feedback: Tensor, precision: str | None = None
+) -> None:
     """Round a block of columns; what :func:`toolkit.quantize.search.compensate.round_block` does, in one launch.
 
-    For float32, and a multiple of SUB_BLOCK columns. Feeds forward in TF32 where torch's own products may be.
+    For float32, and a multiple of SUB_BLOCK columns. Feeds forward in ``precision``, as Triton names it; None: in TF32
+    where torch's own products may be.
     """
+    if precision is None:
+        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     count, rows = targets.shape
     _walk[(triton.cdiv(rows, _ROWS),)](
         targets,
@@ -53,7 +58,7 @@ def round_block(rounding: Rounding, start: int, targets: Tensor, feedback: Tenso
         rounding.top,
         SUB_BLOCK=SUB_BLOCK,
         ROWS=_ROWS,
-        PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        PRECISION=precision,
         num_warps=1,
     )
 

@@ -6,6 +6,7 @@ Cards and Triton versions are many, and a kernel that rounds wrongly would only 
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,8 @@ from toolkit.console import warn
 __all__ = ["trusted"]
 
 _found: dict[tuple[str, torch.device], bool] = {}
+#: Whoever asks while a kernel is compiled waits for that.
+_compiling = threading.Lock()
 
 
 def trusted(what: str, device: torch.device, agrees: Callable[[], bool]) -> bool:
@@ -28,12 +31,13 @@ def trusted(what: str, device: torch.device, agrees: Callable[[], bool]) -> bool
     """
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
-    if (what, device) not in _found:
-        try:
-            trouble = None if agrees() else "its results are wrong"
-        except Exception as error:  # whatever a compiler or a driver may raise
-            trouble = f"{type(error).__name__}: {error}"
-        if trouble:
-            warn(f"the GPU kernel for {what} is not used on {device}, plain torch is, which is slower ({trouble})")
-        _found[what, device] = trouble is None
-    return _found[what, device]
+    with _compiling:
+        if (what, device) not in _found:
+            try:
+                trouble = None if agrees() else "its results are wrong"
+            except Exception as error:  # whatever a compiler or a driver may raise
+                trouble = f"{type(error).__name__}: {error}"
+            if trouble:
+                warn(f"the GPU kernel for {what} is not used on {device}, plain torch is, which is slower ({trouble})")
+            _found[what, device] = trouble is None
+        return _found[what, device]

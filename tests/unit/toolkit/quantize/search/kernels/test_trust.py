@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -24,6 +27,24 @@ def test_one_that_agrees_is_asked_once() -> None:
         return True
 
     assert kernels.trusted("rounding", GPU, agrees) and kernels.trusted("rounding", GPU, agrees)
+    assert len(asked) == 1
+
+
+def test_who_asks_while_one_is_compiled_waits_for_that() -> None:
+    asked: list[int] = []
+    begun, go = threading.Event(), threading.Event()
+
+    def agrees() -> bool:
+        asked.append(1)
+        begun.set()
+        return go.wait(60)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(kernels.trusted, "rounding", GPU, agrees)
+        assert begun.wait(60)
+        second = pool.submit(kernels.trusted, "rounding", GPU, agrees)
+        go.set()
+        assert first.result() and second.result()
     assert len(asked) == 1
 
 
