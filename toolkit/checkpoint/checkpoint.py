@@ -118,6 +118,11 @@ class Checkpoint:
         """Whether the output head is the embedding matrix, as the config says; silence is no, as in transformers 5."""
         return bool(self.text_config.get("tie_word_embeddings"))
 
+    @property
+    def head_name(self) -> str:
+        """Name of the output head's weight in 16 bits: that of the embeddings where they are tied."""
+        return f"{self.language_prefix}embed_tokens.weight" if self.tied_lm_head else "lm_head.weight"
+
     def layer_prefix(self, index: int) -> str:
         """Return what precedes ``self_attn...`` in the tensor names of decoder layer ``index``."""
         return f"{self.layers_prefix}{index}."

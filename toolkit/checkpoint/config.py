@@ -11,7 +11,7 @@ from toolkit.errors import AlreadyQuantized, CheckpointError
 from toolkit.models.families import family_of, why_not
 from toolkit.models.family import Family
 
-__all__ = ["QuantizationInfo", "read_family", "read_quantization", "read_text_config"]
+__all__ = ["QuantizationInfo", "read_family", "read_quantization", "read_text_config", "untied"]
 
 _SIZES = (
     "hidden_size",
@@ -68,6 +68,13 @@ def _refuse_contradictions(path: Path, config: dict[str, Any], nested: dict[str,
                 f"{path / 'config.json'} says {key} {outer!r}, and {inner!r} in text_config: "
                 "make both say what the weights were trained with."
             )
+
+
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json that says, wherever engines look, that the output head is a matrix of its own."""
+    text = config.get("text_config")
+    nested = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else {}
+    return {**config, **nested, "tie_word_embeddings": False}
 
 
 def read_quantization(path: Path, config: dict[str, Any]) -> QuantizationInfo | None:

@@ -1,7 +1,7 @@
 """Answers in calibration chats, what a model makes of them, and how far apart two models are there.
 
 What is kept of a model is not its logits, of which a large vocabulary makes gigabytes, but what comes out behind its
-last norm, [n, D]: the head is the source's in every candidate, so logits are made a few tokens at a time.
+last norm, [n, D]: logits are made a few tokens at a time, with the source's head but where a candidate has its own.
 """
 
 from __future__ import annotations
@@ -77,15 +77,18 @@ def final_states(
 
 @torch.no_grad()
 def differs_by_answer(
-    reference: Sequence[torch.Tensor], candidate: Sequence[torch.Tensor], head: torch.Tensor
+    reference: Sequence[torch.Tensor],
+    candidate: Sequence[torch.Tensor],
+    head: torch.Tensor,
+    own: torch.Tensor | None = None,
 ) -> list[bool]:
     """Return of each sample whether another token is likeliest anywhere; the arguments are `kl_by_answer`'s."""
-    weight = head.float()
+    weights = _weights(head, own)
     found = []
-    for before, after in zip(reference, candidate, strict=True):
+    for pair in zip(reference, candidate, strict=True):
         picks = [
             torch.cat([(part.to(weight.device) @ weight.t()).argmax(-1) for part in side.split(_TOKENS)])
-            for side in (before, after)
+            for side, weight in zip(pair, weights, strict=True)
         ]
         found.append(bool((picks[0] != picks[1]).any()))
     return found
@@ -93,19 +96,30 @@ def differs_by_answer(
 
 @torch.no_grad()
 def kl_by_answer(
-    reference: Sequence[torch.Tensor], candidate: Sequence[torch.Tensor], head: torch.Tensor
+    reference: Sequence[torch.Tensor],
+    candidate: Sequence[torch.Tensor],
+    head: torch.Tensor,
+    own: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Return KL(reference || candidate) in nats at every position of each sample: float64 [n] each.
 
     Args:
         reference, candidate: from `final_states`.
         head: [V, D], the output head; the work is done where it is, in float32.
+        own: the candidate's; None: the same.
     """
     lengths = [len(states) for states in reference]
     before, after = torch.cat(list(reference)), torch.cat(list(candidate))
     found = []
-    weight = head.float()
-    for a, b in zip(before.split(_TOKENS), after.split(_TOKENS), strict=True):
-        p, q = ((part.to(weight.device) @ weight.t()).log_softmax(-1) for part in (a, b))
+    weights = _weights(head, own)
+    for pair in zip(before.split(_TOKENS), after.split(_TOKENS), strict=True):
+        sides = zip(pair, weights, strict=True)
+        p, q = ((part.to(weight.device) @ weight.t()).log_softmax(-1) for part, weight in sides)
         found.append((p.exp() * (p - q)).double().sum(-1).clamp(min=0).cpu())
     return list(torch.cat(found).split(lengths))
+
+
+def _weights(head: torch.Tensor, own: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the heads of the reference and of the candidate in float32, where the first is."""
+    weight = head.float()
+    return weight, weight if own is None else own.to(weight.device, torch.float32)

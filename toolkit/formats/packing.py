@@ -21,6 +21,7 @@ tensors is in `toolkit.checkpoint.layouts`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +37,14 @@ __all__ = [
     "dequantize",
     "gemm_to_gemv",
     "gemv_to_gemm",
+    "join_outputs",
     "named",
     "pack",
     "pack_as",
     "pack_compressed",
     "pack_gemm",
     "pack_gemv",
+    "slice_outputs",
     "unpack",
     "unpack_as",
     "unpack_compressed",
@@ -75,6 +78,10 @@ class PackedLinear:
     qzeros: Tensor
     #: float16 as a rule; the dtype is kept.
     scales: Tensor
+
+    def to(self, device: torch.device) -> PackedLinear:
+        """Return the layer on a device."""
+        return PackedLinear(*(tensor.to(device) for tensor in (self.qweight, self.qzeros, self.scales)))
 
 
 def pack(values: Tensor, interleaved: bool = False) -> Tensor:
@@ -181,6 +188,22 @@ def unpack_as(format: str, packed: PackedLinear, group_size: int) -> QuantizedLi
     if format == "gemv":
         return unpack_gemv(packed, group_size)
     return unpack_gemm(packed) if format == "gemm" else unpack_compressed(packed)
+
+
+def join_outputs(format: str, parts: Sequence[PackedLinear]) -> PackedLinear:
+    """Return one layer of a format whose outputs are those of all parts, in turn; each has a multiple of 8."""
+    along = 1 if format == "gemm" else 0
+    each = zip(*((part.qweight, part.qzeros, part.scales) for part in parts), strict=True)
+    return PackedLinear(*(torch.cat(tensors, along) for tensors in each))
+
+
+def slice_outputs(format: str, packed: PackedLinear, start: int, stop: int) -> PackedLinear:
+    """Return outputs ``start`` to ``stop`` of a layer of a format, views of it; both are multiples of 8."""
+    words = slice(start // PACK, -(-stop // PACK))
+    if format == "gemm":
+        return PackedLinear(packed.qweight[:, words], packed.qzeros[:, words], packed.scales[:, start:stop])
+    zeros = words if format == "compressed-tensors" else slice(start, stop)
+    return PackedLinear(packed.qweight[start:stop], packed.qzeros[zeros], packed.scales[start:stop])
 
 
 def named(format: str, module: str, packed: PackedLinear) -> dict[str, Tensor]:

@@ -23,14 +23,16 @@ from toolkit.checkpoint.left_out import Linear
 from toolkit.errors import FormatError
 from toolkit.fidelity.answers import kl_by_answer, predictions
 from toolkit.fidelity.turns import Turns
-from toolkit.formats.packing import PackedLinear, dequantize, unpack_as
+from toolkit.formats.packing import PackedLinear, dequantize, slice_outputs, unpack_as
+from toolkit.quantize.head import HEAD, head_number
 from toolkit.quantize.parts import Parts, read_scales
 from toolkit.quantize.replay import written_layer
+from toolkit.quantize.search.sizes import HEAD_ROWS
 from toolkit.quantize.stream.layers import StreamedLayers
 from toolkit.quantize.stream.passing import LayerStream, held_samples
 from toolkit.quantize.stream.shell import embed, load_shell
 from toolkit.quantize.stream.states import States
-from toolkit.quantize.tower import stage_number
+from toolkit.quantize.tower import stage_numbers
 
 if TYPE_CHECKING:
     from toolkit.calibration.inputs import PreparedSample
@@ -117,6 +119,22 @@ class Written:
                         found[name.removeprefix(prefix)] = tensors.get_tensor(name)
         return found
 
+    def head(self, device: torch.device) -> torch.Tensor | None:
+        """Return the weight [V, D] float32 that the packed output head stands for; None where it is not packed."""
+        number = head_number(self.checkpoint, self.recipe)
+        if number is None:
+            return None
+        layout, size = LAYOUTS[self.recipe.format], self.recipe.group_size
+        with self._open(self.parts.layer_file(number)) as tensors:
+            packed = PackedLinear(*(tensors.get_tensor(f"{HEAD}.{part}").to(device) for part in layout.packed))
+        rows = int(self.checkpoint.text_config["vocab_size"])
+        found = torch.empty(rows, int(self.checkpoint.text_config["hidden_size"]), device=device)
+        for start in range(0, rows, HEAD_ROWS):
+            stop = min(start + HEAD_ROWS, rows)
+            part = unpack_as(self.recipe.format, slice_outputs(self.recipe.format, packed, start, stop), size)
+            found[start:stop] = dequantize(part, torch.float32)
+        return found
+
     def _open(self, file: Path) -> Any:
         from safetensors import safe_open
 
@@ -134,11 +152,6 @@ class Written:
             return scales
         head = self.checkpoint.family.widths(self.checkpoint.text_config)["head"]
         return scales.view(rows // head, -1, head)[:, 0].flatten()
-
-
-def stage_numbers(checkpoint: Checkpoint, recipe: Recipe) -> list[int]:
-    """Return the journal's numbers of the vision tower's stages; none where it stays in 16 bits."""
-    return list(stage_number(checkpoint)) if recipe.vision == "awq" else []
 
 
 def held_out(samples: Sequence[PreparedSample]) -> list[PreparedSample]:
@@ -181,8 +194,7 @@ class _Ways:
         starts = [sum(self.states.lengths[:i]) for i in range(len(samples))]
         self._rows = torch.cat([where + start for where, start in zip(self.positions, starts, strict=True)])
         self._norm = checkpoint.get(f"{checkpoint.language_prefix}norm.weight").to(device, torch.float32)
-        head = "lm_head.weight" if not checkpoint.tied_lm_head else f"{checkpoint.language_prefix}embed_tokens.weight"
-        self._head = checkpoint.get(head).to(device)
+        self._head = checkpoint.get(checkpoint.head_name).to(device)
 
     def through(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Return what a layer makes of hidden states [1, T, D]; these stay as they are."""
@@ -198,9 +210,9 @@ class _Ways:
         )
         return list(normed.cpu().split(self.tokens))
 
-    def kl(self, reference: list[torch.Tensor], hidden: torch.Tensor) -> list[float]:
-        """Return each answer's divergence from the reference's outcome, over its tokens."""
-        return [float(kl.sum()) for kl in kl_by_answer(reference, self.outcome(hidden), self._head)]
+    def kl(self, reference: list[torch.Tensor], hidden: torch.Tensor, own: torch.Tensor | None = None) -> list[float]:
+        """Return each answer's divergence from the reference's outcome, over its tokens; with a head of its own."""
+        return [float(kl.sum()) for kl in kl_by_answer(reference, self.outcome(hidden), self._head, own)]
 
 
 @torch.no_grad()
@@ -230,7 +242,7 @@ def cost_of_all(
             on_layer(index + 1)
     finally:
         ways.layers.close()
-    return Cost(ways.kl(ways.outcome(source), quantized), ways.tokens)
+    return Cost(ways.kl(ways.outcome(source), quantized, written.head(device)), ways.tokens)
 
 
 @torch.no_grad()

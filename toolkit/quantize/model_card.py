@@ -39,10 +39,17 @@ def model_card(manifest: dict[str, Any], model_type: str) -> str:
         f"worst {worst['relative_error']:.4f} (layer {worst['layer']})",
         "versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
     }
-    tower = "the vision tower, embeddings and output head are the source's"
+    others = ["the vision tower", "embeddings", "output head"]
+    packed = []
     if manifest["vision"]:
-        packed = sum(len(stage["choices"]) for stage in manifest["vision"])
-        tower = f"so are {packed} linears of the vision tower; embeddings and output head are the source's"
+        packed.append(f"{sum(len(stage['choices']) for stage in manifest['vision'])} linears of the vision tower")
+        others.remove("the vision tower")
+    if manifest["lm_head"]:
+        packed.append("the output head")
+        others.remove("output head")
+        rows["relative error of logits"] = f"{manifest['lm_head']['relative_error']:.4f}"
+    tower = f"so are {' and '.join(packed)}; " if packed else ""
+    tower += f"{', '.join(others[:-1])}{' and ' * (len(others) > 1)}{others[-1]} are the source's"
     left = f", and so are the linears of {manifest['left_in_16_bits']}" if manifest["left_in_16_bits"] else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---

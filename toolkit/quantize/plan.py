@@ -15,7 +15,7 @@ from toolkit.checkpoint.values import nbytes_in_16_bits
 from toolkit.errors import FormatError, ResourceError
 from toolkit.files import free_bytes
 from toolkit.host import available_memory
-from toolkit.quantize.search.sizes import REFIT_NUMBERS, REFIT_WEIGHTS, packed_bytes, screen_rows
+from toolkit.quantize.search.sizes import HEAD_ROWS, REFIT_NUMBERS, REFIT_WEIGHTS, packed_bytes, screen_rows
 from toolkit.quantize.stream.sizes import CHUNK_TOKENS, HELD_TOKENS, TOWER_PATCHES
 from toolkit.quantize.tower import packed_linears
 
@@ -43,6 +43,8 @@ GROUP_SIZES = (32, 64, 128, -1)
 #: int32 words hold eight values along the outputs (GEMM) or the inputs (the others).
 _PACK = 8
 _FLOAT = 4
+#: vLLM 0.32 pads the rows of a head to a multiple of this (``DEFAULT_VOCAB_PADDING_SIZE``).
+_VOCABULARY = 64
 #: What Python, torch and transformers take for themselves before any tensor: measured, CPU 0.45, CUDA 1.5 GB.
 _BASE_HOST = {"cpu": 0.5e9, "cuda": 1.6e9}
 #: CUDA context, cuBLAS workspaces and the allocator's rounding.
@@ -137,6 +139,12 @@ def check_settings(checkpoint: Checkpoint, recipe: Recipe) -> None:
             f"group size {group_size} does not divide the {inputs} inputs of {checkpoint.layer_prefix(0)}{name}: "
             f"use {', '.join(works)}"
         )
+    vocabulary = int(checkpoint.text_config["vocab_size"])
+    if recipe.lm_head and vocabulary % _VOCABULARY:
+        raise FormatError(
+            f"--lm-head: engines pad a vocabulary to a multiple of {_VOCABULARY}, and can't pad packed rows: "
+            f"{vocabulary} is none, leave --lm-head out"
+        )
     for name, (inputs, outputs) in shapes.items():
         if outputs % _PACK or inputs % _PACK:
             raise FormatError(
@@ -164,17 +172,24 @@ def make_plan(
     linears = {f"{name}.weight" for index in range(layers) for name in checkpoint.linear_names(index)}
     tower = _packed_tower(checkpoint, recipe)
     linears |= {f"{checkpoint.visual_prefix}{name}.weight" for name in tower}
+    vocabulary, hidden = (int(checkpoint.text_config[key]) for key in ("vocab_size", "hidden_size"))
+    head = packed_bytes(hidden, vocabulary, recipe.group_size) if recipe.lm_head else 0
+    linears |= {"lm_head.weight"} if recipe.lm_head else set()
     rest = sum(nbytes_in_16_bits(tensor) for name, tensor in checkpoint.tensors.items() if name not in linears)
-    disk = rest + layers * packed + sum(tower.values()) + 30_000_000  # tokenizer and config files
+    disk = rest + layers * packed + sum(tower.values()) + head + 30_000_000  # tokenizer and config files
 
     tokens = sum(sample.tokens for sample in samples)
     sample_bytes = sum(value.nbytes for sample in samples for value in sample.inputs.values())
     patches = sum(sample.vision_tokens for sample in samples) * checkpoint.vision.merge**2
     needs = _Needs(checkpoint, recipe, tokens, max(sample.tokens for sample in samples), patches)
-    writing = 2 * packed  # one layer is written, the next waits; what is not quantized is copied from the mapped file
+    # one layer is written, the next waits; of the head, its pieces and the whole. What is not quantized is copied from
+    # the mapped file
+    writing = max(2 * packed, 2 * head)
     seconds = _seconds(checkpoint, recipe, tokens, device) * layers
     if tower:
         seconds += _tower_seconds(checkpoint, min(patches, TOWER_PATCHES), device)
+    if recipe.lm_head:
+        seconds += _head_seconds((vocabulary, hidden), recipe, tokens, device)
     if devices > 1:
         seconds *= max(map(len, divide(range(layers), devices))) / layers
     if device.type == "cpu":
@@ -250,6 +265,7 @@ class _Needs:
         self.vision = sum(t.numel for t in visual) * _FLOAT
         #: a vision block's widest activations: four patches a token, the MLP four times as wide as the block or less
         self.seeing = vision.merge**2 * longest * 4 * max(vision.inner, 4 * vision.width) * _FLOAT
+        self.head = self._head(recipe, hidden, int(text["vocab_size"]), held) if recipe.lm_head else 0
         self.tower = self.tower_states = 0
         if recipe.vision == "awq":
             self._tower(checkpoint, min(patches, TOWER_PATCHES), longest)
@@ -281,6 +297,14 @@ class _Needs:
         self.tower_states = 2 * patches * vision.width * _FLOAT
         self.tower = stage + chunk + held + (3 * inputs**2 + 6 * widest) * _FLOAT
 
+    def _head(self, recipe: Recipe, hidden: int, vocabulary: int, held: int) -> int:
+        """What the output head takes: its moments, a piece of its rows and what rounds that, tokens held."""
+        rows = min(HEAD_ROWS, vocabulary)
+        thorough = recipe.effort == "best"
+        squares, copies = (6, 14) if thorough else (3, 10)
+        piece = copies * rows * hidden + 3 * held * rows
+        return (squares * hidden**2 + piece + (2 + thorough) * held * hidden) * _FLOAT
+
     def peak(self, states_too: bool) -> int:
         """Return the bytes of the worst moment, hidden states counted or not."""
         states = self.states if states_too else 0
@@ -289,7 +313,7 @@ class _Needs:
         if self.features:
             searching = max(self.passing, 3 * self.layer) + (self.features if states_too else 0)
         tower = self.tower + (self.tower_states if states_too else 0)
-        return max(embedding, states + self.layer + self.held + searching, tower)
+        return max(embedding, states + self.layer + self.held + searching, tower, states + self.head)
 
 
 def _seconds(checkpoint: Checkpoint, recipe: Recipe, tokens: int, device: torch.device) -> float:
@@ -348,6 +372,19 @@ def _tower_seconds(checkpoint: Checkpoint, patches: int, device: torch.device) -
     rounding = sum(n * k * k * 2 + k**3 for n, k in shapes)
     screening = 40 * 2 * sum(screen_rows(k) * k * k for _, k in shapes)
     return 1.3 * (2.0 * patches * weights + 1.1 * patches * squares + rounding + screening) / flops_rate
+
+
+def _head_seconds(shape: tuple[int, int], recipe: Recipe, tokens: int, device: torch.device) -> float:
+    """Return the seconds that the output head [V, D] will take: its products once each, as `_seconds` counts."""
+    flops_rate, bytes_rate = _rates(device)
+    rows, hidden = shape
+    held = min(HELD_TOKENS, tokens // 10 + 1)
+    sweeps = 40 if recipe.effort == "best" else 1
+    flops = 2.0 * rows * hidden**2 * sweeps + 6 * held * rows * hidden + 1.1 * tokens * hidden**2
+    kernels = device.type == "cuda"
+    traffic = (10 if kernels else 140) * _FLOAT * rows * hidden
+    ideal = flops / flops_rate + traffic / bytes_rate
+    return _GPU_SHORTFALL * ideal if kernels else ideal
 
 
 def _rates(device: torch.device) -> tuple[float, float]:

@@ -28,6 +28,7 @@ _RECORDED = (
     "rounding",
     "balance",
     "vision",
+    "lm_head",
     "skip",
     "samples",
     "max_tokens",
@@ -91,6 +92,7 @@ class Recipe(Settings):
         Literal["16bit", "awq"],
         Option("The vision tower: 16bit as in the source, or awq in 4 bits.", panel=_MIXED),
     ] = "16bit"
+    lm_head: Annotated[bool, Option("Quantize the output head too; a tied one is untied.", panel=_MIXED)] = False
     skip: Annotated[str | None, Option("Regular expression of linears to leave in 16 bits.", panel=_MIXED)] = None
     from_report: Annotated[Path | None, Option("A layers' report: leave in 16 bits what hurts most.", panel=_MIXED)] = (
         None

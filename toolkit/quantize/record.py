@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from toolkit.checkpoint.compressed import quantization_config
+from toolkit.checkpoint.config import untied
 from toolkit.checkpoint.layouts import LAYOUTS
 from toolkit.checkpoint.left_out import ignored, modules_to_not_convert
 from toolkit.quantize.job import Job, Made
 from toolkit.quantize.journal import Journal
 from toolkit.quantize.model_card import model_card, versions
+from toolkit.quantize.tower import stage_numbers
 from toolkit.quantize.verdict import unit_costs
 
 __all__ = ["write_rest"]
@@ -41,8 +43,9 @@ def write_rest(journal: Journal, job: Job, made: Made, seconds: dict[str, float]
 
 def _config(job: Job, made: Made) -> dict[str, Any]:
     """Return the config.json of what was quantized with what engines read of the quantization."""
+    config = untied(made.config) if job.recipe.lm_head else made.config
     return {
-        **_in_16_bits(made.config),
+        **_in_16_bits(config),
         "quantization_config": _quantization(job),
     }
 
@@ -51,12 +54,12 @@ def _quantization(job: Job) -> dict[str, Any]:
     checkpoint, recipe, left = job.source.checkpoint, job.recipe, job.source.left
     tower = job.source.tower_left
     if LAYOUTS[recipe.format].method == "compressed-tensors":
-        return quantization_config(
-            recipe.group_size, ignored(left, checkpoint.num_layers, checkpoint.family, tower=tower)
-        )
+        entries = ignored(left, checkpoint.num_layers, checkpoint.family, recipe.lm_head, tower)
+        return quantization_config(recipe.group_size, entries, recipe.lm_head)
     return {
         "bits": recipe.bits,
         "group_size": recipe.group_size,
+        **({"lm_head": True} if recipe.lm_head else {}),
         "modules_to_not_convert": modules_to_not_convert(left, checkpoint.num_layers, checkpoint.family, tower),
         "quant_method": "awq",
         "version": recipe.format,
@@ -73,7 +76,8 @@ def _in_16_bits(config: dict[str, Any]) -> dict[str, Any]:
 
 def _manifest(job: Job, made: Made, records: list[dict[str, Any]]) -> dict[str, Any]:
     """Return qvl.json: nothing in it differs from run to run."""
-    layers = job.source.checkpoint.num_layers
+    layers, stages = job.source.checkpoint.num_layers, len(stage_numbers(job.source.checkpoint, job.recipe))
+    head = records[-1] if job.recipe.lm_head else None
     return {
         "manifest_version": MANIFEST_VERSION,
         "source": {**job.source.told, "hash": made.hash},
@@ -83,7 +87,11 @@ def _manifest(job: Job, made: Made, records: list[dict[str, Any]]) -> dict[str, 
         "versions": versions(),
         "vision_sensitivity": None if made.balance is None else [round(ratio, 6) for ratio in made.balance],
         "layers": [{key: value for key, value in layer.items() if key != "errors"} for layer in records[:layers]],
-        "vision": [{key: value for key, value in stage.items() if key != "layer"} for stage in records[layers:]],
+        "vision": [
+            {key: value for key, value in stage.items() if key != "layer"}
+            for stage in records[layers : layers + stages]
+        ],
+        "lm_head": head and {key: value for key, value in head.items() if key != "module"},
     }
 
 

@@ -15,6 +15,7 @@ from toolkit.checkpoint.values import in_16_bits, refuse_values
 from toolkit.console import note, warn
 from toolkit.errors import CheckpointError, FormatError
 from toolkit.quantize.devices import find_devices
+from toolkit.quantize.head import HEAD, head_number
 from toolkit.quantize.identity import source_identity
 from toolkit.quantize.job import Job, Made
 from toolkit.quantize.journal import Journal
@@ -187,6 +188,8 @@ def _make_layers(journal: Journal, job: Job, progress: RunProgress) -> Made:
         rest = [name for name in checkpoint.tensors if not name.startswith(checkpoint.layers_prefix)]
         if job.source.tower_left is not None:
             rest = [name for name in rest if not in_a_stage(checkpoint, name)]
+        if job.source.lm_head:
+            rest = [name for name in rest if not name.startswith(f"{HEAD}.")]
         copying = pool.submit(journal.add_rest, ((name, in_16_bits(checkpoint.get(name))) for name in rest))
         progress.layers(len(journal.done), layers)
         if job.recipe.balance != "none":
@@ -215,10 +218,13 @@ def _sensitivity(checkpoint: Checkpoint, job: Job, progress: RunProgress) -> lis
     return list(measure(checkpoint, job.calibration.samples, _device(job.devices), on_step=progress.advance))
 
 
-def _divided(todo: Sequence[int], layers: int, devices: int) -> list[tuple[int, ...]]:
-    """Share out decoder layers and the vision tower's stages, each kind by itself."""
-    kinds = [[i for i in todo if i < layers], [i for i in todo if i >= layers]]
-    return [(*a, *b) for a, b in zip(*(divide(kind, devices) for kind in kinds), strict=True)]
+def _divided(todo: Sequence[int], layers: int, devices: int, head: int | None = None) -> list[tuple[int, ...]]:
+    """Share out decoder layers and the vision tower's stages, each kind by itself; the head goes with the last."""
+    kinds = [[i for i in todo if i < layers], [i for i in todo if i >= layers and i != head]]
+    shares = [(*a, *b) for a, b in zip(*(divide(kind, devices) for kind in kinds), strict=True)]
+    if head in todo:
+        shares[-1] = (*shares[-1], head)
+    return shares
 
 
 def _shares(
@@ -228,6 +234,7 @@ def _shares(
     import torch
 
     threads = torch.get_num_threads()
+    shared = _divided(todo, checkpoint.num_layers, len(job.devices), head_number(checkpoint, job.recipe))
     return [
         Share(
             checkpoint.path,
@@ -241,6 +248,6 @@ def _shares(
             job.report is not None,
             threads,
         )
-        for device, layers in zip(job.devices, _divided(todo, checkpoint.num_layers, len(job.devices)), strict=True)
+        for device, layers in zip(job.devices, shared, strict=True)
         if layers
     ]

@@ -29,7 +29,7 @@ class Source:
 
     ``told``: where it came from, as in qvl.json. ``left``: linears that stay in 16 bits. ``stamps``: size and time of
     its files; ``adapter_stamps``: of an adapter's. ``tower_left``: linears of the vision tower that stay in 16 bits,
-    by their names behind `Names.visual`; None: the tower is not quantized.
+    by their names behind `Names.visual`; None: the tower is not quantized. ``lm_head``: whether the output head is.
     """
 
     checkpoint: Checkpoint
@@ -38,11 +38,13 @@ class Source:
     stamps: dict[str, dict[str, int]]
     adapter_stamps: dict[str, dict[str, int]]
     tower_left: tuple[str, ...] | None = None
+    lm_head: bool = False
 
     @property
     def parts(self) -> int:
-        """How many pieces are searched: decoder layers, and the vision tower's stages where it is quantized."""
-        return self.checkpoint.num_layers + (0 if self.tower_left is None else self.checkpoint.vision.depth + 1)
+        """How many pieces are searched: decoder layers, the vision tower's stages and the head, if they are."""
+        stages = 0 if self.tower_left is None else self.checkpoint.vision.depth + 1
+        return self.checkpoint.num_layers + stages + self.lm_head
 
     @property
     def left_in_words(self) -> str | None:
@@ -90,6 +92,7 @@ def open_source(model: str, out: Path, recipe: Recipe, force: bool) -> Source:
         source_identity(checkpoint),
         _adapter_stamps(recipe.adapter),
         _tower_left(checkpoint, recipe),
+        recipe.lm_head,
     )
     if any(tensor.dtype == "F32" for tensor in checkpoint.tensors.values()):
         note("the source holds fp32 weights: what is not packed (vision tower, embeddings, norms) is written as fp16")

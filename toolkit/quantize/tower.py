@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from toolkit.quantize.stream.states import Held
     from toolkit.quantize.stream.tower import Stage, TowerStream
 
-__all__ = ["TowerWork", "in_a_stage", "packed_linears", "stage_name", "stage_number"]
+__all__ = ["TowerWork", "in_a_stage", "packed_linears", "stage_name", "stage_number", "stage_numbers"]
 
 #: Is given a stage's number, its error, seconds by step.
 Finished = Callable[[int, float, dict[str, float]], None]
@@ -50,6 +50,11 @@ def in_a_stage(checkpoint: Checkpoint, name: str) -> bool:
 def stage_number(checkpoint: Checkpoint) -> range:
     """Return the journal's numbers of the tower's stages."""
     return range(checkpoint.num_layers, checkpoint.num_layers + checkpoint.vision.depth + 1)
+
+
+def stage_numbers(checkpoint: Checkpoint, recipe: Recipe) -> list[int]:
+    """Return the journal's numbers of the tower's stages; none where it stays in 16 bits."""
+    return list(stage_number(checkpoint)) if recipe.vision == "awq" else []
 
 
 def stage_name(checkpoint: Checkpoint, index: int) -> str:

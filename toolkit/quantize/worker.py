@@ -19,6 +19,7 @@ from toolkit.checkpoint.left_out import Linear
 from toolkit.checkpoint.values import in_16_bits
 from toolkit.errors import QvlError, ResourceError
 from toolkit.quantize.events import Captured, Ended, Event, Failed, LayerDone, Note
+from toolkit.quantize.head import HEAD, head_number, quantize_head
 from toolkit.quantize.parts import Parts
 from toolkit.quantize.progress import MemoryWatch
 from toolkit.quantize.recipe import Recipe
@@ -96,10 +97,14 @@ def run(share: Share, samples: Sequence[PreparedSample], tell: Tell) -> None:
     try:
         with MemoryWatch() as memory, writer:
             _search_tower(checkpoint, share, samples, device, tell)
-            if any(index < checkpoint.num_layers for index in share.wanted):
+            head = head_number(checkpoint, share.recipe)
+            if any(index < checkpoint.num_layers or index == head for index in share.wanted):
                 stream, layers = _captured(checkpoint, share, samples, device, tell)
                 embedded = time.perf_counter() - began
-                _search(checkpoint, share, stream, layers, finished)
+                paired = _search(checkpoint, share, stream, layers, finished)
+                writer.wait()
+                if head in share.wanted:
+                    tell(_search_head(checkpoint, share, stream, paired, peak))
             writer.wait()
     except torch.OutOfMemoryError as error:
         less = ", use --rounding nearest, which needs less," if share.recipe.rounding == "compensated" else ""
@@ -132,8 +137,8 @@ def _search_tower(
     """Search the vision tower's stages among the share's, which are gone from memory afterwards."""
     import torch
 
-    layers = checkpoint.num_layers
-    wanted = [index - layers for index in share.wanted if index >= layers]
+    layers, head = checkpoint.num_layers, head_number(checkpoint, share.recipe)
+    wanted = [index - layers for index in share.wanted if index >= layers and index != head]
     if not wanted:
         return
 
@@ -181,8 +186,11 @@ def _search(
     stream: LayerStream,
     layers: StreamedLayers,
     finished: Callable[[LayerResult], None],
-) -> None:
-    """Search the wanted layers, one after the other, and pass the samples through those before and between."""
+) -> PairedStream | None:
+    """Search the wanted layers, one after the other, and pass the samples through those before and between.
+
+    Where the head is wanted, they pass through all layers. Returns them on their second way, where there is one.
+    """
     import torch
 
     from toolkit.quantize.layer import Clock
@@ -196,6 +204,8 @@ def _search(
     try:
         with torch.no_grad():
             wanted = [index for index in share.wanted if index < checkpoint.num_layers]
+            if head_number(checkpoint, share.recipe) in share.wanted:  # it stands behind all layers
+                wanted.append(checkpoint.num_layers - 1)
             for index in range(max(wanted) + 1):
                 clock = Clock(stream.device)
                 layer = layers.load(index)
@@ -212,6 +222,38 @@ def _search(
                 finished(result)
     finally:
         layers.close()
+    return paired
+
+
+def _search_head(
+    checkpoint: Checkpoint, share: Share, stream: LayerStream, paired: PairedStream | None, peak: Callable[[], int]
+) -> LayerDone:
+    """Search the output head, on samples that have passed through all layers."""
+    from toolkit.quantize.layer import Clock
+
+    number = head_number(checkpoint, share.recipe)
+    assert number is not None
+    clock = Clock(stream.device)
+    settings = _settings(checkpoint, share.recipe)
+    error = quantize_head(checkpoint, share.recipe, share.directory, stream, settings, paired)
+    clock("search")
+    return LayerDone(number, error, {**clock.seconds, "total": sum(clock.seconds.values())}, peak(), HEAD)
+
+
+def _settings(checkpoint: Checkpoint, recipe: Recipe) -> SearchSettings:
+    """Return what holds for all linears."""
+    from toolkit.quantize.search.strategy import SearchSettings
+
+    norm = in_16_bits(checkpoint.get(f"{checkpoint.layer_prefix(0)}{next(iter(checkpoint.family.norms))}.weight"))
+    return SearchSettings(
+        checkpoint.family,
+        recipe.group_size,
+        recipe.bits,
+        norm.dtype,
+        recipe.clip,
+        recipe.rounding or "nearest",
+        recipe.scaling != "none",
+    )
 
 
 def _paired(checkpoint: Checkpoint, share: Share, stream: LayerStream) -> PairedStream | None:
@@ -228,19 +270,8 @@ def _quantizer(
     checkpoint: Checkpoint, share: Share, stream: LayerStream, paired: PairedStream | None
 ) -> LayerQuantizer:
     from toolkit.quantize.layer import LayerQuantizer
-    from toolkit.quantize.search.strategy import SearchSettings
 
-    recipe = share.recipe
-    norm = in_16_bits(checkpoint.get(f"{checkpoint.layer_prefix(0)}{next(iter(checkpoint.family.norms))}.weight"))
-    settings = SearchSettings(
-        checkpoint.family,
-        recipe.group_size,
-        recipe.bits,
-        norm.dtype,
-        recipe.clip,
-        recipe.rounding or "nearest",
-        recipe.scaling != "none",
-    )
+    recipe, settings = share.recipe, _settings(checkpoint, share.recipe)
     if paired is not None:
         from toolkit.quantize.search.chained import ChainedSearch
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
+from toolkit.checkpoint.config import untied
 from toolkit.checkpoint.side_files import TEMPLATES, chat_template
 from toolkit.checkpoint.writer import side_files
 from toolkit.console import note
@@ -76,7 +77,7 @@ def merge(checkpoint: Checkpoint, adapter: Path, out: Path, force: bool = False)
         )
         config = checkpoint.config
         if checkpoint.tied_lm_head and not _equal(head, embeddings):
-            config = _untied(config)
+            config = untied(config)
             changed += 1
             note(
                 "the adapter trained lm_head apart from the embeddings: it becomes a tensor of its own, no longer tied"
@@ -241,12 +242,6 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     import torch
 
     return torch.equal(a, b)
-
-
-def _untied(config: dict[str, Any]) -> dict[str, Any]:
-    text = config.get("text_config")
-    nested = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else {}
-    return {**config, **nested, "tie_word_embeddings": False}
 
 
 def transformers_name(checkpoint: Checkpoint, name: str) -> str:

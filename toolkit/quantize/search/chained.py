@@ -46,7 +46,7 @@ from toolkit.quantize.stream.states import Inputs
 if TYPE_CHECKING:
     from toolkit.models.family import Family
 
-__all__ = ["RESIDUAL", "ChainedSearch", "asymmetric_target", "residuals_of"]
+__all__ = ["RESIDUAL", "ChainedSearch", "UnitRounding", "asymmetric_target", "residuals_of"]
 
 Result = TypeVar("Result")
 #: How a layer's tensor stands in the file, by layer and local name: float32 again.
@@ -140,7 +140,7 @@ class ChainedSearch:
         moments = self._persist(partial(self._moments, unit, task, quantized))
         held = self._persist(partial(self.paired.compare_held, task.layer, task.held.states, quantized, unit))
         task.clock("forward")
-        rounding = _UnitRounding(weight, [len(weights[name]) for name in names], moments, held, self.settings)
+        rounding = UnitRounding(weight, [len(weights[name]) for name in names], moments, held, self.settings)
         for name, (part, choice) in zip(names, self._persist(rounding.run), strict=True):
             found.linears[name] = part
             found.choices[name] = choice
@@ -170,7 +170,7 @@ class ChainedSearch:
         return self._persist(step) if self.paired.make_room() else step()
 
 
-class _UnitRounding:
+class UnitRounding:
     """Rounds the linears that share an input."""
 
     def __init__(

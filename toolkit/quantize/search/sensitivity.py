@@ -248,7 +248,7 @@ def _head_gradient(
     prefix = checkpoint.language_prefix
     norm = checkpoint.get(f"{prefix}norm.weight").to(device, torch.float32)
     eps = float(checkpoint.text_config["rms_norm_eps"])
-    head = checkpoint.get(f"{prefix}embed_tokens.weight" if checkpoint.tied_lm_head else "lm_head.weight")
+    head = checkpoint.get(checkpoint.head_name)
     found = torch.empty_like(hidden)
     for part in torch.arange(len(hidden)).split(_POSITIONS):
         x = hidden[part].to(device).requires_grad_()
