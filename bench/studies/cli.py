@@ -11,6 +11,7 @@ from bench.studies.quantizer.cli import register as register_quantizer
 from bench.studies.settings import (
     AgreementSettings,
     BesideSettings,
+    BootsSettings,
     CapacitySettings,
     CardSettings,
     ChoicesSettings,
@@ -43,6 +44,15 @@ def agreement(settings: AgreementSettings) -> None:
     from bench.studies.agreement import run
 
     run(settings)
+
+
+@app.command()
+@settings_as_options
+def boots(model: Annotated[str, typer.Argument(help="Directory, hub id or demo.")], settings: BootsSettings) -> None:
+    """What does a flag or a variable bring? Servers started in several ways, asked in turns."""
+    from bench.studies.boots import run
+
+    run(model, settings)
 
 
 @app.command("capacity-check")

@@ -38,14 +38,30 @@ LAYERS = {
     "3-8b": (4096, 12288, 32, 8, 128),
     "3-32b": (5120, 25600, 64, 8, 128),
 }
+#: Rows of their output heads, which ``--products head`` is about.
+HEADS = {
+    "2b": 151936,
+    "7b": 152064,
+    "72b": 152064,
+    "2.5-3b": 151936,
+    "2.5-32b": 152064,
+    "3-2b": 151936,
+    "3-4b": 151936,
+    "3-8b": 151936,
+    "3-32b": 151936,
+}
 #: Bytes of weights that a replay reads: several times the L2 cache.
 _ROTATED = 250e6
 _ERROR = 5e-3
+#: Columns that are packed at once.
+_COLUMNS = 4096
 
 
-def shapes_of(model: str, gpus: int = 1) -> dict[str, tuple[int, int]]:
-    """Return (N, K) of a decoder layer's four products on one of ``gpus`` GPUs, where they divide."""
+def shapes_of(model: str, gpus: int = 1, products: str = "layer") -> dict[str, tuple[int, int]]:
+    """Return (N, K) of a layer's four products, or of the "head", on one of ``gpus`` GPUs, where they divide."""
     hidden, inner, heads, kv_heads, head = LAYERS[model]
+    if products == "head":
+        return {"head": (HEADS[model] // gpus, hidden)}
     if heads % gpus or (inner % gpus):
         return {}
     kv = max(1, kv_heads // gpus)
@@ -90,18 +106,33 @@ class Weights:
 
     def __init__(self, columns: int, inputs: int, group: int, copies: int) -> None:
         generator = np.random.default_rng(columns * 31 + inputs)
-        values = generator.integers(0, 16, (inputs, columns), dtype=np.uint8)
+        torch.manual_seed(columns * 31 + inputs)
+        values = torch.randint(0, 16, (inputs, columns), dtype=torch.uint8, device="cuda")
         zeros = generator.integers(0, 16, (inputs // group, columns), dtype=np.uint8)
         scales = (torch.rand(inputs // group, columns) * 0.01 + 0.001).bfloat16()
         lanes = torch.from_numpy(np.ascontiguousarray(tiles.by_lane(scales.view(torch.int16).numpy())))
         steps = scales.float().cuda().repeat_interleave(group, 0)
         origin = torch.from_numpy(zeros).cuda().float().repeat_interleave(group, 0)
-        self.dense = (torch.from_numpy(values).cuda().float() - origin) * steps
-        first = torch.from_numpy(tiles.pack(values)).cuda()
+        self.dense = values.float().sub_(origin).mul_(steps)
+        first = packed(values)
         others = [torch.randint(-(2**31), 2**31 - 1, first.shape, dtype=torch.int32).cuda() for _ in range(1)]
         self.words = [first, *(others[0].roll(i) for i in range(copies - 1))]
         self.scales = [lanes.view(torch.bfloat16).cuda() for _ in range(copies)]
         self.zeros = [torch.from_numpy(tiles.pack_zeros(zeros)).cuda() for _ in range(copies)]
+
+
+def packed(values: torch.Tensor) -> torch.Tensor:
+    """Pack 4-bit values [K, N] as `tiles.pack` does, where they are: an output head takes numpy minutes."""
+    return torch.cat([_packed(part) for part in values.split(_COLUMNS, 1)], 1)
+
+
+def _packed(values: torch.Tensor) -> torch.Tensor:
+    inputs, columns = values.shape
+    parts = values.to(torch.int64).reshape(inputs // 16, 2, 4, 2, columns // 64, 4, 2, 8)
+    lanes = parts.permute(0, 4, 7, 2, 5, 6, 1, 3).reshape(inputs // 16, columns // 64, 32, 4, 8)
+    places = torch.tensor(tiles.ORDER, device=values.device).argsort() * 4
+    words = (lanes << places).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
 def copies_of(columns: int, inputs: int, bits: int) -> int:
@@ -114,7 +145,9 @@ def run(settings: KernelSettings) -> None:
     groups = [int(group) for group in settings.groups.split(",")]
     gpus = [int(number) for number in settings.gpus.split(",")]
     models = settings.models.split(",")
-    shapes = [shape for model in models for number in gpus for shape in shapes_of(model, number).values()]
+    shapes = [
+        shape for model in models for number in gpus for shape in shapes_of(model, number, settings.products).values()
+    ]
     tune(settings.out, shapes, groups, settings.seconds)
 
 

@@ -136,7 +136,7 @@ def run(settings: BesideSettings) -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     with world():
         for model in settings.models.split(","):
-            for name, (columns, inputs) in shapes_of(model).items():
+            for name, (columns, inputs) in shapes_of(model, products=settings.products).items():
                 key = f"{model} {name} {columns}x{inputs}"
                 for kernel in (BF16, *kernels):
                     if time.monotonic() > end:

@@ -54,9 +54,28 @@ class BesideSettings(Settings):
     kernels: Annotated[str, Option("Beside bf16: of qvl, humming, marlin, machete, triton.")] = (
         "qvl,humming,marlin,machete"
     )
+    products: Annotated[Literal["layer", "head"], Option("A decoder layer's, or the output head's.")] = "layer"
     rows: Annotated[str, Option("Of the inputs.")] = "1,2,4,8,16,32,64,128"
     seconds: Annotated[float, Option("Begin nothing after so long.")] = 3600.0
     out: Annotated[Path, Option("Directory of results.json and README.md.")] = Path("docs/results/kernels")
+
+
+class BootsSettings(Settings):
+    """Of `bench.studies.boots`."""
+
+    out: Annotated[Path, Option("Directory of results.json, README.md and logs.")]
+    way: Annotated[tuple[str, ...], Option("NAME=[VARIABLE=VALUE ...] [OPTION ...] [-- FLAG ...]; repeatable.")] = ()
+    options: Annotated[str, Option("Options of qvl serve for all.")] = "--max-model-len 4096"
+    flags: Annotated[str, Option("Flags of vLLM for all.")] = ""
+    concurrency: Annotated[str, Option("Answers under way.")] = "1,8"
+    requests: Annotated[int, Option("Of each that keeps an answer under way, a round.", least=1)] = 6
+    rounds: Annotated[int, Option("Beside one that warms up.", least=1)] = 3
+    output_tokens: Annotated[int, Option("Of each answer.", least=2)] = 128
+    prompt_tokens: Annotated[int, Option("Words of each prompt.")] = 64
+    image_sizes: Annotated[str, Option("Images, WIDTHxHEIGHT or text.")] = "text"
+    stacks: Annotated[float, Option("Sample the first server's processes with py-spy for so many seconds.")] = 0.0
+    port: Annotated[int, Option("Of the first server.")] = 18100
+    seconds: Annotated[float, Option("Begin nothing after so long.")] = 3600.0
 
 
 class CapacitySettings(Settings):
@@ -239,6 +258,7 @@ class KernelSettings(Settings):
     models: Annotated[str, Option("Of those in bench/studies/kernels.py, the most important first.")] = (
         "7b,2b,2.5-3b,3-8b,3-4b,3-2b,72b,2.5-32b,3-32b"
     )
+    products: Annotated[Literal["layer", "head"], Option("A decoder layer's, or the output head's.")] = "layer"
     gpus: Annotated[str, Option("Numbers of GPUs that share a layer.")] = "1,2,4,8"
     groups: Annotated[str, Option("Group sizes.")] = "128,64,32"
     seconds: Annotated[float, Option("Begin no shape after so long.")] = 3600.0

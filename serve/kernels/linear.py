@@ -144,6 +144,7 @@ class QvlLinearKernel(HummingLinearKernel):
         except Exception as error:
             _log.warning("no kernel of qvl for %s (%s: %s): Humming goes on", self._key, type(error).__name__, error)
             return None
+        _log.info("qvl's kernel takes %s, up to %d rows", self._key, product.max_rows)
         return found
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

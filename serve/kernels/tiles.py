@@ -16,9 +16,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["by_lane", "pack", "pack_zeros", "unpack"]
+__all__ = ["ORDER", "by_lane", "pack", "pack_zeros", "unpack"]
 
-_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+#: Which of a word's eight weights each nibble holds.
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def pack(values: NDArray[np.integer]) -> NDArray[np.int32]:
@@ -37,7 +38,7 @@ def pack(values: NDArray[np.integer]) -> NDArray[np.int32]:
     parts = values.astype(np.uint32).reshape(inputs // 16, 2, 4, 2, columns // 64, 4, 2, 8)
     lanes = parts.transpose(0, 4, 7, 2, 5, 6, 1, 3).reshape(inputs // 16, columns // 64, 32, 4, 8)
     words = np.zeros(lanes.shape[:-1], np.uint32)
-    for nibble, element in enumerate(_ORDER):
+    for nibble, element in enumerate(ORDER):
         words |= lanes[..., element] << np.uint32(4 * nibble)
     return words.view(np.int32)
 
@@ -46,7 +47,7 @@ def unpack(words: NDArray[np.int32]) -> NDArray[np.uint8]:
     """Undo `pack`: [K / 16, N / 64, 32, 4] -> [K, N]."""
     ktiles, ntiles = words.shape[:2]
     lanes = np.empty((*words.shape, 8), np.uint8)
-    for nibble, element in enumerate(_ORDER):
+    for nibble, element in enumerate(ORDER):
         lanes[..., element] = words.view(np.uint32) >> np.uint32(4 * nibble) & 15
     parts = lanes.reshape(ktiles, ntiles, 8, 4, 4, 2, 2, 2).transpose(0, 6, 3, 7, 1, 4, 5, 2)
     return parts.reshape(ktiles * 16, ntiles * 64)

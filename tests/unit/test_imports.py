@@ -89,6 +89,7 @@ TENSORS = {
     "toolkit.quantize.search.descent",
     "toolkit.quantize.search.gram",
     "toolkit.quantize.search.grid",
+    "toolkit.quantize.search.head",
     "toolkit.quantize.search.kernels.clip",
     "toolkit.quantize.search.kernels.compensate",
     "toolkit.quantize.search.kernels.rounding",

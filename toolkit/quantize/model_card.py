@@ -48,7 +48,8 @@ def model_card(manifest: dict[str, Any], model_type: str) -> str:
         packed.append("the output head")
         others.remove("output head")
         rows["relative error of logits"] = f"{manifest['lm_head']['relative_error']:.4f}"
-    tower = f"so are {' and '.join(packed)}; " if packed else ""
+    are = "are" if manifest["vision"] else "is"
+    tower = f"so {are} {' and '.join(packed)}; " if packed else ""
     tower += f"{', '.join(others[:-1])}{' and ' * (len(others) > 1)}{others[-1]} are the source's"
     left = f", and so are the linears of {manifest['left_in_16_bits']}" if manifest["left_in_16_bits"] else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())

@@ -101,6 +101,7 @@ def test_what_qvl_json_records() -> None:
         ("rounding", "compensated"),
         ("balance", "none"),
         ("vision", "16bit"),
+        ("lm_head", False),
         ("skip", None),
         ("samples", 128),
         ("max_tokens", 4096),
@@ -147,5 +148,5 @@ def test_the_helps_order() -> None:
         "devices force restart dry-run verdict no-verdict help",
         "search effort scaling clip no-clip rounding balance",
     )
-    mixed = "vision skip layers-report from-report budget"
+    mixed = "vision lm-head skip layers-report from-report budget"
     assert options == [f"--{name}" for part in (own, this_run, searching, mixed) for name in part.split()]
