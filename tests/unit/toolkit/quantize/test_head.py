@@ -18,8 +18,10 @@ from toolkit.formats.linears import read_tensor
 from toolkit.formats.packing import dequantize, join_outputs, pack_as, slice_outputs
 from toolkit.formats.reference import load_reference
 from toolkit.quantize import head, plan, quantize
+from toolkit.quantize.progress import RunProgress
 from toolkit.quantize.recipe import Recipe
 from toolkit.quantize.run import _divided
+from toolkit.quantize.samples import prepare_samples
 from toolkit.quantize.search import head as search
 from toolkit.quantize.search.grid import round_to_grid
 
@@ -84,18 +86,18 @@ def test_a_nested_config_says_so_in_both_places() -> None:
 def test_logits_are_nearer_than_by_rounding_to_nearest(
     source: Path, manifest: Path, tmp_path: Path, effort: str
 ) -> None:
-    """On what the model is shown, behind its own norm: the 16-bit model with one head and the other."""
+    """At the text tokens of such chats, behind the 16-bit model's own norm; images' tokens count for nothing."""
     out = made_with(source, tmp_path / "out", manifest, effort=effort, samples=12)
     weight = read_tensor(Checkpoint.open(source), Checkpoint.open(source).head_name)
     found = read_tensor(Checkpoint.open(out), "lm_head.weight")
     nearest = dequantize(round_to_grid(weight, 128), torch.float32)
     model = load_reference(Checkpoint.open(source))
-    ids = torch.randint(0, 300, (1, 64), generator=torch.Generator().manual_seed(0))
-    ids[0, ::2] = 17  # what is frequent shows
+    shown = prepare_samples(Checkpoint.open(source), Recipe(calib=str(manifest)), RunProgress()).samples
     with torch.no_grad():
-        x = model.model(input_ids=ids).last_hidden_state[0]
+        states = [(model.model(**s.inputs).last_hidden_state[0], s.inputs["mm_token_type_ids"][0] == 0) for s in shown]
+    x = torch.cat([hidden[text] for hidden, text in states])
     error, limit = (float((x @ (w - weight).t()).square().sum()) for w in (found, nearest))
-    assert error < limit
+    assert error < 0.8 * limit
 
 
 def test_rounded_by_pieces_it_is_what_it_is_at_once(
