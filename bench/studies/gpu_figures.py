@@ -28,8 +28,10 @@ from toolkit.errors import BenchError
 __all__ = ["Pair", "Shape", "pairs", "run"]
 
 #: Systems in AWQ, and their kernels; None: vLLM's own choice, which on Hopper is Machete.
-_KERNELS = {"awq": None, "awq-qvl": "qvl", "awq-humming": "humming", "awq-marlin": "marlin"}
+_KERNELS = {"awq": None, "awq-qvl": "qvl", "awq-qvl-head": "qvl", "awq-humming": "humming", "awq-marlin": "marlin"}
 _OURS = "awq-qvl"
+#: The same with its output head in 4 bits, where ``--systems`` asks for it.
+_HEAD = "awq-qvl-head"
 #: Images are scaled to at most so many pixels: what is reserved for the largest one is not measured here.
 _MAX_PIXELS = 1280 * 28 * 28
 
@@ -73,6 +75,14 @@ class Pair:
     baseline: str
     candidate: str
     rates: bool
+    #: Loads up to which it is measured; None: all.
+    most: int | None = None
+
+    @property
+    def concurrency(self) -> str:
+        """Requests in flight of its closed loops."""
+        loads = self.shape.concurrency.split(",")
+        return ",".join(load for load in loads if self.most is None or int(load) <= self.most)
 
     @property
     def name(self) -> str:
@@ -94,10 +104,17 @@ SHAPES = {
 
 
 def pairs(shapes: Sequence[Shape], rates: bool = True) -> list[Pair]:
-    """Return the reports to make, what matters most first; with open loops, or without."""
-    found = [Pair(shape, "bf16", _OURS if _OURS in shape.systems else "awq", rates) for shape in shapes]
-    kernels = [Pair(shape, "awq", _OURS, False) for shape in shapes]
-    return [pair for pair in found + kernels if {pair.baseline, pair.candidate} <= set(pair.shape.systems)]
+    """Return the reports to make, what matters most first; with open loops, or without.
+
+    Where the head is in 4 bits too, that is what is held against 16 bits and against vLLM's own choice; what it adds is
+    measured where it counts, with few requests in flight.
+    """
+    best = {shape: next((s for s in (_HEAD, _OURS) if s in shape.systems), "awq") for shape in shapes}
+    found = [Pair(shape, "bf16", system, rates) for shape, system in best.items()]
+    for shape, system in best.items():
+        found.append(Pair(shape, "awq", system if system != "awq" else _OURS, False, 32 if system == _HEAD else None))
+    found += [Pair(shape, _OURS, _HEAD, False, 8) for shape in shapes]
+    return [pair for pair in found if {pair.baseline, pair.candidate} <= set(pair.shape.systems)]
 
 
 def asked_for(settings: CardSettings) -> list[Shape]:
@@ -113,8 +130,9 @@ def asked_for(settings: CardSettings) -> list[Shape]:
         shape = SHAPES[name]
         if settings.systems:
             systems = tuple(settings.systems.split(","))
-            if unknown := set(systems) - set(shape.systems):
-                raise BenchError(f"--systems: {', '.join(sorted(unknown))} is none of {', '.join(shape.systems)}")
+            known = (*shape.systems, *((_HEAD,) if _OURS in shape.systems else ()))
+            if unknown := set(systems) - set(known):
+                raise BenchError(f"--systems: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
             shape = replace(shape, systems=systems)
         shapes.append(replace(shape, concurrency=settings.concurrency or shape.concurrency))
     return shapes
@@ -145,8 +163,12 @@ def prepare(given: Given, shapes: Sequence[Shape]) -> None:
             made: list[object] = ["random-model", "--shape", shape.base, "--out", source, "--device", device]
             made += ["--layers", shape.layers] if shape.layers else []
             _must(made + (["--tokenizer", given.settings.tokenizer] if given.settings.tokenizer else []))
+        quantize = ["quantize", "--model", source, "--samples", given.settings.samples, "--no-verdict"]
         if not awq.exists():
-            _must(["quantize", "--model", source, "--out", awq, "--samples", given.settings.samples])
+            _must([*quantize, "--out", awq])
+        head = shape.directory(given.work, _HEAD)
+        if _HEAD in shape.systems and not head.exists():
+            _must([*quantize, "--out", head, "--lm-head"])
         for system in shape.systems:
             directory = shape.directory(given.work, system)
             if not directory.exists():
@@ -212,7 +234,7 @@ def measure(given: Given, shapes: Sequence[Shape]) -> None:
             return
         command: list[object] = ["bench", "--baseline", urls[shape.name, pair.baseline]]
         command += ["--candidate", urls[shape.name, pair.candidate], "--out", out, "--tasks", "none"]
-        command += ["--concurrency", shape.concurrency, "--duration", shape.seconds, "--rounds", 8]
+        command += ["--concurrency", pair.concurrency, "--duration", shape.seconds, "--rounds", 8]
         command += ["--image-sizes", shape.sizes, "--output-tokens", 128]
         command += ["--prompt-tokens", 64, "--slo", "ttft=500ms,tpot=15ms"]
         command += ["--resume"] if begun else []
@@ -259,7 +281,7 @@ def profile(given: Given, shapes: Sequence[Shape]) -> None:
         figures: dict[int, dict[str, float]] = {}
         reports = []
         # The pair of kernels counts for both of them, that with 16 bits for 16 bits alone where there are both.
-        for pair in pairs([shape]):
+        for pair in (pair for pair in pairs([shape]) if pair.candidate != _HEAD):
             path = given.out / pair.name / "report.json"
             if not path.exists():
                 continue

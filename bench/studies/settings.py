@@ -96,7 +96,9 @@ class CardSettings(Settings):
     samples: Annotated[int, Option("Calibration chats: speed does not depend on them.")] = 16
     profiles: Annotated[Path | None, Option("Directory of profiles (where `qvl serve` looks for yours).")] = None
     port: Annotated[int, Option("Of the first server.")] = 18000
-    systems: Annotated[str | None, Option("Of those of the shapes, with commas: bf16, awq-qvl, awq (all).")] = None
+    systems: Annotated[
+        str | None, Option("Of those of the shapes, with commas: bf16, awq-qvl, awq (all), awq-qvl-head.")
+    ] = None
     concurrency: Annotated[str | None, Option("Requests in flight, with commas (1,8,32,128).")] = None
     rates: Annotated[bool, Option("Open loops too.")] = True
     minutes: Annotated[float, Option("Begin no report after so long.")] = 1e6

@@ -194,6 +194,8 @@ def _autoawq(checkpoint: Checkpoint) -> Engine:
         return Engine(name, "no", "its kernels expect zero points, and the config says zero_point: false")
     if checkpoint.packed_tower():
         return Engine(name, "no", "it has no 4-bit vision tower")
+    if info.lm_head:
+        return Engine(name, "no", "it has no 4-bit output head")
     left = Counter(name for _, name in checkpoint.left_linears())
     for linear in checkpoint.family.linears:
         listed = any(pattern in linear for pattern in info.modules_to_not_convert)
@@ -219,6 +221,10 @@ def cpu_obstacle(checkpoint: Checkpoint, size: int) -> str | None:
         if k % 32 or n % 32:
             whose = "a layer has" if size == 1 else f"1/{size} of a layer has"
             return f"its kernel takes multiples of 32, and {whose} {k} inputs, {n} outputs"
+    if checkpoint.quantization is not None and checkpoint.quantization.lm_head:
+        rows = int(checkpoint.text_config["vocab_size"])
+        if rows % (32 * size):
+            return f"its kernel takes multiples of 32, and 1/{size} of the output head has {rows / size:g} outputs"
     for name, (outputs, inputs) in checkpoint.packed_tower().items():
         if outputs % 32 or inputs % 32:
             whose = f"the vision tower's {name} has"

@@ -61,12 +61,23 @@ def test_sixteen_bits_are_measured_before_kernels() -> None:
     assert not any(pair.rates for pair in card.pairs([card.SHAPES["7b"]], rates=False))
 
 
+def test_a_head_in_4_bits_is_the_fourth_system() -> None:
+    """It is held against 16 bits at every load, against vLLM's choice up to 32, against ours without it up to 8."""
+    (shape,) = card.asked_for(CardSettings(shapes="7b", systems="bf16,awq,awq-qvl,awq-qvl-head"))
+    found = {pair.name: pair.concurrency for pair in card.pairs([shape], rates=False)}
+    assert found == {
+        "7b-awq-qvl-head-against-bf16": "1,8,32,128",
+        "7b-awq-qvl-head-against-awq": "1,8,32",
+        "7b-awq-qvl-head-against-awq-qvl": "1,8",
+    }
+
+
 def test_less_is_measured_where_less_is_asked_for() -> None:
     """A report needs both of its systems; the loads are those that were given."""
     (shape,) = card.asked_for(CardSettings(shapes="qwen2.5-vl-3b", systems="bf16,awq-qvl", concurrency="1,8"))
     assert [pair.name for pair in card.pairs([shape])] == ["qwen2.5-vl-3b-awq-qvl-against-bf16"]
     assert shape.concurrency == "1,8" and card.SHAPES["qwen2.5-vl-3b"].concurrency == "1,8,32,128"
-    with pytest.raises(BenchError, match="--systems: fp8 is none of bf16, awq-qvl, awq"):
+    with pytest.raises(BenchError, match="--systems: fp8 is none of bf16, awq-qvl, awq, awq-qvl-head"):
         card.asked_for(CardSettings(shapes="7b", systems="fp8"))
     with pytest.raises(BenchError, match="--shapes: '8b' is none of"):
         card.asked_for(CardSettings(shapes="7b,8b"))

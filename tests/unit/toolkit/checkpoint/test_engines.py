@@ -10,7 +10,7 @@ import pytest
 from serve.kernels.product import GROUP_SIZES
 from toolkit.checkpoint import engines as engines_module
 from toolkit.checkpoint.checkpoint import Checkpoint, QuantizationInfo, TensorInfo
-from toolkit.checkpoint.engines import Engine, engines, tensor_parallel, vision_is_whole
+from toolkit.checkpoint.engines import Engine, cpu_obstacle, engines, tensor_parallel, vision_is_whole
 from toolkit.checkpoint.left_out import modules_to_not_convert
 from toolkit.models.qwen2_vl import QWEN2_VL
 
@@ -151,3 +151,16 @@ def test_a_packed_vision_tower_is_split_where_its_groups_are_whole() -> None:
 
 def test_the_kernels_groups_are_those_that_serve_has_a_kernel_for() -> None:
     assert engines_module.KERNEL_GROUPS == GROUP_SIZES
+
+
+def test_a_head_in_4_bits_is_for_vllm_alone() -> None:
+    """vLLM's CPU kernel takes outputs in 32s: 8 processes would have 18,992 of Qwen2-VL's 151,936 each."""
+    info = replace(awq(), lm_head=True)
+    packed = checkpoint("7B", info)
+    packed.text_config["vocab_size"] = 151936
+    assert find("AutoAWQ", packed).detail == "it has no 4-bit output head"
+    assert find("vLLM on GPUs", packed).tensor_parallel == [1, 2, 4]
+    assert cpu_obstacle(packed, 1) is None
+    assert cpu_obstacle(packed, 8) is not None
+    packed.text_config["vocab_size"] = 1000
+    assert cpu_obstacle(packed, 1) == "its kernel takes multiples of 32, and 1/1 of the output head has 1000 outputs"
