@@ -86,7 +86,7 @@ def _default(parameter: Any) -> str:
     if isinstance(shown, str):
         return _cell(shown)
     default = parameter.default
-    if parameter.required or callable(default) or default in (None, "", [], (), False) or shown is False:
+    if parameter.required or callable(default) or default in (None, "", [], ()) or shown is False or default is False:
         return " "
     if default is True:
         return f"`{parameter.opts[0]}`"
@@ -165,9 +165,22 @@ def metrics() -> str:
     return _table(["metric", "type", "labels", ""], sorted(rows))
 
 
+# ---- examples ------------------------------------------------------------------------------------------------------
+
+
+def examples() -> str:
+    """Return the table of examples/README.md, and the scripts: the site can't link to files of the checkout."""
+    rows = [line for line in (ROOT / "examples" / "README.md").read_text().splitlines() if line.startswith("|")]
+    parts = ["\n".join(re.sub(r"\[([^\]]+)\]\([^)]*\)", r"`\1`", row) for row in rows)]
+    for script in sorted((ROOT / "examples").glob("*.py")):
+        parts += [f"## {script.name}", f"```python\n{script.read_text().rstrip()}\n```"]
+    return "\n\n".join(parts)
+
+
 #: What a page can ask for.
 GENERATED: dict[str, Callable[[], str]] = {
     "command_line": command_line,
+    "examples": examples,
     "metrics": metrics,
     "recipe": recipe,
     "report": report,

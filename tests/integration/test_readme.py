@@ -85,9 +85,17 @@ def test_the_readme_shows_commands_and_fits_120_lines() -> None:
 def test_the_readme_s_first_screen_says_what_how_fast_and_where_to_start() -> None:
     lines = PAGES[0].read_text().splitlines()
     first = "\n".join(lines[:24])
-    for part in ("4-bit", "docs/images/speed.svg", "make setup", "pip install", "make demo"):
+    for part in ("4-bit", "docs/images/speed.svg", "times the tokens", "GiB", "divergence", "make setup", "make demo"):
         assert part in first, part
     assert any("slower" in line for line in lines[:10]), "a loss stands beside the gain"
+
+
+def test_the_first_page_of_the_docs_quotes_the_readme() -> None:
+    """Its figures are README's, which are the reports'."""
+    readme = PAGES[0].read_text()
+    figures = set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])|\d+%|\d+ s\b", (ROOT / "docs/index.md").read_text()))
+    assert len(figures) >= 8
+    assert {figure for figure in figures if figure not in readme} == set()
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "docs/results/README.md"], ids=lambda p: p.name)

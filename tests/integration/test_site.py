@@ -56,6 +56,7 @@ def test_every_verb_and_option_is_in_the_reference(hooks: ModuleType) -> None:
             if parameter.param_type_name == "option" and not parameter.hidden and parameter.name != "help":
                 assert f"`{parameter.opts[0]}`" in sections[name], f"{name} {parameter.opts[0]}"
     assert "| `--group-size` | `int` | Inputs that share a scale: 32, 64, 128, or -1 for all. | `128` |" in page
+    assert "| `--seed` | `int` | Seed of the draw of samples. | `0` |" in page
 
 
 def test_every_setting_of_a_recipe_is_in_the_reference(hooks: ModuleType) -> None:
@@ -96,6 +97,13 @@ def test_every_variable_of_ours_is_in_the_reference() -> None:
     assert used <= set(re.findall(r"`(QVL_[A-Z_]+)`", page)), "docs/reference/environment.md lacks a variable"
 
 
+def test_every_example_is_on_the_site(hooks: ModuleType) -> None:
+    page = hooks.examples()
+    for script in (ROOT / "examples").glob("*.py"):
+        assert script.read_text().rstrip() in page and f"| `{script.name}` |" in page
+    assert "](" not in page.partition("## ")[0]
+
+
 def test_a_link_out_of_the_site_becomes_text(hooks: ModuleType) -> None:
     class At:
         def __init__(self, src_uri: str) -> None:
@@ -118,3 +126,5 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(site: Path) -> None:
         assert "<!-- generated:" not in text, f"{page}: nothing was filled in"
         loaded = re.findall(r"<(?:script|img|link|iframe)\b[^>]*?(?:src|href)=\"?(https?://[^\"> ]+)", text)
         assert not [url for url in loaded if "w3.org" not in url], page
+        run_in = re.search(r"\w[.)]\s+\d\. <strong>", text)
+        assert run_in is None, f"{page}: an item of a list is in the middle of a paragraph: {run_in}"
