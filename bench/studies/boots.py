@@ -5,7 +5,7 @@
 
 A way is a name and, behind "=", environment variables, then options of `qvl serve`, then behind "--" flags of vLLM's;
 ``model=DIR`` among the variables serves another directory. The first is booted alone, for what compilers keep, the
-others side by side. Then one is asked after the other, in rounds, while the others wait: an idle server takes nothing
+others side by side (`--together`: all). Then one is asked after the other, in rounds, while the others wait: an idle server takes nothing
 but memory. `--stacks` shows where the first one's host time goes, sampled by py-spy.
 """
 
@@ -99,9 +99,11 @@ class _Study:
 
     def boot(self) -> None:
         """Start all servers; what does not start is written down with its reason."""
-        self._boot(self.ways[0])
-        with ThreadPoolExecutor(max(1, len(self.ways) - 1)) as pool:
-            list(pool.map(self._boot, self.ways[1:]))
+        alone = 0 if self.settings.together else 1
+        for way in self.ways[:alone]:
+            self._boot(way)
+        with ThreadPoolExecutor(len(self.ways)) as pool:
+            list(pool.map(self._boot, self.ways[alone:]))
         if not any("seconds" in found for found in self.found["ways"].values()):
             raise BenchError(f"none of the servers booted: see {self.settings.out}")
 

@@ -26,13 +26,13 @@ from serve.settings.engine import EngineSettings
 from toolkit.files import write_whole
 from toolkit.formats.packing import GEMM_ORDER
 
-__all__ = ["BF16", "KERNELS", "bf16_calls", "error_of", "kernel_calls", "run", "world"]
+__all__ = ["BF16", "KERNELS", "bf16_calls", "errors_of", "kernel_calls", "layers_of", "run", "world"]
 
 BF16 = "bf16"
 KERNELS = ("qvl", "humming", "marlin", "machete")
 GROUP = 128
-#: Rows for which each kernel's answer is checked: of each of our kernels.
-_CHECKED = (1, 7, 16)
+#: Rows for which each kernel's answer is checked: of each of our kernels, and beyond them.
+_CHECKED = (1, 7, 16, 64)
 #: Bytes that a second brings from the memory of a card, as its data sheet says.
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}
 
@@ -50,7 +50,7 @@ def world() -> Iterator[None]:
         yield
 
 
-class _Layers:
+class Layers:
     """Linear layers of vLLM's with random 4-bit weights [N, K], as many as fill more than the L2 cache."""
 
     def __init__(self, kernel: str, columns: int, inputs: int) -> None:
@@ -98,6 +98,11 @@ class _Layers:
         return float((got.float() - want).norm() / want.norm())
 
 
+def layers_of(kernel: str, columns: int, inputs: int) -> Layers:
+    """Return layers [N, K] of a kernel."""
+    return Layers(kernel, columns, inputs)
+
+
 def _dense(words: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Return the float32 weights [K, N] of AutoAWQ's GEMM layout."""
     places = torch.tensor(GEMM_ORDER, device=words.device).argsort() * 4
@@ -121,9 +126,9 @@ def bf16_calls(columns: int, inputs: int, rows: int) -> list[Callable[[], object
     return [functools.partial(torch.nn.functional.linear, x, weight) for weight in weights]
 
 
-def error_of(layers: Any) -> float:
-    """Return the worst error over the rows that are checked."""
-    return max(float(layers.error(rows)) for rows in _CHECKED)
+def errors_of(layers: Any) -> dict[str, float]:
+    """Return the error at each number of rows that is checked."""
+    return {str(rows): float(layers.error(rows)) for rows in _CHECKED}
 
 
 def run(settings: BesideSettings) -> None:
@@ -150,15 +155,15 @@ def run(settings: BesideSettings) -> None:
 def _measure(found: dict[str, Any], key: str, kernel: str, shape: tuple[int, int], rows: Sequence[int]) -> None:
     us = found["us"].setdefault(key, {})
     try:
-        layers = None if kernel == BF16 else _Layers(kernel, *shape)
+        layers = None if kernel == BF16 else layers_of(kernel, *shape)
         if layers is not None:
-            found["errors"].setdefault(key, {})[kernel] = error_of(layers)
+            found["errors"].setdefault(key, {})[kernel] = errors_of(layers)
             found["classes"][kernel] = layers.kernel
         us[kernel] = [
             graph_time(bf16_calls(*shape, number) if layers is None else kernel_calls(layers, number))
             for number in rows
         ]
-        error = found["errors"].get(key, {}).get(kernel, "")
+        error = _errors(found["errors"].get(key, {}).get(kernel, {}))
         print(key, kernel, *(f"{each:.1f}" for each in us[kernel]), error, flush=True)
     except Exception as why:
         us.pop(kernel, None)
@@ -173,7 +178,8 @@ def _table(found: dict[str, Any], settings: BesideSettings) -> str:
         "",
         f"{found['card']}, vLLM {found['vllm']}, torch {found['torch']}; groups of {GROUP}, bfloat16, with a bias; µs "
         "a product, the median over replays of a CUDA graph over more copies of the weights than the L2 cache holds. "
-        "Worst error of 1, 7 and 16 rows against a float32 product of the dequantized weights in brackets.",
+        f"In brackets the error at {', '.join(map(str, _CHECKED))} rows against a float32 product of the dequantized "
+        "weights, in thousandths.",
         "",
         f"    python -m bench.studies kernels-beside --models {settings.models} --rows {settings.rows}",
         "",
@@ -185,8 +191,8 @@ def _table(found: dict[str, Any], settings: BesideSettings) -> str:
         lines += [f"## {model}", "", f"| product | kernel | {head} |", "|---|---|" + "---|" * len(found["rows"])]
         for key in keys:
             for kernel, times in found["us"][key].items():
-                error = found["errors"].get(key, {}).get(kernel)
-                named = kernel + (f" ({error:.1e})" if error is not None else "")
+                error = _errors(found["errors"].get(key, {}).get(kernel, {}))
+                named = kernel + (f" ({error})" if error else "")
                 lines.append(f"| {key.removeprefix(model + ' ')} | {named} | {_cells(times)} |")
         for kernel in (BF16, *KERNELS):
             if whole and all(kernel in found["us"][key] for key in keys):
@@ -198,6 +204,11 @@ def _table(found: dict[str, Any], settings: BesideSettings) -> str:
                     lines.append(f"| reading their weights / that | {kernel} | {shares} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _errors(by_rows: dict[str, float]) -> str:
+    """Return the errors at each number of rows, in thousandths: "1.6, 1.7"."""
+    return ", ".join(f"{1e3 * error:.2f}" for error in by_rows.values())
 
 
 def _bytes(key: str, kernel: str) -> float:

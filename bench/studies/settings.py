@@ -74,6 +74,7 @@ class BootsSettings(Settings):
     prompt_tokens: Annotated[int, Option("Words of each prompt.")] = 64
     image_sizes: Annotated[str, Option("Images, WIDTHxHEIGHT or text.")] = "text"
     stacks: Annotated[float, Option("Sample the first server's processes with py-spy for so many seconds.")] = 0.0
+    together: Annotated[bool, Option("Boot all at once, the first too.")] = False
     port: Annotated[int, Option("Of the first server.")] = 18100
     seconds: Annotated[float, Option("Begin nothing after so long.")] = 3600.0
 

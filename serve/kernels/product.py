@@ -77,9 +77,11 @@ class Product:
 
     @classmethod
     def of(cls, shape: Shape) -> Product:
-        """Return the kernels of a shape on the current device, compiled. Raises ServerError as `compile_for` does."""
+        """Return the kernels of a shape on the current device: what `compile_for` has not made yet is made one by one.
+
+        Raises ServerError as that does.
+        """
         sms = multiprocessors()
-        compile_for(shape, sms)
         return cls(shape, plans_of(shape, sms), sms)
 
     @property

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from serve.plan.capacity import capacity, need, shape, weight_bytes
 from serve.plan.load import Load
 from tests.support import tiny
+from tests.support.paths import RESULTS
 from toolkit import console
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.checkpoint.engines import tensor_parallel
@@ -19,6 +20,7 @@ from toolkit.errors import FormatError, ResourceError
 from toolkit.models.families import SIZES
 
 GIB = 1 << 30
+H100 = ("7b-awq-qvl-against-bf16", "7b-awq-qvl-against-awq", "2b-awq-qvl-against-bf16")
 
 
 # What vLLM 0.25.1 reported on an H100: docs/results/h100.
@@ -137,3 +139,15 @@ class TestVerb:
             self.run("9b")
         with pytest.raises(ResourceError, match="share"):
             self.run("7b", "--gpu-memory-utilization", "1.5")
+
+
+def test_the_sum_is_what_servers_took() -> None:
+    """Of vLLM 0.32, on an H100, by the driver: the reports have it. Each had 256 sequences of 4,096 tokens."""
+    load = Load(context=4096, image_pixels=1280 * 28 * 28, max_num_seqs=256)
+    for name in H100:
+        size = name.partition("-")[0]
+        systems = json.loads((RESULTS / "h100" / name / "report.json").read_text())["systems"]
+        for system in systems.values():
+            model = shape(size, "awq" in system["label"])
+            planned = need(model, 81559 << 20, load).total + {"7b": 4, "2b": 2}[size] * GIB
+            assert planned == pytest.approx(system["memory"]["gpu_bytes"], rel=0.04), system["label"]

@@ -37,13 +37,13 @@ def test_a_card_with_room_changes_nothing() -> None:
 
 
 def test_images_give_way_before_the_context() -> None:
-    found, notes = fitted(10.6)
+    found, notes = fitted(11.9)
     assert found.settings.max_pixels == 4096 * 784 and found.max_model_len == 16384
     assert "images of up to 3,211,264 pixels" in notes[0] and "--max-model-len decides otherwise" in notes[0]
 
 
 def test_then_the_context() -> None:
-    found, notes = fitted(9.2)
+    found, notes = fitted(10.6)
     assert found.max_model_len is not None and 512 <= found.max_model_len < 16384
     assert f"a context of {found.max_model_len} tokens" in notes[0]
 
@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_left_to_the_check_of_memory() -> None:
 
 
 def test_the_users_word_counts() -> None:
-    assert fitted(9.2, max_model_len=16384)[1] == []
+    assert fitted(10.6, max_model_len=16384)[1] == []
 
 
 @pytest.mark.parametrize(("context", "tokens"), [(2048, 1536), (4096, 3584), (16384, 15872), (100, 75)])
