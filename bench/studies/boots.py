@@ -5,8 +5,8 @@
 
 A way is a name and, behind "=", environment variables, then options of `qvl serve`, then behind "--" flags of vLLM's;
 ``model=DIR`` among the variables serves another directory. The first is booted alone, for what compilers keep, the
-others side by side (`--together`: all). Then one is asked after the other, in rounds, while the others wait: an idle server takes nothing
-but memory. `--stacks` shows where the first one's host time goes, sampled by py-spy.
+others side by side (`--together`: all). Then one is asked after the other, in rounds, while the others wait: an idle
+server takes nothing but memory. `--stacks` shows where the first one's host time goes, sampled by py-spy.
 """
 
 from __future__ import annotations
