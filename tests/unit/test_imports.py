@@ -53,6 +53,7 @@ TORCH = (
 #: Modules that load torch when they are imported: tensors are their subject.
 TENSORS = {
     "bench.micro.test_compensate",
+    "bench.micro.test_kernels",
     "bench.micro.test_search",
     "bench.studies.kernels",
     "bench.studies.kernels_beside",
