@@ -68,6 +68,7 @@ class Pair:
 
     def nearest(self, group_size: int) -> None:
         """Give the other model the source's weights, its decoder's linears rounded to nearest."""
+        self._end(self.source.model.language_model.norm.weight, self.source.lm_head.weight)
         for layer, true in zip(_layers(self.other), _layers(self.source), strict=True):
             layer.load_state_dict(true.state_dict())  # norms and biases too, which another way may have changed
             for name in self.checkpoint.family.linears:
@@ -76,11 +77,22 @@ class Pair:
                 layer.get_submodule(name).weight.data.copy_(rounded)
 
     def take(self, path: Path) -> None:
-        """Give the other model the decoder layers of an AWQ checkpoint; all else is the source's."""
+        """Give the other model an AWQ checkpoint's decoder layers, final norm and output head."""
         found = Checkpoint.open(path)
+        packed = found.is_packed("lm_head")
+        head = read_tensor(found, "lm_head.weight", device=self.device) if packed else found.get(found.head_name)
+        self._end(found.get(f"{found.language_prefix}norm.weight"), head)
         for index, layer in enumerate(_layers(self.other)):
             for name, tensor in _weights(found, index, self.device):
                 layer.get_parameter(name).data.copy_(tensor)
+
+    def _end(self, norm: torch.Tensor, head: torch.Tensor) -> None:
+        """Give the other model a final norm and an output head, which is not its embeddings."""
+        language, own = self.other.model.language_model, self.other.lm_head
+        if own.weight is language.embed_tokens.weight:
+            own.weight = torch.nn.Parameter(own.weight.detach().clone(), requires_grad=False)
+        language.norm.weight.data.copy_(norm)
+        own.weight.data.copy_(head)
 
     @torch.no_grad()
     def score(self, tokens: torch.Tensor) -> Score:

@@ -133,8 +133,11 @@ def test_what_is_scored_is_what_the_checkpoint_holds(tmp_path: Path) -> None:
     pair.nearest(128)
     nearest = pair.score(tokens)
     assert min(nearest.kl) > 1e-5 and nearest.p99 > max(nearest.kl) and 0.5 < nearest.top1 < 1
-    out = quantize("demo", tmp_path / "awq", samples=2, search="autoawq")
+    out = quantize("demo", tmp_path / "awq", samples=2, lm_head=True, verdict=False)
     pair.take(out)
-    assert pair.score(tokens).kl != nearest.kl
+    whole = pair.score(tokens)
+    assert whole.kl != nearest.kl
+    pair._end(pair.source.model.language_model.norm.weight, pair.source.lm_head.weight)
+    assert sum(pair.score(tokens).kl) < sum(whole.kl)  # the head in four bits costs something by itself
     pair.nearest(128)
     assert pair.score(tokens) == nearest
