@@ -57,7 +57,7 @@ def demo(
 
 def gpu_bench(
     out: Annotated[Path, typer.Option(help="Directory for checkpoints and reports.")] = Path("out/gpu"),
-    shape: Annotated[str, typer.Option(help="2b, 7b or 72b: the shape that random weights are made in.")] = "2b",
+    shape: Annotated[str, typer.Option(help="Of the random weights: 2b, 7b, qwen2.5-vl-3b, ...")] = "2b",
     tokenizer: Annotated[Path | None, typer.Option(help="Directory with a Qwen2 tokenizer.json.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration chats.")] = 128,
     concurrency: Annotated[str, typer.Option(help="Requests in flight, a point each.")] = "1,8,32",

@@ -28,7 +28,7 @@ def judge(
         list[str] | None,
         typer.Option(metavar="[TASK=]NAME", help="Which metric is the score, where a task has several. Repeatable."),
     ] = None,
-    margin: Annotated[float, typer.Option(help="Loss of accuracy that would not matter, a fraction of 1.")] = 0.01,
+    margin: Annotated[float, typer.Option(help="Loss, in points, that would not matter.")] = 1.0,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")] = None,
 ) -> None:
     """Judge two runs of lmms-eval question by question: no worse, worse, or can't tell.
@@ -45,8 +45,9 @@ def judge(
     from toolkit.errors import BenchError
     from toolkit.files import write_whole
 
-    if not 0 < margin < 1:
-        raise BenchError(f"--margin {margin:g}: give a fraction between 0 and 1, such as 0.01 for a point")
+    if not 0 < margin < 100:
+        raise BenchError(f"--margin {margin:g}: give points above 0 and below 100, as to qvl bench")
+    margin /= 100
     runs = [read_logs(path, metric or ()) for path in (baseline, candidate)]
     pairs = pair(*runs)
     for task in sorted(runs[0].keys() ^ runs[1].keys()):

@@ -246,7 +246,7 @@ def spread(samples: Iterable[float | None]) -> Spread | None:
 
 
 def errors(traces: Iterable[Trace]) -> Counter[str]:
-    """Errors = failed requests, counted by kind (`bench.load.client.Failure`); those of HTTP by status."""
+    """Errors = failed requests, counted by kind (connect, timeout, stalled and so on); those of HTTP by status."""
     failures = [trace.failure for trace in traces if trace.failure]
     return Counter(f"{f.kind} {f.status}" if f.status is not None else f.kind for f in failures)
 

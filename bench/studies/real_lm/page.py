@@ -59,12 +59,13 @@ def _lines(found: dict[str, Any]) -> list[str]:
     baselines = [way for way in _BASELINES if way in kl]
     source = float(np.mean([score["source_loss"] for runs in ways.values() for run in runs for score in run["scores"]]))
     made = found.get("made", {})
+    versions = [f"{package} {version}" for package, version in made.get("versions", {}).items()]
     sequences = len(next(iter(kl.values())))
     heads = [f"to {way}, {kind}" for way in baselines for kind in ("means", "geo")]
     lines = [
         "# Ways of quantizing on real weights",
         "",
-        f"Written by `python -m bench.studies real-lm`. {made.get('device', '')}; {made.get('versions', '')}.",
+        f"Written by `python -m bench.studies real-lm`. {', '.join([made.get('device', ''), *versions])}.",
         f"{sequences} held-out sequences, 384 tokens each; divergence from the 16-bit source in nats a token, averaged "
         f"over calibration seeds (one by one in brackets). Perplexity of the source: {math.exp(source):.4f}. Ratios "
         "are paired, with 95% intervals over sequences.",

@@ -117,5 +117,7 @@ def test_the_verb_judges_and_exits_with_1_on_a_loss(tmp_path: Path) -> None:
     assert (figures["n"], figures["lost"], figures["verdict"]) == (400, 0, "no worse")
     told = CliRunner().invoke(app, ["judge", str(tmp_path / "a"), str(tmp_path / "lost")])
     assert told.exit_code == 1 and "docvqa_val: worse beyond chance" in told.output
-    told = CliRunner().invoke(app, ["judge", str(tmp_path / "a"), str(tmp_path / "lost"), "--margin", "2"])
+    told = CliRunner().invoke(app, ["judge", str(tmp_path / "a"), str(tmp_path / "lost"), "--margin", "20"])
+    assert told.exit_code == 0 and "no worse" in told.output  # 7.5 points are fewer
+    told = CliRunner().invoke(app, ["judge", str(tmp_path / "a"), str(tmp_path / "lost"), "--margin", "200"])
     assert isinstance(told.exception, BenchError)
