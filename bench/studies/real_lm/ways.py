@@ -26,7 +26,11 @@ _BASES: dict[str, dict[str, Any]] = {
     "fast": {},
     "best": {"effort": "best"},
 }
-_CHANGES: dict[str, dict[str, Any]] = {"noclip": {"clip": False}, "noscale": {"scaling": "none"}}
+_CHANGES: dict[str, dict[str, Any]] = {
+    "noclip": {"clip": False},
+    "noscale": {"scaling": "none"},
+    "head": {"lm_head": True},
+}
 #: What is put in place of names in `toolkit.quantize.search.chained`.
 _PIECES: dict[str, dict[str, Any]] = {
     "residual": {"RESIDUAL": True},

@@ -49,6 +49,7 @@ def test_chats_and_held_texts_come_of_different_files(files: Path, tmp_path: Pat
 
 def test_a_ways_name_is_a_recipe() -> None:
     assert recipe_of("best+g64+noclip") == {"effort": "best", "group_size": 64, "clip": False}
+    assert recipe_of("best+head") == {"effort": "best", "lm_head": True}
     assert Recipe(**recipe_of("autoawq+n32")).samples == 32
     assert Recipe(**recipe_of("best")).samples == 512
     for unknown in ("worst", "fast+nodescent", "fast+g", "fast+x64", "+g64"):

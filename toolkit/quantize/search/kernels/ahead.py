@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from toolkit.quantize.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["compiled_ahead"]
 
@@ -19,6 +21,8 @@ def compiled_ahead(devices: Sequence[str], recipe: Recipe) -> Iterator[None]:
 
     One device, whose search is in this process: several have a process each, which compile their own.
     """
+    import torch
+
     if len(devices) > 1 or torch.device(devices[0]).type != "cuda":
         yield
         return
@@ -31,6 +35,8 @@ def compiled_ahead(devices: Sequence[str], recipe: Recipe) -> Iterator[None]:
 
 
 def _compile(device: torch.device, recipe: Recipe) -> None:
+    import torch
+
     from toolkit.quantize.search.clips import has_clip_kernel
     from toolkit.quantize.search.compensate import has_rounding_kernel
 
