@@ -134,7 +134,8 @@ def asked_for(settings: CardSettings) -> list[Shape]:
             if unknown := set(systems) - set(known):
                 raise BenchError(f"--systems: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
             shape = replace(shape, systems=systems)
-        shapes.append(replace(shape, concurrency=settings.concurrency or shape.concurrency))
+        loads, seconds = settings.concurrency or shape.concurrency, settings.seconds or shape.seconds
+        shapes.append(replace(shape, concurrency=loads, seconds=seconds))
     return shapes
 
 

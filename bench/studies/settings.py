@@ -102,6 +102,7 @@ class CardSettings(Settings):
     ] = None
     concurrency: Annotated[str | None, Option("Requests in flight, with commas (1,8,32,128).")] = None
     rates: Annotated[bool, Option("Open loops too.")] = True
+    seconds: Annotated[float | None, Option("Of a point in each round (the shapes' own); three waves at least.")] = None
     minutes: Annotated[float, Option("Begin no report after so long.")] = 1e6
 
 

@@ -76,6 +76,7 @@ def test_less_is_measured_where_less_is_asked_for() -> None:
     """A report needs both of its systems; the loads are those that were given."""
     (shape,) = card.asked_for(CardSettings(shapes="qwen2.5-vl-3b", systems="bf16,awq-qvl", concurrency="1,8"))
     assert [pair.name for pair in card.pairs([shape])] == ["qwen2.5-vl-3b-awq-qvl-against-bf16"]
+    assert card.asked_for(CardSettings(shapes="7b", seconds=1.2))[0].seconds == 1.2
     assert shape.concurrency == "1,8" and card.SHAPES["qwen2.5-vl-3b"].concurrency == "1,8,32,128"
     with pytest.raises(BenchError, match="--systems: fp8 is none of bf16, awq-qvl, awq, awq-qvl-head"):
         card.asked_for(CardSettings(shapes="7b", systems="fp8"))
