@@ -233,6 +233,7 @@ class StepSettings(Settings):
     out: Annotated[Path, Option("Directory for trace, step.json and step.md.")]
     concurrency: Annotated[int, Option("Answers under way.")] = 1
     steps: Annotated[int, Option("Steps to profile.")] = 64
+    seconds: Annotated[float, Option("Longest wait for the profiled answers, and for the trace.")] = 120.0
     image_sizes: Annotated[str, Option("Images, WIDTHxHEIGHT or text.")] = "448x448"
     serve_arg: Annotated[tuple[str, ...], Option("Argument for vLLM; repeatable.")] = ()
 

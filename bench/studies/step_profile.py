@@ -26,6 +26,7 @@ from typing import Any
 import httpx
 
 from bench.studies.settings import StepSettings
+from toolkit.console import note
 from toolkit.errors import BenchError
 
 __all__ = ["Operation", "StepProfile", "analyse", "markdown", "run"]
@@ -195,17 +196,21 @@ def read_trace(directory: Path) -> dict[str, Any]:
     return found
 
 
-async def _record(url: str, concurrency: int, steps: int, sizes: str) -> None:
-    """Keep ``concurrency`` answers under way and have ``steps`` steps profiled once all of them decode."""
+async def _record(url: str, settings: StepSettings) -> None:
+    """Keep so many answers under way as are asked for and have steps profiled once all of them decode.
+
+    What has not ended ``settings.seconds`` after the profile began is cut off.
+    """
     from bench.load.endpoint import discover, http_client
     from bench.load.inputs import SpeedInputs
     from bench.load.workload import parse_sizes
     from serve.http.sse import EventDecoder
 
     end = await discover(url)
+    concurrency, steps, seconds = settings.concurrency, settings.steps, settings.seconds
     length = 4 * steps + 64
-    inputs = SpeedInputs(f"profile/{time.time()}", parse_sizes(sizes), length)
-    async with http_client(url, connections=concurrency + 1, timeout_s=600) as http:
+    inputs = SpeedInputs(f"profile/{time.time()}", parse_sizes(settings.image_sizes), length)
+    async with http_client(url, connections=concurrency + 1, timeout_s=max(60.0, seconds)) as http:
         begun = asyncio.Semaphore(0)
 
         async def answer(body: bytes) -> None:
@@ -233,11 +238,20 @@ async def _record(url: str, concurrency: int, steps: int, sizes: str) -> None:
                         task.result()
                     raise BenchError("an answer ended before all had begun: fewer --concurrency, or more --steps")
             await _post(http, "/start_profile", {"max_iterations": steps})
-            await asyncio.gather(*tasks)
+            await _ended(tasks, seconds)
         finally:
             for task in tasks:
                 task.cancel()
         await _post(http, "/stop_profile", {})
+
+
+async def _ended(tasks: Sequence[asyncio.Task[None]], seconds: float) -> None:
+    """Wait for answers, but no longer than so many seconds. Raises what ended one of them."""
+    ended, late = await asyncio.wait(tasks, timeout=seconds)
+    for task in ended:
+        task.result()
+    if late:  # the steps were profiled long ago, or never will be
+        note(f"{len(late)} of {len(tasks)} answers had not ended after {seconds:g} s: they are cut off")
 
 
 _JSON = {"Content-Type": "application/json"}
@@ -249,13 +263,12 @@ async def _post(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Non
         raise BenchError(f"POST {path} answers {response.status_code}: {response.text[:300]}")
 
 
-def profile(
-    model: str, out: Path, *, concurrency: int, steps: int, sizes: str = "448x448", arguments: Sequence[str] = ()
-) -> StepProfile:
-    """Boot ``model``, profile ``steps`` steps with ``concurrency`` answers under way, and write OUT.
+def profile(model: str, settings: StepSettings) -> StepProfile:
+    """Boot ``model``, profile some steps with answers under way, and write what was found.
 
     Args:
-        arguments: further arguments for vLLM.
+        model: directory, hub id or demo.
+        settings: what is asked.
 
     Raises:
         QvlError: it does not boot or answer, or vLLM writes no trace.
@@ -264,19 +277,21 @@ def profile(
     from serve.process import lifecycle
     from serve.settings.config import ServerConfig
 
+    out = settings.out
     traces = (out / "trace").resolve()
     traces.mkdir(parents=True, exist_ok=True)
-    settings = {"profiler": "torch", "torch_profiler_dir": str(traces), "torch_profiler_with_stack": False}
-    config = json.dumps({**settings, "ignore_frontend": True})
-    needed = 4 * steps + 64 + 4096
+    profiler = {"profiler": "torch", "torch_profiler_dir": str(traces), "torch_profiler_with_stack": False}
+    config = json.dumps({**profiler, "ignore_frontend": True})
+    needed = 4 * settings.steps + 64 + 4096
     options = ServerConfig(
         port=free_ports(1)[0],
         max_model_len=min(needed, 4096) if not ServerConfig().on_gpu else needed,
-        extra=("--profiler-config", config, *arguments),
+        extra=("--profiler-config", config, *settings.serve_arg),
     )
     with lifecycle.start(model, options, attached=True) as server:
-        asyncio.run(_record(server.url, concurrency, steps, sizes))
-        for _ in range(100):  # the trace is written behind the answer
+        asyncio.run(_record(server.url, settings))
+        until = time.monotonic() + settings.seconds
+        while time.monotonic() < until:  # the trace is written behind the answer
             with suppress(BenchError, OSError, ValueError, EOFError):
                 trace = read_trace(traces)
                 break
@@ -284,19 +299,13 @@ def profile(
         else:
             trace = read_trace(traces)
     found = analyse(trace)
-    (out / "step.json").write_text(json.dumps({**asdict(found), "model": model, "concurrency": concurrency}, indent=1))
-    (out / "step.md").write_text(markdown(found, f"{Path(model).name}, {concurrency} in flight"))
+    told = {**asdict(found), "model": model, "concurrency": settings.concurrency}
+    (out / "step.json").write_text(json.dumps(told, indent=1))
+    (out / "step.md").write_text(markdown(found, f"{Path(model).name}, {settings.concurrency} in flight"))
     return found
 
 
 def run(model: str, settings: StepSettings) -> None:
     """Profile a model's decode step and print the page. Raises as `profile`."""
-    profile(
-        model,
-        settings.out,
-        concurrency=settings.concurrency,
-        steps=settings.steps,
-        sizes=settings.image_sizes,
-        arguments=settings.serve_arg,
-    )
+    profile(model, settings)
     print((settings.out / "step.md").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench.studies.step_profile import StepProfile, analyse, markdown, read_trace
+from bench.studies.step_profile import StepProfile, _ended, analyse, markdown, read_trace
 from toolkit.errors import BenchError
 
 
@@ -95,3 +96,20 @@ def test_traces_are_found(tmp_path: Path) -> None:
     with gzip.open(deep / "b.pt.trace.json.gz", "wt") as stream:
         json.dump(gpu_trace(), stream)
     assert read_trace(tmp_path)["traceEvents"]
+
+
+def test_answers_that_do_not_end_are_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    async def run() -> bool:
+        async def answer(end: asyncio.Event | None) -> None:
+            if end is not None:
+                await end.wait()
+
+        never = asyncio.Event()
+        tasks = [asyncio.create_task(answer(each)) for each in (None, never)]
+        await _ended(tasks, 0.01)
+        late = not tasks[1].done()
+        tasks[1].cancel()
+        return late
+
+    assert asyncio.run(run())
+    assert "1 of 2 answers had not ended after 0.01 s" in capsys.readouterr().err
