@@ -26,12 +26,12 @@ _NAMES = {"baseline": "bf16", "candidate": "AWQ"}
 
 @dataclass(frozen=True)
 class Pair:
-    """What a report says of its two systems: TPOT (p50) with one request in flight, in ms; weights, in GB."""
+    """What a report says of its two systems: TPOT (p50) with one request in flight, in ms; weights, in GiB."""
 
     name: str
     machine: str
     ms: dict[str, float]
-    gb: dict[str, float]
+    gib: dict[str, float]
 
 
 def pair(name: str, report: Report) -> Pair:
@@ -45,17 +45,17 @@ def pair(name: str, report: Report) -> Pair:
         BenchError: the report lacks one of the figures.
     """
     ms: dict[str, float] = {}
-    gb: dict[str, float] = {}
+    gib: dict[str, float] = {}
     for role in ROLES:
         points = [p for p in report.speed if p.role == role and p.load.concurrency == 1]
         weights = report.systems[role].memory.weights_bytes
         tpot = points[0].figure("tpot") if points else None  # as the report itself quotes it
         if tpot is None or weights is None:
             raise BenchError(f"{name}: no time per token at one request in flight, or no memory of the {role}")
-        ms[role], gb[role] = tpot, weights / 1e9
+        ms[role], gib[role] = tpot, weights / 2**30
     seen = report.environment
     gpu = (seen.gpus or [seen.cpu])[0].split(",")[0]  # without memory and driver
-    return Pair(name, f"{gpu}, vLLM {seen.versions.get('vllm', 'unknown')}", ms, gb)
+    return Pair(name, f"{gpu}, vLLM {seen.versions.get('vllm', 'unknown')}", ms, gib)
 
 
 def draw(reports: Sequence[tuple[str, Path]], out: Path) -> None:
@@ -71,23 +71,23 @@ def draw(reports: Sequence[tuple[str, Path]], out: Path) -> None:
     from matplotlib import pyplot
 
     pairs = [pair(name, json_file.read(path)) for name, path in reports]
-    units = ("ms", "GB")
+    units = {"ms": ".2f", "GiB": ".1f"}  # as README quotes them
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "qvl", "font.family": "sans-serif", "font.size": 11}
     with matplotlib.rc_context(style):
         figure, axes = pyplot.subplots(1, 2, figsize=(9, 0.95 * len(pairs) + 1.1), layout="constrained")
         for panel, title, unit in zip(axes, ("Time per token, one request", "Weights on the GPU"), units, strict=True):
             for row, each in enumerate(pairs):
-                values = each.ms if unit == "ms" else each.gb
+                values = each.ms if unit == "ms" else each.gib
                 for place, role in enumerate(ROLES):
                     height = row + 0.4 * place
                     panel.barh(
                         height, values[role], 0.36, color=_COLOURS[role], label=_NAMES[role] if not row else None
                     )
-                    panel.text(values[role], height, f" {values[role]:.2f} {unit}", va="center")
+                    panel.text(values[role], height, f" {values[role]:{units[unit]}} {unit}", va="center")
             panel.set_title(title, loc="left", fontweight="bold")
             panel.set_yticks([row + 0.2 for row in range(len(pairs))], [each.name for each in pairs])
             panel.invert_yaxis()
-            panel.set_xlim(0, max(max((p.ms if unit == "ms" else p.gb).values()) for p in pairs) * 1.25)
+            panel.set_xlim(0, max(max((p.ms if unit == "ms" else p.gib).values()) for p in pairs) * 1.25)
             panel.spines[["top", "right", "bottom"]].set_visible(False)
             panel.tick_params(bottom=False, labelbottom=False, left=False)
         axes[1].legend(frameon=False, loc="lower right")

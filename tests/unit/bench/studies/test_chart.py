@@ -26,8 +26,8 @@ def test_the_chart_in_the_docs_has_the_figures_of_its_reports() -> None:
         assert name in shown and found.machine in shown, "make it anew: python -m bench.studies chart"
         for ms in found.ms.values():
             assert f"{ms:.2f} ms" in shown
-        for gb in found.gb.values():
-            assert f"{gb:.2f} GB" in shown
+        for gib in found.gib.values():
+            assert f"{gib:.1f} GiB" in shown
 
 
 def test_it_can_be_drawn_anew(tmp_path: Path) -> None:
