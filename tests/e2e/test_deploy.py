@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import pytest
 import yaml
 
 from serve.http.images import sample_image
+from serve.process import launch
 from serve.process.launch import server_environment
 from serve.process.lifecycle import Server
 from serve.settings.arguments import vllm_arguments
@@ -171,14 +171,10 @@ def stacked(key_file: Path, tmp_path: Path) -> Iterator[tuple[Client, subprocess
     for_a_cpu_too = [part for flag in ("--dtype", "--max-num-seqs", "--kv-cache-memory-bytes", "--max-model-len")
                      for part in rest[rest.index(flag) : rest.index(flag) + 2]]  # fmt: skip
     command = ["serve", model, "--host", "127.0.0.1", "--port", str(port), *for_a_cpu_too, "--enforce-eager"]
-    log = tmp_path / "log"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "serve.app.server", *command, *values["vllmConfig"]["extraArgs"]],
-            env={**for_a_cpu, **environment, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
-            stdout=stream,
-            stderr=stream,
-        )
+    log, files = tmp_path / "log", {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    process = launch.spawn(
+        [*command, *values["vllmConfig"]["extraArgs"]], {**for_a_cpu, **environment, **files}, log, True
+    )
     client = Client(f"http://127.0.0.1:{port}")
     try:
         deadline = time.monotonic() + BOOT_SECONDS

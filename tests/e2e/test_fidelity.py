@@ -63,7 +63,7 @@ def look(server: Server, items: list[Item], reference: Observed | None = None) -
 def test_drift_ranks_checkpoints_by_their_damage(
     faults: tuple[str, ...], served: Served, awq_gemm: Path, tmp_path: Path
 ) -> None:
-    items = items_from_questions(load_questions(write_tasks(tmp_path / "tasks", per_task=5)))
+    items = items_from_questions(load_questions(write_tasks(tmp_path / "tasks", per_task=2)))
     server = served("demo")
     baseline = look(server, items)
     assert baseline.missing is None
@@ -79,8 +79,8 @@ def test_drift_ranks_checkpoints_by_their_damage(
 
     def drift(other: Observed) -> Drift:
         found = compare(items, baseline, other, top_k=20)
-        assert found.missing == () and found.failed <= 3 and found.prompts_differ == 0
-        assert found.candidate.scored >= len(items) - 3 and found.candidate.answered == len(items)
+        assert found.missing == () and found.failed <= 1 and found.prompts_differ == 0
+        assert found.candidate.scored >= len(items) - 1 and found.candidate.answered == len(items)
         assert found.candidate.greedy is not None and found.candidate.greedy > 0.98
         return found.candidate
 

@@ -24,6 +24,7 @@ from serve.process import lifecycle, state
 from serve.settings.config import ServerConfig
 from tests.e2e.conftest import BOOT_SECONDS, Question, booted, free_port
 from tests.e2e.test_serve import answers, gone, qvl, share_right
+from tests.support.namespace import ALONE, may_unshare
 from toolkit.errors import ServerError
 from toolkit.paths import demo_checkpoint
 
@@ -129,17 +130,13 @@ def test_a_detached_server_drains(cache: Path) -> None:
     assert "Count." not in Path(known.log).read_text()  # no prompt in the log
 
 
-def may_unshare() -> bool:
-    """Whether this user may make a process namespace, which a machine for tests may forbid."""
-    return subprocess.run(["unshare", "--fork", "--pid", "--mount-proc", "true"], capture_output=True).returncode == 0
-
-
+@pytest.mark.release  # with a server that plays vLLM: tests/integration/serve/process/test_container.py
 def test_as_the_first_process_of_a_container(tmp_path: Path) -> None:
     """In a process namespace `qvl serve` has the number 1: SIGTERM drains, no process is left and it exits with 0."""
     port = free_port()
     command = [sys.executable, "-m", "toolkit.cli", "serve", "demo", "--port", str(port), "--drain", "2m"]
     if alone := may_unshare():
-        command = ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child", *command]
+        command = [*ALONE, *command]
     environment = {**os.environ, "QVL_CACHE": str(tmp_path)}
     with (tmp_path / "output").open("w") as output:
         outer = subprocess.Popen(

@@ -14,6 +14,7 @@ import yaml
 
 from tests.support.fake_server import Behaviour, serving
 from tests.support.paths import ROOT
+from tests.support.short import short_demo
 
 EXAMPLES = ROOT / "examples"
 #: Put into the kernel's own working directory, so that `out/` is no part of the checkout.
@@ -45,7 +46,8 @@ def test_own_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 @pytest.mark.slow
 def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    script("compare_settings.py", "--samples", "4", monkeypatch=monkeypatch, at=tmp_path)
+    model = short_demo(tmp_path / "model", layers=2, halved=True)
+    script("compare_settings.py", "--model", str(model), "--samples", "4", monkeypatch=monkeypatch, at=tmp_path)
     rows = re.findall(r"^\| (groups.*?) \| ([\d.]+) \| ([\d.]+) \|", capsys.readouterr().out, re.MULTILINE)
     assert len(rows) == 3
     (_, size, _), _, (_, finer, _) = rows

@@ -7,25 +7,43 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
 
 from toolkit.checkpoint.checkpoint import Checkpoint, CheckpointWriter
 from toolkit.paths import demo_checkpoint
 
+#: The halved decoder's config: of 4 heads two stay, of two for keys and values one.
+HALF = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
 
-def short_demo(out: Path, layers: int = 1, blocks: int | None = None, **config: Any) -> Path:
+
+def half(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the first half of each of a tensor's dimensions that the decoder's width is in."""
+    if name.startswith("visual."):
+        return tensor[:128].contiguous() if name.startswith("visual.merger.mlp.2.") else tensor
+    kept = [slice(None) if size == 1024 else slice(size // 2) for size in tensor.shape]  # the vocabulary stays
+    return tensor[tuple(kept)].contiguous()
+
+
+def short_demo(out: Path, layers: int = 1, blocks: int | None = None, halved: bool = False, **config: Any) -> Path:
     """Write the embedded model with ``layers`` decoder layers to ``out``; ``config`` overrides its config.
 
-    ``blocks``: of the vision tower; None for all.
+    ``blocks``: of the vision tower; None for all. ``halved``: the decoder has half its width, which is no good model,
+    and takes half the time.
     """
     source = Checkpoint.open(demo_checkpoint())
+    vision = dict(source.config["vision_config"])
     if blocks is not None:
-        config["vision_config"] = {**source.config["vision_config"], "depth": blocks}
+        vision["depth"] = blocks
+    if halved:
+        vision["hidden_size"] = HALF["hidden_size"]
+        config = HALF | config
+    config = {"vision_config": vision} | config
     limits = {source.layers_prefix: layers, f"{source.visual_prefix}blocks.": blocks or source.vision.depth}
     with CheckpointWriter(out) as writer:
         for name in source.tensors:
             if all(not name.startswith(before) or int(name[len(before)]) < most for before, most in limits.items()):
-                writer.add(name, source.get(name))
+                writer.add(name, half(name, source.get(name)) if halved else source.get(name))
         writer.copy_side_files(source.path)
         writer.set_config({**source.config, "num_hidden_layers": layers, "max_window_layers": layers, **config})
     return out

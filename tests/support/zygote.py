@@ -87,8 +87,13 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 #: Variables that make no other server: vLLM reads the first when it starts an engine, the second is that of kernels for
-#: GPUs, and another one wherever a test has a cache of its own.
-_READ_LATE = {"VLLM_ENABLE_V1_MULTIPROCESSING", "HUMMING_CACHE_DIR", "PYTEST_CURRENT_TEST"}
+#: GPUs, and another one wherever a test has a cache of its own; `_environment` does what the last one asks for.
+_READ_LATE = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "HUMMING_CACHE_DIR",
+    "PYTEST_CURRENT_TEST",
+    "PROMETHEUS_MULTIPROC_DIR",
+}
 #: Variables that scikit-learn, OpenCV and torch set when they are imported, in the tests' process as in a server.
 _SET_AT_IMPORT = {
     "KMP_DUPLICATE_LIB_OK",
@@ -279,13 +284,21 @@ def _become_server(request: dict[str, Any], log: int) -> None:
     for target in (1, 2):
         os.dup2(log, target)
     os.close(log)
-    os.environ.clear()
-    os.environ.update(request["environment"])
+    _environment(request["environment"])
     os.chdir(request["directory"])
     random.seed()
     sys.argv = ["server", *request["arguments"]]
     _spawn_from_spares(3 if _spread() else 1)
     runpy.run_module("serve.app.server", run_name="__main__", alter_sys=True)
+
+
+def _environment(given: Mapping[str, str]) -> None:
+    """Have this environment, and what prometheus_client makes of it when it is imported."""
+    from prometheus_client import values
+
+    os.environ.clear()
+    os.environ.update(given)
+    values.ValueClass = values.get_value_class()  # in files, where the environment names a directory for them
 
 
 def _spread() -> bool:
@@ -359,8 +372,7 @@ def _become_spawned(connection: socket.socket) -> int:
         if not fds:
             return 0  # nothing was
         environment = connection.makefile("rb").readline()
-    os.environ.clear()
-    os.environ.update(json.loads(environment))
+    _environment(json.loads(environment))
     _spawn_from_spares(2 if _spread() else 0)
     data, _, tracker, *inherited = fds
     forkserver._forkserver._inherited_fds = inherited  # type: ignore[attr-defined]

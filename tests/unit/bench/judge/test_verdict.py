@@ -204,7 +204,7 @@ def test_equal_systems_are_rarely_called_worse() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("each", "together"), [(4, 0.0), (4, 0.5), (4, 1.0), (10, 0.5)])
 def test_shared_images_keep_both_errors_nominal(each: int, together: float) -> None:
-    rng, draws = np.random.default_rng(each), 500
+    rng, draws = np.random.default_rng(each), 250
     _, worse = shares(rng, draws, 0.001, n=1000, lost=0.04, won=0.04, each=each, together=together)
     assert worse <= at_most(0.025, draws)
     for lost, won in ((0.02, 0.01), (0.06, 0.05)):
@@ -214,8 +214,8 @@ def test_shared_images_keep_both_errors_nominal(each: int, together: float) -> N
 
 @pytest.mark.slow
 def test_rare_losses_on_shared_images_are_rarely_called_no_worse() -> None:
-    fine, _ = shares(np.random.default_rng(3), 1500, MARGIN, n=2000, lost=0.01, won=0.0, each=4, together=0.6)
-    assert fine <= at_most(0.025, 1500)
+    fine, _ = shares(np.random.default_rng(3), 750, MARGIN, n=2000, lost=0.01, won=0.0, each=4, together=0.6)
+    assert fine <= at_most(0.025, 750)
 
 
 def test_not_knowing_of_shared_images_would_be_wrong() -> None:
@@ -239,7 +239,7 @@ def graded(
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "each"), [(600, 1), (1000, 4)])
 def test_graded_scores_keep_both_errors_nominal(n: int, each: int) -> None:
-    rng, draws = np.random.default_rng(n), 300
+    rng, draws = np.random.default_rng(n), 150
     worse = fine = 0
     for seed in range(draws):
         for mean, margin in ((0.0, 0.0001), (-0.01, MARGIN)):

@@ -58,7 +58,7 @@ def checkpoint() -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def chats() -> list[Asked]:
-    return asked(None, 3)
+    return asked(None, 2)
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ def url(server: Played, chats: list[Asked]) -> Iterator[tuple[str, dict[str, Any
 
 
 def run(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["verify", "demo", "--samples", "3", "--tokens", str(LENGTH), *arguments])
+    return CliRunner().invoke(app, ["verify", "demo", "--samples", "2", "--tokens", str(LENGTH), *arguments])
 
 
 @pytest.mark.slow

@@ -9,8 +9,6 @@ import random
 import re
 import signal
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from safetensors import safe_open
 
 from tests.support import tiny
+from tests.support.forked import fork, wait
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.errors import CheckpointError, ResourceError
 from toolkit.quantize.identity import source_identity
@@ -29,27 +28,6 @@ from toolkit.quantize.parts import write_layer
 
 LAYERS = 6
 IDENTITY: dict[str, Any] = {"recipe": {"group_size": 128, "clip": True}, "calibration": "aa11", "samples": (1, 2)}
-
-
-def fork(function: Callable[..., Any], *args: Any, **options: Any) -> int:
-    """Start ``function`` in a process of its own, where torch is imported already; return its id."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 sees torch's threads
-        process = os.fork()
-    if process == 0:
-        try:
-            function(*args, **options)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return process
-
-
-def wait(process: int) -> int:
-    """Wait until a process ends; return its exit code, or -9 when it was killed."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def layer_tensors(index: int) -> dict[str, torch.Tensor]:

@@ -106,9 +106,14 @@ def full() -> Report:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole() -> Report:
+    return full()
+
+
+@pytest.fixture(scope="module")
+def page(whole: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("page") / "report"
-    reports.write(full(), out)
+    reports.write(whole, out)
     return out / "report.html"
 
 
@@ -118,12 +123,19 @@ def browser() -> Iterator[Browser]:
         yield started
 
 
-@pytest.fixture(params=WIDTHS)
-def tab(request: pytest.FixtureRequest, browser: Browser, page: Path) -> Iterator[Tab]:
+@pytest.fixture(scope="module", params=WIDTHS)
+def opened(request: pytest.FixtureRequest, browser: Browser, page: Path) -> Iterator[Tab]:
     width = int(request.param)
-    with browser.tab(width, 844, phone=width < 600) as opened:
-        opened.open(page)
-        yield opened
+    with browser.tab(width, 844, phone=width < 600) as tab:
+        tab.open(page)
+        yield tab
+
+
+@pytest.fixture
+def tab(opened: Tab) -> Iterator[Tab]:
+    """The page, opened once a width. A test leaves it as it was, but for the flips that are shown."""
+    yield opened
+    opened.dark(False)
 
 
 def rows(tab: Tab, table: str) -> list[list[str]]:
@@ -164,24 +176,23 @@ def test_it_is_accessible(tab: Tab, dark: bool) -> None:
     assert tab.accessibility_violations() == []
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("name", ["compare", "history"])
 def test_pages_over_several_reports_fit_and_are_accessible(
-    browser: Browser, tmp_path: Path, name: str, dark: bool
+    browser: Browser, whole: Report, tmp_path: Path, name: str
 ) -> None:
-    first = full()
-    later = first.model_copy(update={"created": first.created + timedelta(days=1)})
+    later = whole.model_copy(update={"created": whole.created + timedelta(days=1)})
     if name == "compare":
-        text = compare_html.render(compare_all([Side(first, "baseline"), Side(first, "candidate")]))
+        text = compare_html.render(compare_all([Side(whole, "baseline"), Side(whole, "candidate")]))
     else:
-        text = history_view.render(tracks([Side(first, "candidate"), Side(later, "candidate")]), [])
+        text = history_view.render(tracks([Side(whole, "candidate"), Side(later, "candidate")]), [])
     (tmp_path / "page.html").write_text(text)
     for width in WIDTHS:
-        with browser.tab(width, 844, phone=width < 600) as opened:
-            opened.dark(dark)
-            opened.open(tmp_path / "page.html")
-            assert opened.problems == [] and opened.accessibility_violations() == []
-            assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        with browser.tab(width, 844, phone=width < 600) as tab:
+            tab.open(tmp_path / "page.html")
+            for dark in (False, True):
+                tab.dark(dark)
+                assert tab.problems == [] and tab.accessibility_violations() == []
+                assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_the_first_screen_answers_the_question(tab: Tab, page: Path) -> None:
