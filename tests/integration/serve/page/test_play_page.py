@@ -33,17 +33,30 @@ def browser() -> Iterator[Browser]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def shared(browser: Browser) -> Iterator[Tab]:
+    """A tab for the tests that need no other: each has an origin of its own, so nothing of one is left to the next."""
+    with browser.tab() as tab:
+        yield tab
+
+
 @pytest.fixture
-def setting(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setting]:
+def setting(browser: Browser, shared: Tab, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setting]:
     with contextlib.ExitStack() as stack:
 
-        def run(limits: Limits | None = None, beside: bool = True, **tab: Any) -> tuple[FakeVllm, FakeVllm, Tab]:
+        def run(
+            limits: Limits | None = None, beside: bool = True, own: bool = False, **tab: Any
+        ) -> tuple[FakeVllm, FakeVllm, Tab]:
+            """``own``: in a tab that no other test sees; so is one that is to be other than usual."""
             first, second = FakeVllm("demo-awq"), FakeVllm("demo")
             url = stack.enter_context(serving(second)) if beside else None
             monkeypatch.setenv("QVL_PLAY", PlayOptions(beside=url).dumps())
             monkeypatch.setenv("QVL_GUARD", (limits or Limits()).dumps())
             page = stack.enter_context(serving(Play(Guard(Beside(first) if url else first))))
-            opened = stack.enter_context(browser.tab(**tab))
+            opened = stack.enter_context(browser.tab(**tab)) if own or tab else shared
+            stack.callback(opened.open, "about:blank")
+            opened.problems.clear()
+            opened.requests.clear()
             opened.open(f"{page}/play")
             opened.wait("document.querySelector('#sides li')")
             return first, second, opened
@@ -323,7 +336,7 @@ def test_a_pasted_image_counts(setting: Setting) -> None:
 
 
 def test_all_of_it_by_keyboard(setting: Setting, tmp_path: Path) -> None:
-    first, _, tab = setting()
+    first, _, tab = setting(own=True)
     image = tmp_path / "cat.png"
     image.write_bytes(encoded(30, 30))
     keyboard = tab.page.keyboard
@@ -468,7 +481,7 @@ def test_no_answer_takes_the_page_s_time(setting: Setting, text: str) -> None:
 
 
 def test_an_answer_is_copied_as_it_was_written(setting: Setting) -> None:
-    _, _, tab = setting(beside=False)
+    _, _, tab = setting(beside=False, own=True)
     tab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     ask(tab, "say **bold** and `code`")
     tab.page.get_by_role("button", name="Copy the answer of demo-awq").click()
