@@ -84,7 +84,11 @@ def ask(
         transport=transport,
         trust_env=not _is_local(base),
     )
-    name = model or _first_model(client)
+    try:
+        name = model or _first_model(client)
+    except ServerError:
+        client.close()
+        raise
     content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": image}} for image in images]
     content.append({"type": "text", "text": question})
     body = {

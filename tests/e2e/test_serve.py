@@ -23,7 +23,7 @@ from serve.process.repack import servable
 from serve.process.status import known_server
 from serve.settings.config import ServerConfig
 from tests.e2e.conftest import BOOT_SECONDS, Question, Said, Served, chat, free_port, top_logprobs
-from tests.support.command import exit_code
+from tests.support.command import called
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.cli import app
 from toolkit.errors import ServerError
@@ -38,14 +38,6 @@ def qvl(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=BOOT_SECONDS, env={**os.environ, **environment}
     )
-
-
-def here(capsys: pytest.CaptureFixture[str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    """What `qvl` would do, in this process, which has imported all already."""
-    capsys.readouterr()
-    status = exit_code(app, *arguments)
-    said = capsys.readouterr()
-    return subprocess.CompletedProcess(["qvl"], int(status), said.out, said.err)
 
 
 def right(question: Question, answer: str) -> bool:
@@ -121,11 +113,11 @@ def test_gemv_is_served_as_the_same_bytes(awq_gemm: Path, awq_gemv: Path, cache:
 @pytest.mark.supports("qwen2_vl", "gemm", "transformers", "CPU")
 @pytest.mark.parametrize("model", ["demo", "awq"])
 def test_verify_finds_that_transformers_answers_alike(
-    served: Served, awq_gemm: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    served: Served, awq_gemm: Path, model: str, tmp_path: Path
 ) -> None:
     directory = str(awq_gemm) if model == "awq" else "demo"
     server = served(awq_gemm if model == "awq" else "demo")
-    found = here(capsys, "verify", directory, "--url", server.url, "--samples", "4", "--json")
+    found = called(app, "verify", directory, "--url", server.url, "--samples", "4", "--json")
     assert found.returncode == 0, found
     told = json.loads(found.stdout)
     assert told["same"] and told["dtype"] == "float16"
@@ -141,7 +133,7 @@ def test_verify_finds_that_transformers_answers_alike(
     for key in ("size", "min_pixels", "max_pixels"):
         settings.pop(key, None)
     (copy / "preprocessor_config.json").write_text(json.dumps({**settings, "min_pixels": 784, "max_pixels": 3136}))
-    found = here(capsys, "verify", str(copy), "--url", server.url, "--samples", "2", "--json")
+    found = called(app, "verify", str(copy), "--url", server.url, "--samples", "2", "--json")
     assert found.returncode == 1, found
     causes = {cause["kind"] for sample in json.loads(found.stdout)["samples"] for cause in sample["causes"]}
     assert causes == {"image size", "chat template"}
@@ -161,23 +153,21 @@ def test_ask_streams_the_answer(served: Served, questions: list[Question]) -> No
     assert 0 < printed["first_token_seconds"] <= printed["seconds"]
 
 
-def test_errors_of_the_api(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_the_api(served: Served) -> None:
     server = served("demo")
     for arguments, message in (
         (["--max-tokens", "100000", "Why?"], "answers 400"),
         (["--model", "nobody", "Why?"], "answers 404"),
         (["--image", "http://127.0.0.1:9/none.png", "Why?"], "answers "),
     ):
-        asked = here(capsys, "ask", "--url", server.url, *arguments)
+        asked = called(app, "ask", "--url", server.url, *arguments)
         assert asked.returncode == 2 and message in asked.stderr and "Traceback" not in asked.stderr, asked
 
 
-def test_more_images_than_allowed(
-    served: Served, questions: list[Question], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_more_images_than_allowed(served: Served, questions: list[Question]) -> None:
     server = served("demo")
     images = [part for _ in range(9) for part in ("--image", str(questions[0].image))]
-    asked = here(capsys, "ask", "--url", server.url, *images, "Why?")
+    asked = called(app, "ask", "--url", server.url, *images, "Why?")
     assert asked.returncode == 2 and "answers 400" in asked.stderr and "8" in asked.stderr
 
 

@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 
 from serve.cli import register
 from serve.process import state
+from tests.support.command import called
 from tests.support.fake_server import Behaviour, serving
 from tests.support.serve import Start
 from tests.unit.serve.http.test_images import image
+from toolkit import cli
 
 #: The event stream of an answer that ran into max_tokens.
 CUT = b'data: {"choices":[{"index":0,"delta":{"content":"xxxx"},"finish_reason":"length"}]}\n\ndata: [DONE]\n\n'
@@ -25,9 +27,8 @@ register(app)
 
 
 def qvl(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does."""
-    command = [sys.executable, "-m", "toolkit.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    """The command line as a user's, with the verbs of all packages."""
+    return called(cli.app, *arguments)
 
 
 @pytest.mark.parametrize("verb", ["serve", "status", "stop", "ask"])
@@ -47,7 +48,7 @@ def test_help_needs_no_torch() -> None:
 
 
 def test_status_and_stop(start: Start) -> None:
-    result = qvl("status")
+    result = subprocess.run([sys.executable, "-m", "toolkit.cli", "status"], capture_output=True, text=True)
     assert result.returncode == 0 and "no server is running" in result.stderr
     for port in (18140, 18141):
         state.save(start(port))
