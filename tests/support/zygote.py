@@ -50,6 +50,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from serve.process.launch import server_environment
+from serve.settings.config import ServerConfig
 from serve.settings.environment import DIE_WITH
 from toolkit.paths import demo_checkpoint
 
@@ -186,6 +188,17 @@ class Zygote:
                 raise RuntimeError(f"the zygote has ended: {self._said.read().decode(errors='replace')[-4000:]}")
         return Forked(["serve.app.server", *arguments], int(said))
 
+    def run(self, code: str, *arguments: str) -> str:
+        """Run a program where vLLM is imported already, as `python -c CODE ARGUMENTS`, and return what it prints."""
+        environment = self._environment or server_environment(ServerConfig(), os.environ, "demo")
+        with tempfile.TemporaryDirectory() as directory:
+            said = Path(directory) / "said"
+            with self._lock:
+                assert self._suits(environment)
+                process = self._fork(["-c", code, *arguments], environment, said)
+            assert process.wait() == 0, said.read_text()[-4000:]
+            return said.read_text()
+
     def close(self) -> None:
         """End the zygote; its servers go on."""
         if self._process is not None:
@@ -279,7 +292,7 @@ def _asked(connection: socket.socket) -> tuple[dict[str, Any], int] | None:
 
 
 def _become_server(request: dict[str, Any], log: int) -> None:
-    """Be what `python -m serve.app.server ARGUMENTS` is; returns when that ends."""
+    """Be what `python -m serve.app.server ARGUMENTS` is, or `python -c`; returns when that ends."""
     os.setsid()
     for target in (1, 2):
         os.dup2(log, target)
@@ -287,6 +300,10 @@ def _become_server(request: dict[str, Any], log: int) -> None:
     _environment(request["environment"])
     os.chdir(request["directory"])
     random.seed()
+    if request["arguments"][0] == "-c":
+        sys.argv = ["-c", *request["arguments"][2:]]
+        exec(compile(request["arguments"][1], "<string>", "exec"), {"__name__": "__main__"})
+        return
     sys.argv = ["server", *request["arguments"]]
     _spawn_from_spares(3 if _spread() else 1)
     runpy.run_module("serve.app.server", run_name="__main__", alter_sys=True)

@@ -1,15 +1,10 @@
-"""What vLLM is told of the settings that a profile holds."""
+"""What vLLM is told of the settings that a profile holds; that it takes it: tests/e2e/test_engine.py."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
-import pytest
-
-from serve.settings.engine import KERNELS, EngineSettings
-from tests.support.paths import ROOT
+from serve.settings.engine import EngineSettings
 
 ALL = EngineSettings(
     kernel="marlin",
@@ -55,36 +50,3 @@ def test_guesses_are_made_on_the_host_or_on_the_gpu() -> None:
         assert json.loads(value) == {
             "method": method, "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2
         }  # fmt: skip
-
-
-@pytest.mark.slow
-def test_the_installed_vllm_takes_them() -> None:
-    """Its own parser reads every flag, and its list of kernels has those named here, in the order that is assumed."""
-    code = (
-        "import sys, json\n"
-        "from serve.app.server import answer_for_vllm; answer_for_vllm()\n"
-        "from toolkit.compat import patch_torchvision; patch_torchvision()\n"
-        "from vllm.engine.arg_utils import AsyncEngineArgs\n"
-        "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
-        "parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())\n"
-        "args = AsyncEngineArgs.from_cli_args(parser.parse_args(json.loads(sys.argv[1])))\n"
-        "assert args.compilation_config.cudagraph_capture_sizes == [1, 2, 4], args.compilation_config\n"
-        "assert args.compilation_config.pass_config.fuse_norm_quant is True\n"
-        "assert args.enable_prefix_caching is False and args.async_scheduling is True\n"
-        "assert args.speculative_config['method'] == 'ngram'\n"
-        "assert args.compilation_config.cudagraph_mm_encoder is True\n"
-        "assert args.linear_backend == 'marlin' and args.mm_processor_cache_type == 'shm'\n"
-        "from vllm.model_executor.kernels import linear\n"
-        "cuda = linear._POSSIBLE_KERNELS[linear.PlatformEnum.CUDA]\n"
-        "named = {name: [k.__name__ for k in linear._filter_kernels_by_backend(name, cuda)] for name in sys.argv[2:]}\n"
-        "print(json.dumps([named, [kernel.__name__ for kernel in linear.prioritize_humming(cuda, 90)]]))\n"
-    )
-    root = ROOT
-    theirs = [name for name in KERNELS if name != "qvl"]
-    command = [sys.executable, "-c", code, json.dumps(ALL.arguments()), *theirs]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    named, order = json.loads(done.stdout.splitlines()[-1])
-    kernels = [cls for (cls,) in named.values()]  # one a name
-    assert [name.lower().removesuffix("linearkernel").removesuffix("w4a16") for name in kernels] == theirs
-    assert [cls for cls in order if cls in kernels] == kernels  # tried on Hopper in this order
