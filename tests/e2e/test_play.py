@@ -105,7 +105,11 @@ def test_the_guard_s_refusals_are_read_out(browser: Browser, guarded: Guarded) -
         assert all("status of 400" in problem for problem in tab.problems)
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+#: Dark before a release: the page's colours are looked at in tests/integration/serve/page.
+DARK = [pytest.param(False, id="light"), pytest.param(True, id="dark", marks=pytest.mark.release)]
+
+
+@pytest.mark.parametrize("dark", DARK)
 @pytest.mark.parametrize("phone", [False, True], ids=["desktop", "phone"])
 def test_images_of_the_page(browser: Browser, guarded: Guarded, tmp_path: Path, phone: bool, dark: bool) -> None:
     name = f"play{'-phone' if phone else ''}{'-dark' if dark else ''}.png"
