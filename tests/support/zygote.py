@@ -310,12 +310,20 @@ def _become_server(request: dict[str, Any], log: int) -> None:
 
 
 def _environment(given: Mapping[str, str]) -> None:
-    """Have this environment, and what prometheus_client makes of it when it is imported."""
-    from prometheus_client import values
+    """Have this environment, and what is made of it when prometheus_client and our metrics are imported."""
+    from prometheus_client import REGISTRY, values
 
     os.environ.clear()
     os.environ.update(given)
-    values.ValueClass = values.get_value_class()  # in files, where the environment names a directory for them
+    if "PROMETHEUS_MULTIPROC_DIR" not in given:
+        return
+    values.ValueClass = values.get_value_class()  # in files of that directory
+    for collector, names in list(REGISTRY._collector_to_names.items()):
+        if any(name.startswith("qvl_") for name in names):
+            REGISTRY.unregister(collector)
+    for name in list(sys.modules):  # to be imported anew, with their metrics in files
+        if name.partition(".")[0] == "serve":
+            del sys.modules[name]
 
 
 def _spread() -> bool:
