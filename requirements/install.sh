@@ -14,7 +14,8 @@
 set -eu
 venv=${1:?usage: install.sh VENV cpu|gpu} backend=${2:?usage: install.sh VENV cpu|gpu}
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
-seldom='/tests?/|/transformers/models/[b-pr-z][a-z0-9_]*/|/(anthropic|langsmith|mypy|pandas|pip|sentry_sdk)/'
+seldom='/tests?/|/transformers/models/[b-pr-z][a-z0-9_]*/|/vllm/models/[a-ce-z][a-z0-9_]*/|/torch/testing/_internal/|/sympy/(physics|stats)/'
+seldom="$seldom|/(anthropic|datasets|fontTools|langsmith|mypyc?|numba|pandas|pip|sentry_sdk)/|/pygments/lexers/|/playwright/async_api/"
 torch=2.13.0 torchvision=0.28.0 uv=0.13.9 index=https://download.pytorch.org/whl/cpu
 python=${PYTHON:-python3}
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
@@ -79,7 +80,8 @@ def run(code: str, printed: Path, environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     with printed.open("w") as sys.stdout:
-        exec(compile(code, "example", "exec"), {"__name__": "__main__"})
+        sys.modules["__main__"] = ModuleType("__main__")
+        exec(compile(code, "example", "exec", dont_inherit=True), vars(sys.modules["__main__"]))
 
 
 @pytest.mark.parametrize("number", range(len(examples())))

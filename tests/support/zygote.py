@@ -302,7 +302,7 @@ def _become_server(request: dict[str, Any], log: int) -> None:
     random.seed()
     if request["arguments"][0] == "-c":
         sys.argv = ["-c", *request["arguments"][2:]]
-        exec(compile(request["arguments"][1], "<string>", "exec"), {"__name__": "__main__"})
+        exec(compile(request["arguments"][1], "<string>", "exec", dont_inherit=True), {"__name__": "__main__"})
         return
     sys.argv = ["server", *request["arguments"]]
     _spawn_from_spares(3 if _spread() else 1)
