@@ -9,6 +9,7 @@ import pytest
 from serve.settings.engine import KERNELS
 from tests.support.zygote import Zygote
 from tests.unit.serve.settings.test_engine import ALL
+from toolkit.paths import demo_checkpoint
 
 pytestmark = pytest.mark.e2e
 
@@ -33,7 +34,7 @@ def test_the_installed_vllm_takes_them(zygote: Zygote) -> None:
         "print(json.dumps([named, [kernel.__name__ for kernel in linear.prioritize_humming(cuda, 90)]]))\n"
     )
     theirs = [name for name in KERNELS if name != "qvl"]
-    said = zygote.run(code, json.dumps(ALL.arguments()), *theirs)
+    said = zygote.run(code, json.dumps(["--model", str(demo_checkpoint()), *ALL.arguments()]), *theirs)
     named, order = json.loads(said.splitlines()[-1])
     kernels = [cls for (cls,) in named.values()]  # one a name
     assert [name.lower().removesuffix("linearkernel").removesuffix("w4a16") for name in kernels] == theirs

@@ -351,9 +351,9 @@ class Refused:
 
 
 def quantize_without_awq(*args: Any, **settings: Any) -> None:
-    """As if nothing of AutoAWQ or of ours had been imported."""
+    """As if nothing of AutoAWQ, and nothing that quantizes, had been imported."""
     for name in list(sys.modules):
-        if name.partition(".")[0] in ("awq", "toolkit"):
+        if name.partition(".")[0] == "awq" or name.startswith("toolkit.quantize"):
             del sys.modules[name]
     sys.meta_path.insert(0, Refused())
     importlib.import_module("toolkit.quantize").quantize(*args, **settings)
