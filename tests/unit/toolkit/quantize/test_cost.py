@@ -34,7 +34,7 @@ class Kept:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return short_demo(tmp_path_factory.mktemp("cost-source") / "short", layers=2, blocks=1)
+    return short_demo(tmp_path_factory.mktemp("cost-source") / "short", layers=2, blocks=1, halved=True)
 
 
 @pytest.fixture(scope="module")

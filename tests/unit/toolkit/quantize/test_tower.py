@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return short_demo(tmp_path_factory.mktemp("tower-source") / "short", blocks=2)
+    return short_demo(tmp_path_factory.mktemp("tower-source") / "short", blocks=2, halved=True)
 
 
 @pytest.fixture(scope="session")
