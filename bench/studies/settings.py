@@ -204,7 +204,8 @@ class RealLmSettings(Settings):
     model: Annotated[Path | None, Option("Directory of a 16-bit Qwen2-VL.")] = None
     out: Annotated[Path, Option("Directory of texts and results.")] = Path("out/real-lm")
     ways: Annotated[
-        str, Option("Ways of quantizing: rtn, autoawq, nearest, fast, best; +g64, +n512, +noclip, +noscale; NAME=DIR.")
+        str,
+        Option("Ways of quantizing: rtn, autoawq, nearest, fast, best; +g64, +n512, +noclip, +nodistill; NAME=DIR."),
     ] = "rtn,autoawq,fast,best,best+noclip,fast+noclip,best+g64,fast+g64"
     seeds: Annotated[int, Option("Calibration seeds, from 0.")] = 2
     draws: Annotated[int, Option("Draws of held-out texts.")] = 2

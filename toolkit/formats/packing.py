@@ -44,6 +44,7 @@ __all__ = [
     "pack_compressed",
     "pack_gemm",
     "pack_gemv",
+    "pack_scales",
     "slice_outputs",
     "unpack",
     "unpack_as",
@@ -129,11 +130,20 @@ def _swap(word: Tensor, distance: int, mask: int) -> Tensor:
     return word ^ difference ^ difference << distance
 
 
+def pack_scales(format: str, scales: Tensor, inputs: int) -> Tensor:
+    """Return scales [N, G] as a format holds them; ``inputs``: K."""
+    if format == "gemm":
+        return scales.t().contiguous()
+    if format == "gemv":
+        groups = scales.shape[1]
+        return torch.nn.functional.pad(scales, (0, zeros_width(inputs, inputs // groups) * PACK - groups))
+    return scales.contiguous()
+
+
 def pack_gemm(layer: QuantizedLinear) -> PackedLinear:
     """Pack a layer in the GEMM layout. Raises FormatError when N is not a multiple of 8."""
-    return PackedLinear(
-        pack(layer.values.t(), interleaved=True), pack(layer.zeros.t(), interleaved=True), layer.scales.t().contiguous()
-    )
+    values, zeros = (pack(part.t(), interleaved=True) for part in (layer.values, layer.zeros))
+    return PackedLinear(values, zeros, pack_scales("gemm", layer.scales, layer.values.shape[1]))
 
 
 def unpack_gemm(packed: PackedLinear) -> QuantizedLinear:
@@ -152,8 +162,7 @@ def pack_gemv(layer: QuantizedLinear) -> PackedLinear:
         raise FormatError(f"{inputs} inputs can't be divided into {groups} groups.")
     padding = zeros_width(inputs, inputs // groups) * PACK - groups
     zeros = torch.nn.functional.pad(layer.zeros, (0, padding))
-    scales = torch.nn.functional.pad(layer.scales, (0, padding))
-    return PackedLinear(pack(layer.values), pack(zeros), scales)
+    return PackedLinear(pack(layer.values), pack(zeros), pack_scales("gemv", layer.scales, inputs))
 
 
 def unpack_gemv(packed: PackedLinear, group_size: int) -> QuantizedLinear:
@@ -167,7 +176,8 @@ def unpack_gemv(packed: PackedLinear, group_size: int) -> QuantizedLinear:
 
 def pack_compressed(layer: QuantizedLinear) -> PackedLinear:
     """Pack a layer as compressed-tensors does. Raises FormatError when K or N is not a multiple of 8."""
-    return PackedLinear(pack(layer.values), pack(layer.zeros.t()).t().contiguous(), layer.scales.contiguous())
+    scales = pack_scales("compressed-tensors", layer.scales, layer.values.shape[1])
+    return PackedLinear(pack(layer.values), pack(layer.zeros.t()).t().contiguous(), scales)
 
 
 def unpack_compressed(packed: PackedLinear) -> QuantizedLinear:

@@ -39,6 +39,7 @@ class Made:
     ``hash``: of the source's weights, an adapter merged. ``config``: the config.json that goes with them. ``balance``:
     of each layer, what a vision token counts, where that was measured. ``outcome``: what the shares said of layers that
     an earlier run had not finished. ``cost``: what was measured of the finished layers (`toolkit.quantize.verdict`).
+    ``distillation``: what came of that (`toolkit.quantize.distillation.stage`); None where it was not asked for.
     """
 
     hash: str
@@ -46,3 +47,4 @@ class Made:
     balance: Sequence[float] | None
     outcome: Outcome
     cost: dict[str, Any]
+    distillation: dict[str, Any] | None = None

@@ -79,6 +79,7 @@ def _search(recipe: dict[str, Any]) -> str:
     if recipe["search"] == "autoawq":
         return f"AutoAWQ's, {recipe['scaling']} scaling, {clip}"
     balance = ", tokens balanced by modality" if recipe["balance"] == "modality" else ""
+    distilled = ", distilled" if recipe.get("distill") else ""
     effort = f"{recipe['effort']} effort, " if recipe["effort"] != "fast" else ""
     scales = ", no scales" if recipe["scaling"] == "none" else ""
-    return f"second moments, {effort}{clip}{scales}, rounding {recipe['rounding']}{balance}"
+    return f"second moments, {effort}{clip}{scales}, rounding {recipe['rounding']}{balance}{distilled}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,8 @@ from toolkit.checkpoint.values import nbytes_in_16_bits
 from toolkit.errors import FormatError, ResourceError
 from toolkit.files import free_bytes
 from toolkit.host import available_memory
+from toolkit.quantize.distillation.plan import DistillationPlan, distillation_flops, plan_distillation
+from toolkit.quantize.distillation.sizes import EPOCHS
 from toolkit.quantize.search.sizes import HEAD_ROWS, REFIT_NUMBERS, REFIT_WEIGHTS, packed_bytes, screen_rows
 from toolkit.quantize.stream.sizes import CHUNK_TOKENS, HELD_TOKENS, TOWER_PATCHES
 from toolkit.quantize.tower import packed_linears
@@ -77,6 +79,8 @@ class Plan:
     store_on_device: bool
     seconds: float
     devices: int = 1
+    #: None: there is no distillation.
+    distillation: DistillationPlan | None = None
 
     def check(self, out: Path, device: torch.device) -> list[str]:
         """Hold the plan against the machine.
@@ -104,7 +108,8 @@ class Plan:
 
     def told_time(self) -> str:
         """Return the time that the layers will take, in words."""
-        return f"time: about {self.seconds:.0f} s for the layers, after loading and the vision tower"
+        told = f"time: about {self.seconds:.0f} s for the layers, after loading and the vision tower"
+        return told if self.distillation is None else f"{told}; {self.distillation.told()}"
 
 
 def divide(layers: Sequence[int], devices: int) -> list[tuple[int, ...]]:
@@ -192,17 +197,49 @@ def make_plan(
         seconds += _head_seconds((vocabulary, hidden), recipe, tokens, device)
     if devices > 1:
         seconds *= max(map(len, divide(range(layers), devices))) / layers
+    distillation = _distillation(checkpoint, recipe, samples, device)
     if device.type == "cpu":
-        host = int(devices * (_BASE_HOST["cpu"] + needs.peak(True)) + sample_bytes + writing)
-        return Plan(disk, host, 0, False, seconds, devices)
+        searching = devices * (_BASE_HOST["cpu"] + needs.peak(True))
+        host = int(max(searching, distillation.device if distillation else 0) + sample_bytes + writing)
+        return Plan(disk, host, 0, False, seconds, devices, distillation)
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)
     on_device, off_device = (int(_BASE_DEVICE + layer_bytes + needs.peak(on)) for on in (True, False))
     host = int(devices * _BASE_HOST["cuda"] + sample_bytes + writing)
-    if on_device <= free:
-        return Plan(disk, host, on_device, True, seconds, devices)
-    return Plan(disk, int(host + devices * max(needs.states, needs.tower_states)), off_device, False, seconds, devices)
+    fits = on_device <= free
+    waiting = 0 if fits else devices * max(needs.states, needs.tower_states)
+    then = distillation if distillation is not None and distillation.left_out is None else None
+    return Plan(
+        disk,
+        int(host + max(waiting, then.host if then else 0)),
+        max(on_device if fits else off_device, then.device if then else 0),
+        fits,
+        seconds,
+        devices,
+        distillation,
+    )
+
+
+def _distillation(
+    checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[PreparedSample], device: torch.device
+) -> DistillationPlan | None:
+    """Return what distillation will need; None where it was not asked for."""
+    from toolkit.quantize.search.gram import takes_bfloat16
+
+    if not recipe.distill:
+        return None
+    total = None
+    if device.type == "cuda":
+        import torch
+
+        total = torch.cuda.get_device_properties(device).total_memory
+    tokens, longest = sum(sample.tokens for sample in samples), max(sample.tokens for sample in samples)
+    base = _BASE_HOST["cpu"] if total is None else _BASE_DEVICE
+    found = plan_distillation(checkpoint, recipe, tokens, longest, total=total, base=base)
+    # the rates are of float32, of whose operations a GPU does half as many as of bfloat16's
+    rate, shortfall = _rates(device)[0] * (2 if takes_bfloat16(device) else 1), 1 if total is None else _GPU_SHORTFALL
+    return replace(found, seconds=shortfall * distillation_flops(checkpoint, tokens, EPOCHS) / rate)
 
 
 def device_bytes(checkpoint: Checkpoint, recipe: Recipe, tokens: int, longest: int) -> tuple[int, int]:

@@ -23,6 +23,7 @@ _RECORDED = (
     "group_size",
     "search",
     "effort",
+    "distill",
     "scaling",
     "clip",
     "rounding",
@@ -68,6 +69,16 @@ class Recipe(Settings):
         Literal["fast", "best"],
         Option("fast, or best: layers behind quantized ones, values gone over again; slower.", panel=_SEARCH),
     ] = "fast"
+    #: True with the best effort, where nothing else is given.
+    distill: Annotated[
+        bool,
+        Option(
+            "At the end, train scales, norms and biases on the source's own answers.",
+            name="--distill/--no-distill",
+            panel=_SEARCH,
+            show_default="with the best effort",
+        ),
+    ] = False
     scaling: Annotated[
         Literal["plain", "duo", "none"],
         Option(
@@ -109,7 +120,7 @@ class Recipe(Settings):
     @classmethod
     def _of_the_effort(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("effort") == "best":
-            return {"samples": _SAMPLES["best"], "scaling": "none", **given}
+            return {"samples": _SAMPLES["best"], "scaling": "none", "distill": True, **given}
         return given
 
     @field_validator("search", "effort", "scaling", "rounding", "balance", "vision", mode="before")

@@ -17,6 +17,8 @@ from toolkit.quantize.verdict import unit_costs
 __all__ = ["write_rest"]
 
 MANIFEST_VERSION = 2
+#: What is told of the distillation that is about one run.
+_OF_A_RUN = ("seconds", "peak_device_bytes")
 
 
 def write_rest(journal: Journal, job: Job, made: Made, seconds: dict[str, float]) -> None:
@@ -86,6 +88,7 @@ def _manifest(job: Job, made: Made, records: list[dict[str, Any]]) -> dict[str, 
         "calibration": job.calibration.record,
         "versions": versions(),
         "vision_sensitivity": None if made.balance is None else [round(ratio, 6) for ratio in made.balance],
+        "distillation": _told_of_distillation(made.distillation, of_a_run=False),
         "layers": [{key: value for key, value in layer.items() if key != "errors"} for layer in records[:layers]],
         "vision": [
             {key: value for key, value in stage.items() if key != "layer"}
@@ -93,6 +96,11 @@ def _manifest(job: Job, made: Made, records: list[dict[str, Any]]) -> dict[str, 
         ],
         "lm_head": head and {key: value for key, value in head.items() if key != "module"},
     }
+
+
+def _told_of_distillation(found: dict[str, Any] | None, *, of_a_run: bool) -> dict[str, Any] | None:
+    """Return what is about one run, or what is the same in all."""
+    return None if found is None else {key: value for key, value in found.items() if (key in _OF_A_RUN) == of_a_run}
 
 
 def _measured(job: Job, made: Made, seconds: dict[str, float], earlier: int) -> dict[str, Any]:
@@ -107,6 +115,7 @@ def _measured(job: Job, made: Made, seconds: dict[str, float], earlier: int) -> 
         },
         "peak_device_bytes": max((end.peak_device_bytes for end in ends), default=0),
         "peak_host_bytes": max((end.peak_host_bytes for end in ends), default=0),
+        "distillation": _told_of_distillation(made.distillation, of_a_run=True),
         "planned": {"device_bytes": plan.device, "host_bytes": plan.host, "seconds": plan.seconds},
         "cost": made.cost,
         "layers_of_earlier_runs": earlier,

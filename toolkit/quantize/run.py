@@ -199,8 +199,9 @@ def _make_layers(journal: Journal, job: Job, progress: RunProgress) -> Made:
             outcome = search_shares(shares, job.calibration.samples, journal.work / "samples.pt", progress, copying)
         copying.result()
         journal.copy_side_files(checkpoint.path)
+        distillation = _distill(journal, checkpoint, job, progress)
         cost = measure(journal, checkpoint, job, progress)
-        made = Made(hashing.result(), checkpoint.config, balance, outcome, cost)
+        made = Made(hashing.result(), checkpoint.config, balance, outcome, cost, distillation)
     if source_identity(original) != job.source.stamps:
         shutil.rmtree(journal.directory)  # nothing of it is worth keeping
         raise CheckpointError(
@@ -208,6 +209,15 @@ def _make_layers(journal: Journal, job: Job, progress: RunProgress) -> Made:
             "start again when nothing writes there. Nothing was left behind"
         )
     return made
+
+
+def _distill(journal: Journal, checkpoint: Checkpoint, job: Job, progress: RunProgress) -> dict[str, Any] | None:
+    """Train what is in 16 bits, in all layers together, where that is asked for."""
+    if not job.recipe.distill:
+        return None
+    from toolkit.quantize.distillation.stage import distill_layers
+
+    return distill_layers(journal, checkpoint, job, progress)
 
 
 def _sensitivity(checkpoint: Checkpoint, job: Job, progress: RunProgress) -> list[float]:

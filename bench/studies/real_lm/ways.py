@@ -30,6 +30,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "noclip": {"clip": False},
     "noscale": {"scaling": "none"},
     "head": {"lm_head": True},
+    "distill": {"distill": True},
+    "nodistill": {"distill": False},
 }
 #: What is put in place of names in `toolkit.quantize.search.chained`.
 _PIECES: dict[str, dict[str, Any]] = {

@@ -51,7 +51,8 @@ def test_a_ways_name_is_a_recipe() -> None:
     assert recipe_of("best+g64+noclip") == {"effort": "best", "group_size": 64, "clip": False}
     assert recipe_of("best+head") == {"effort": "best", "lm_head": True}
     assert Recipe(**recipe_of("autoawq+n32")).samples == 32
-    assert Recipe(**recipe_of("best")).samples == 512
+    assert Recipe(**recipe_of("best")).samples == 512 and Recipe(**recipe_of("best")).distill
+    assert not Recipe(**recipe_of("best+nodistill")).distill and Recipe(**recipe_of("fast+distill")).distill
     for unknown in ("worst", "fast+nodescent", "fast+g", "fast+x64", "+g64"):
         with pytest.raises(FormatError, match="unknown way"):
             recipe_of(unknown)

@@ -96,6 +96,7 @@ def test_what_qvl_json_records() -> None:
         ("group_size", 128),
         ("search", "moments"),
         ("effort", "fast"),
+        ("distill", False),
         ("scaling", "plain"),
         ("clip", True),
         ("rounding", "compensated"),
@@ -146,7 +147,7 @@ def test_the_helps_order() -> None:
     own = "model out format group-size bits calib samples adapter revision max-tokens max-pixels seed"
     this_run, searching = (
         "devices force restart dry-run verdict no-verdict help",
-        "search effort scaling clip no-clip rounding balance",
+        "search effort distill no-distill scaling clip no-clip rounding balance",
     )
     mixed = "vision lm-head skip layers-report from-report budget"
     assert options == [f"--{name}" for part in (own, this_run, searching, mixed) for name in part.split()]
