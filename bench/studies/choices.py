@@ -117,6 +117,7 @@ CHOICES = {
     "budget-kl": Choice("+10% size, units ranked by KL", report="kl", recipe={"budget": 0.1}),
     "budget-error": Choice("+10% size, units ranked by output error", report="error", recipe={"budget": 0.1}),
     "budget-5-kl": Choice("+5% size, units ranked by KL", report="kl", recipe={"budget": 0.05}),
+    "lm-head": Choice("--lm-head", recipe={"lm_head": True}),
     "no-clip": Choice("--no-clip", recipe={"clip": False}),
     "no-scales": Choice("--scaling none", recipe={"scaling": "none"}),
     "autoawq": Choice("--search autoawq", recipe={"search": "autoawq"}),

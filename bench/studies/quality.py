@@ -133,9 +133,9 @@ def _measure(
         rows = []
         for path in candidates:
             began = time.perf_counter()
-            after, _ = reader.read(path)
-            sums = [float(kl.sum()) for kl in kl_by_answer(states, after, head)]
-            rows.append((path, sums, differs_by_answer(states, after, head), time.perf_counter() - began))
+            after, own = reader.read(path)
+            sums = [float(kl.sum()) for kl in kl_by_answer(states, after, head, own)]
+            rows.append((path, sums, differs_by_answer(states, after, head, own), time.perf_counter() - began))
     first = rows[0][1]
     told = []
     for path, sums, changed, seconds in rows:

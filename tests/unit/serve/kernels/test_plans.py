@@ -10,7 +10,7 @@ import pytest
 
 from serve.kernels import plans
 from serve.kernels.plans import MAX_ROWS, ROWS, SMS, Plan, candidates, plan_for
-from serve.kernels.product import SOURCE, Shape, options
+from serve.kernels.product import SOURCE, Shape, options, plans_of
 
 SHIPPED = json.loads(Path(plans.__file__).with_name("plans.json").read_text())["plans"]
 QWEN2_VL = [
@@ -85,3 +85,10 @@ def test_every_definition_of_a_plan_is_used_by_the_source() -> None:
     named = dict(each.removeprefix("-D").split("=") for each in given if each.startswith("-D"))
     assert named["MT"] == "2" and named["GROUP_TILES"] == "4" and named["HALF"] == "1"
     assert all(source.count(name) > 1 for name in named)
+
+
+@pytest.mark.parametrize(("columns", "inputs"), [(151936, 1536), (152064, 3584), (152064, 8192), (75968, 1536)])
+def test_output_heads_have_plans(columns: int, inputs: int) -> None:
+    """Of 2B, 7B and 72B, and half of the 2B's: `--lm-head` brings them to the kernel too."""
+    assert Shape(columns, inputs, 128, False).reason() is None
+    assert [rows for rows, _ in plans_of(Shape(columns, inputs, 128, False), SMS)] == list(ROWS)

@@ -13,6 +13,7 @@ from tests.support.short import calibration, short_demo
 from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.checkpoint.inspection import inspect_checkpoint
 from toolkit.errors import FormatError
+from toolkit.fidelity.answers import differs_by_answer, kl_by_answer
 from toolkit.formats.convert import convert
 from toolkit.formats.linears import read_tensor
 from toolkit.formats.packing import dequantize, join_outputs, pack_as, slice_outputs
@@ -189,3 +190,25 @@ def test_the_plan_has_the_head(source: Path) -> None:
     without, with_head = (plan.make_plan(checkpoint, Recipe(lm_head=asked), samples, CPU, 1) for asked in (False, True))
     assert with_head.disk > without.disk
     assert with_head.seconds > without.seconds
+
+
+def test_divergence_is_measured_with_the_candidates_own_head() -> None:
+    rng = torch.Generator().manual_seed(0)
+    states, head = [torch.randn(5, 16, generator=rng)], torch.randn(32, 16, generator=rng)
+    own = head + 0.1 * torch.randn(32, 16, generator=rng)
+    assert float(kl_by_answer(states, states, head)[0].sum()) == 0
+    found = kl_by_answer(states, states, head, own)[0]
+    p, q = ((states[0] @ weight.t()).double().log_softmax(-1) for weight in (head, own))
+    assert torch.allclose(found, (p.exp() * (p - q)).sum(-1), atol=1e-5)
+    flipped = head.flip(0)
+    assert differs_by_answer(states, states, head) == [False]
+    assert differs_by_answer(states, states, head, flipped) == [True]
+
+
+def test_the_verdict_has_the_head_in_it(source: Path, manifest: Path, tmp_path: Path) -> None:
+    """Its KL is that of what is written: with the head packed it is another than without."""
+    costs = []
+    for asked in (False, True):
+        out = quantize(str(source), tmp_path / str(asked), calib=str(manifest), lm_head=asked)
+        costs.append(json.loads((out / "qvl-run.json").read_text())["cost"]["all"]["sums"])
+    assert costs[0] != costs[1]
