@@ -6,11 +6,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+import serve.ask
 from serve.cli import register
 from serve.process import state
 from tests.support.command import called
@@ -18,6 +20,7 @@ from tests.support.fake_server import Behaviour, serving
 from tests.support.serve import Start
 from tests.unit.serve.http.test_images import image
 from toolkit import cli
+from toolkit.errors import ServerError
 
 #: The event stream of an answer that ran into max_tokens.
 CUT = b'data: {"choices":[{"index":0,"delta":{"content":"xxxx"},"finish_reason":"length"}]}\n\ndata: [DONE]\n\n'
@@ -135,13 +138,18 @@ def test_ask_with_a_key() -> None:
             del os.environ["QVL_API_KEY"]
 
 
-def test_ask_finds_the_only_server(start: Start) -> None:
+def test_ask_finds_the_only_server(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(Behaviour(text=lambda body: "here")) as server:
         known = replace(start(18141), url=server.url, ready=True)
         state.save(known)
         assert qvl("ask", "Where?").stdout == "here\n"
-        state.save(replace(known, port=18140))  # two of them: which one was meant?
-        assert "http://127.0.0.1:8000" in qvl("ask", "Where?").stderr
+    state.save(replace(known, port=18140))  # two of them: which one was meant?
+
+    def asked(url: str, *rest: Any, **settings: Any) -> None:
+        raise ServerError(f"asked {url}")  # where somebody may listen who has nothing to do with these tests
+
+    monkeypatch.setattr(serve.ask, "ask", asked)
+    assert "asked http://127.0.0.1:8000" in qvl("ask", "Where?").stderr
 
 
 def test_an_answer_cut_short_says_so() -> None:
