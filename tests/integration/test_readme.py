@@ -90,6 +90,14 @@ def test_the_readme_s_first_screen_says_what_how_fast_and_where_to_start() -> No
     assert any("slower" in line for line in lines[:10]), "a loss stands beside the gain"
 
 
+def test_the_quick_start_is_part_of_getting_started() -> None:
+    """Which a test runs word for word (tests/e2e/test_start.py): whoever has read both runs nothing twice."""
+    quick = PAGES[0].read_text().partition("## Quick start")[2].partition("## ")[0]
+    shown = re.findall(r"^ {4}(qvl .+)$", quick, re.MULTILINE)
+    whole = re.findall(r"^ {4}(qvl .+)$", (ROOT / "docs/start.md").read_text(), re.MULTILINE)
+    assert len(shown) == 4 and [line for line in whole if line in shown] == shown
+
+
 def test_the_first_page_of_the_docs_quotes_the_readme() -> None:
     """Its figures are README's, which are the reports'."""
     readme = PAGES[0].read_text()
