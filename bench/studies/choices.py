@@ -181,7 +181,10 @@ class _Examiner:
 
         processor = AutoProcessor.from_pretrained(demo_checkpoint())
         self.settings = settings
-        self.device = settings.device
+        import torch
+
+        cuda = torch.device(settings.device).type == "cuda"
+        self.device = torch.cuda.get_device_name(settings.device) if cuda else settings.device
         seeds = [int(seed) for seed in settings.held_out.split(",")]
         self._chats = [chat for seed in seeds for chat in held_out_chats(processor, settings.per_task, seed)]
         turns = Turns.of(processor.tokenizer)
@@ -264,7 +267,7 @@ def _answers_counting(factor: float) -> Iterator[None]:
         held = held_samples([sample.tokens for sample in samples])
         rest = [sample for i, sample in enumerate(samples) if i not in held] or samples
         masks: list[torch.Tensor] = [answer_tokens(sample.inputs["input_ids"][0], turns[-1]) for sample in rest]
-        self.calibration.vision = ~torch.cat(masks)
+        self.calibration.vision = ~torch.cat(masks).to(self.device)
 
     try:
         LayerStream.capture = capture  # type: ignore[method-assign]
@@ -309,9 +312,17 @@ def _table(found: dict[str, Any]) -> str:
         said = _verdicts(found["right"]["fp16"], right, tasks)
         plain = [choice.said, "1", "1", "1", "", share, said, str(len(there))]
         rows.append(plain if choice.beside == name else [choice.said, *means, ends, share, said, str(len(there))])
+    asked = found["settings"]
+    about = (
+        "# Choices of a quantization, tried on the embedded model\n\n"
+        f"`python -m bench.studies choices --per-task {asked['per_task']} --held-out {asked['held_out']}`; "
+        f"{found['device']}, {', '.join(f'{name} {version}' for name, version in found['versions'].items())}.\n\n"
+        f"KL(fp16 || quantized) on {len(found['tokens']):,} held-out answers, over the default's or what each is held "
+        f"against; calibration seeds {', '.join(seeds)} together; paired 95% intervals.\n\n"
+    )
     head = ("", "mean KL", "trimmed", "geometric", "tasks, best and worst", "right", "beside fp16", "seeds")
     fp16 = found["right"]["fp16"]
-    return markdown(head, rows) + f"\nfp16 answers {fp16.count('1') / len(fp16):.1%} right.\n"
+    return about + markdown(head, rows) + f"\nfp16 answers {fp16.count('1') / len(fp16):.1%} right.\n"
 
 
 def _verdicts(before: str, after: str, tasks: Sequence[str]) -> str:

@@ -64,6 +64,9 @@ def test_the_table_holds_each_choice_against_the_default() -> None:
     found = {
         "sums": {"default/1": [1.0, 2.0, 4.0, 8.0], "texts/1": [2.0, 4.0, 8.0, 16.0], "images/1": [1.0, 2.0, 4.0, 8.0]},
         "right": {"fp16": "1111", "default/1": "1111", "texts/1": "1101", "images/1": "1111"},
+        "settings": {"per_task": 2, "held_out": "7"},
+        "device": "cpu",
+        "versions": {"torch": "2"},
         "tokens": [1, 2, 3, 4],
         "tasks": ["a", "a", "b", "b"],
     }
