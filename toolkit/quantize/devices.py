@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from toolkit.errors import ResourceError
 
-__all__ = ["find_devices"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["find_devices", "made_ready"]
 
 
 def find_devices(names: str) -> list[str]:
@@ -32,3 +37,16 @@ def find_devices(names: str) -> list[str]:
     if len(set(found)) < len(found) and "cpu" not in found:
         raise ResourceError(f"--devices {names} names a device twice")
     return found
+
+
+def made_ready(name: str) -> torch.device:
+    """Return a device by torch's name, set up for what follows: the current one, its peak of memory counted from now
+    on, its float32 products in TF32."""
+    import torch
+
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return device

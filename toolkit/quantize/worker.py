@@ -18,6 +18,7 @@ from toolkit.checkpoint.checkpoint import Checkpoint
 from toolkit.checkpoint.left_out import Linear
 from toolkit.checkpoint.values import in_16_bits
 from toolkit.errors import QvlError, ResourceError
+from toolkit.quantize.devices import made_ready
 from toolkit.quantize.events import Captured, Ended, Event, Failed, LayerDone, Note
 from toolkit.quantize.head import HEAD, head_number, quantize_head
 from toolkit.quantize.parts import Parts
@@ -82,7 +83,7 @@ def run(share: Share, samples: Sequence[PreparedSample], tell: Tell) -> None:
     began = time.perf_counter()
     embedded = 0.0
     checkpoint = Checkpoint.open(share.source)
-    device = _made_ready(share.device)
+    device = made_ready(share.device)
     cuda = device.type == "cuda"
     writer = LayerWriter(checkpoint, share.recipe.format, share.directory, device)
 
@@ -117,18 +118,6 @@ def run(share: Share, samples: Sequence[PreparedSample], tell: Tell) -> None:
     name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     seconds = {"embed": round(embedded, 3), "layers": round(time.perf_counter() - began - embedded, 3)}
     tell(Ended(name, seconds, peak() if cuda else 0, memory.peak))
-
-
-def _made_ready(name: str) -> torch.device:
-    """Return the device, set up for what follows."""
-    import torch
-
-    device = torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
-    return device
 
 
 def _search_tower(

@@ -19,6 +19,7 @@ from toolkit.console import note
 from toolkit.errors import ResourceError
 from toolkit.files import replacing
 from toolkit.formats.packing import pack_scales
+from toolkit.quantize.devices import made_ready
 from toolkit.quantize.distillation.divergence import Head
 from toolkit.quantize.distillation.layers import Student, learning_layer
 from toolkit.quantize.distillation.lessons import Lessons
@@ -39,14 +40,15 @@ if TYPE_CHECKING:
 
 __all__ = ["RATES", "distill_layers"]
 
-#: By measurement: docs/results/real-lm.
+#: The best of three rates in one run on real weights (docs/results/README.md#real-lm); other numbers of steps are not
+#: measured.
 RATES = Rates()
 #: What was learned, in the journal's directory; no weight file, by its name.
 _FILE = "distilled.learned"
 
 
 def distill_layers(journal: Journal, checkpoint: Checkpoint, job: Job, progress: RunProgress) -> dict[str, Any]:
-    """Tune the finished layers of a journal, once for all runs.
+    """Distil the source into the finished layers of a journal, once for all runs.
 
     Args:
         journal: with all layers written.
@@ -84,15 +86,11 @@ def _left_out(job: Job) -> str | None:
 
 
 def _learned(journal: Journal, checkpoint: Checkpoint, job: Job, progress: RunProgress) -> dict[str, Any]:
-    """Tune, and write what was learned."""
+    """Train, and write what was learned."""
     from safetensors.torch import save_file
 
-    device, began = torch.device(job.devices[0]), time.perf_counter()
+    began, device = time.perf_counter(), made_ready(job.devices[0])
     cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
     try:
         model, head, lessons = _Preparation(journal, checkpoint, job, device, progress).made()
         found = distill(model, head, lessons, replace(RATES, seed=job.recipe.seed), _shown(progress), note)
